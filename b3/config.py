@@ -1,0 +1,363 @@
+"""The typed tree that a YAML file fills.
+
+    config = load_config("configs/demo.yaml", ["train.steps=20", "batch.policy=random"])
+
+A file may start from another one with ``base: other.yaml``. An unknown key, a wrong type or values that contradict each
+other raise `ConfigError`: one line with the file, the line, the key and the nearest known key. Nothing heavy is
+imported here, so a mistake shows at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from b3.errors import ConfigError
+
+Family = Literal["retrieval", "classification", "vqa", "grounding"]
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are refused, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    name: str = Field(description="hub name or folder of the backbone (or of an adapter repository)")
+    init_adapter: str | None = Field(None, description="adapter to continue from; its shape must be that of `adapter`")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the frozen weights; auto: bfloat16 on GPU")
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field("auto", description="attention kernel")
+    min_pixels: int = Field(3136, gt=0, description="smallest picture after resizing, pixels")
+    max_pixels: int = Field(1003520, gt=0, description="largest picture after resizing, pixels (28*28 a token)")
+    max_length: int | None = Field(None, gt=0, description="cut text-only items to this many tokens")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class AdapterConfig(Section):
+    r: int = Field(8, gt=0, description="rank")
+    alpha: int = Field(64, gt=0, description="scale is alpha / r")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the adapter's input")
+    use_dora: bool = Field(True, description="weight-decomposed (DoRA), as the released models")
+    init: Literal["gaussian", "kaiming"] = Field("gaussian", description="of the A matrices")
+    target_modules: str | list[str] | None = Field(
+        None, description="regular expression or suffixes of linear layers; null: the paper's (language model q k v o down)"
+    )
+
+
+class DatasetConfig(Section):
+    subset: str = Field(description="name of the subset: hub configuration, folder or file stem")
+    family: Family = Field("retrieval", description="decides the rank window's default p")
+    source: str | None = Field(None, description="overrides data.source")
+    split: str | None = Field(None, description="overrides data.split")
+    image_dir: str | None = Field(None, description="overrides data.image_dir")
+    max_rows: int | None = Field(None, gt=1, description="use only the first rows")
+    p: int | None = Field(None, ge=0, description="overrides mining.p for this data set")
+    m: int | None = Field(None, gt=0, description="overrides mining.m for this data set")
+
+
+class DataConfig(Section):
+    source: str = Field(description="embedded:NAME, hub:OWNER/NAME, parquet:PATH or jsonl:PATH")
+    split: str = Field("train", description="'original' or 'diverse_instruction' in MMEB-train")
+    image_dir: str | None = Field(None, description="folder (or .parquet) of the images; embedded data brings its own")
+    prefix_targets: bool = Field(True, description="put the paper's prefixes before text-only targets")
+    datasets: list[DatasetConfig] = Field(min_length=1, description="the data sets to train on")
+
+    @model_validator(mode="after")
+    def _unique(self) -> DataConfig:
+        names = [d.subset for d in self.datasets]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"subset(s) {', '.join(twice)} listed twice")
+        return self
+
+
+class MiningConfig(Section):
+    dir: str = Field(description="folder of the batch plans, one sub-folder a data set")
+    teacher: str = Field(
+        description="'embedded' (shipped with embedded data), a checkpoint, or a folder with SUBSET_queries.npy and SUBSET_targets.npy"
+    )
+    teacher_adapter: str | None = Field(None, description="adapter of a teacher checkpoint")
+    p: int | dict[Family, int] = Field(30, description="ranks skipped at the top; a number or one a family")
+    m: int = Field(100, gt=0, description="width of the rank window [p, p+m)")
+    k: int = Field(32, gt=0, description="community size K")
+    edges: Literal["union", "mutual"] = Field("union", description="when two rows are linked; mutual is the paper's")
+    veto: bool = Field(True, description="drop an edge if either row ranks the other above p (union only)")
+    partitioner: Literal["metis", "paper", "random"] = Field("metis", description="paper: k-way METIS and the authors' repair")
+    refine_passes: int = Field(6, ge=0, description="passes of swap refinement after the partition (metis only)")
+
+    def p_of(self, dataset: DatasetConfig) -> int:
+        """Ranks to skip for a data set."""
+        if dataset.p is not None:
+            return dataset.p
+        return self.p if isinstance(self.p, int) else self.p.get(dataset.family, 30)
+
+    @model_validator(mode="after")
+    def _faithful(self) -> MiningConfig:
+        values = [self.p] if isinstance(self.p, int) else list(self.p.values())
+        if min(values, default=0) < 0:
+            raise ValueError(f"mining.p {self.p} must not be negative")
+        if self.partitioner != "metis" and "refine_passes" in self.model_fields_set and self.refine_passes:
+            raise ValueError(f"mining.refine_passes {self.refine_passes} has no effect with partitioner {self.partitioner}")
+        if self.partitioner == "paper" and self.edges != "mutual":
+            raise ValueError("mining.partitioner paper needs mining.edges mutual")
+        if self.edges == "mutual" and self.veto and "veto" in self.model_fields_set:
+            raise ValueError("mining.veto has no effect with edges mutual (which vetoes by itself)")
+        return self
+
+
+class NegativesConfig(Section):
+    per_query: int = Field(0, ge=0, description="mined hard negatives h per query (B3++: 5)")
+
+
+class BatchConfig(Section):
+    size: int = Field(gt=1, description="rows |B| of a batch, over all ranks")
+    policy: Literal["b3", "random", "random_mixed"] = Field(
+        "b3", description="b3: mined communities; random: random rows of one data set (fair control); random_mixed: of all"
+    )
+
+
+class TrainConfig(Section):
+    steps: int = Field(gt=0, description="optimiser steps")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate (AdamW)")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
+    temperature: float = Field(0.02, gt=0, description="of InfoNCE")
+    mask: Literal["none", "duplicates"] = Field(
+        "duplicates", description="duplicates: a column equal to the query's positive is no negative; none: faithful"
+    )
+    chunk_tokens: int = Field(8192, gt=0, description="padded tokens of one forward pass; bounds memory at any batch size")
+    bf16: bool = Field(False, description="bfloat16 autocast")
+    workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead of the step")
+    log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
+    save_every: int = Field(500, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints that are kept")
+
+    @model_validator(mode="after")
+    def _warmup(self) -> TrainConfig:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"train.warmup_steps {self.warmup_steps} exceeds train.steps {self.steps}")
+        return self
+
+
+class EvalConfig(Section):
+    source: str = Field(description="source line of the evaluation data, as data.source")
+    split: str = "test"
+    subsets: list[str] = Field(min_length=1, description="subsets to score")
+    image_dir: str | None = None
+    prefix_targets: bool = Field(True, description="as --tgt_prefix_mod")
+
+
+class Config(Section):
+    """One recipe."""
+
+    name: str = Field(description="name of the recipe, used in reports")
+    seed: int = Field(0, ge=0, description="every random choice derives from it")
+    output_dir: str = Field(description="run directory")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: continue from the newest complete checkpoint of output_dir; never: refuse a used folder"
+    )
+    model: ModelConfig
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig
+    mining: MiningConfig
+    negatives: NegativesConfig = NegativesConfig()
+    batch: BatchConfig
+    train: TrainConfig
+    eval: EvalConfig | None = None
+
+    @model_validator(mode="after")
+    def _across(self) -> Config:
+        size, k = self.batch.size, self.mining.k
+        if self.batch.policy == "b3" and size % k:
+            lower = max(k, size // k * k)
+            raise ValueError(f"batch.size {size} is not a multiple of mining.k {k}; use {lower} or {lower + k}")
+        if self.model.min_pixels > self.model.max_pixels:
+            raise ValueError(f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}")
+        return self
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether training reads a batch plan."""
+        return self.batch.policy == "b3" or self.negatives.per_query > 0
+
+
+def _locate(node: yaml.Node | None, path: tuple[Any, ...]) -> int | None:
+    """Line (from 1) of the key at `path` in a composed YAML file, or of its nearest known parent."""
+    line = None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(k, v) for k, v in node.value if k.value == str(part)]
+            if not pairs:
+                return line
+            line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as a dictionary, laid over its ``base`` file if it names one."""
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, found {type(loaded).__name__}")
+    base = loaded.pop("base", None)
+    if base is None:
+        return loaded
+    parent = (path.parent / str(base)).resolve()
+    if parent in seen:
+        raise ConfigError(f"{path}: base files form a circle")
+    return merge(_read_yaml(parent, (*seen, path.resolve())), loaded)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section; lists and values are replaced whole."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in place; the value is read as YAML. Raises `ConfigError` on a malformed one."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override '{override}' is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': the value is not valid YAML") from None
+    node: Any = tree
+    *parents, last = dotted.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"override '{override}': there is no element {part}; the list has {len(node)}")
+            node = node[int(part)]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            raise ConfigError(f"override '{override}': there is no element {last}; the list has {len(node)}")
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _known_keys(path: tuple[Any, ...]) -> list[str]:
+    """Keys of the section that holds `path`."""
+    section: Any = Config
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
+        if field is None:
+            break
+        section = _section_of(field.annotation)
+    return sorted(section.model_fields) if hasattr(section, "model_fields") else []
+
+
+def _section_of(annotation: Any) -> Any:
+    """The section class inside an annotation such as `list[DatasetConfig]` or `EvalConfig | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_of(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _real_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """pydantic's location without the names of union members that it appends to a leaf."""
+    section: Any = Config
+    for index, part in enumerate(location):
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        inner = None if field is None else _section_of(field.annotation)
+        if inner is None:
+            return location[: index + 1]
+        section = inner
+    return location
+
+
+def _explain(error: ValidationError, path: Path, overrides: list[str]) -> str:
+    """One line for the first problem that pydantic found."""
+    first = error.errors()[0]
+    location = _real_path(first["loc"])
+    key = ".".join(str(part) for part in location)
+    where = str(path)
+    from_override = next((o for o in overrides if key and o.partition("=")[0] == key), None)
+    if from_override:
+        where = f"override '{from_override}'"
+    else:
+        line = _locate(yaml.compose(path.read_text()), location)
+        where += f":{line}" if line else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key '{key}'; {hint}"
+    if first["type"] == "missing":
+        return f"{where}: key '{key}' is required"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return f"{where}: {message}"
+    if first["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: '{key}' = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read a recipe. Raises `ConfigError` with one line on the first problem."""
+    path, overrides = Path(path), list(overrides or [])
+    tree = _read_yaml(path)
+    for override in overrides:
+        apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path, overrides)) from None
+
+
+def describe_keys() -> str:
+    """All keys with type, default and meaning, one a line; shown by ``train.py --help``."""
+    lines: list[str] = []
+
+    def walk(section: type[Section], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            inner = _section_of(field.annotation)
+            if inner is not None:
+                walk(inner, f"{prefix}{name}." + ("N." if "list[" in str(field.annotation).lower() else ""))
+                continue
+            kind = getattr(field.annotation, "__name__", None) if "[" not in str(field.annotation) else None
+            text = kind or str(field.annotation).replace("typing.", "").replace("NoneType", "null")
+            default = "required" if field.is_required() else f"default {field.default}"
+            note = f"  {field.description}" if field.description else ""
+            lines.append(f"  {prefix}{name} ({text}; {default}){note}")
+
+    walk(Config, "")
+    return "\n".join(lines)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved tree as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

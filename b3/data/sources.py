@@ -1,0 +1,266 @@
+"""One loader for every place that rows can come from.
+
+A source line is ``embedded:NAME`` (travels with the package), ``hub:OWNER/NAME`` or ``hub:FOLDER`` (read by the
+`datasets` library), ``parquet:PATH`` or ``jsonl:PATH``. A PATH is a file, a glob, or a folder laid out like the hub's
+(``<folder>/<subset>/<split>*.parquet``). All of them end as the same Arrow table, checked row by row.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from b3.data.images import FolderImages, ParquetImages, open_store
+from b3.data.prompts import target_prefix
+from b3.data.records import EvalDataset, PairDataset
+from b3.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+PAIR_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
+NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
+EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+SOURCE_KINDS = ("embedded", "hub", "parquet", "jsonl")
+
+
+def split_source(source: str) -> tuple[str, str]:
+    """('parquet', 'data/x.parquet') from a source line; a bare path is told by its ending."""
+    kind, colon, rest = source.partition(":")
+    if colon and kind in SOURCE_KINDS:
+        return kind, rest
+    if source.endswith((".jsonl", ".jsonl.gz")):
+        return "jsonl", source
+    if source.endswith(".parquet") or Path(source).is_dir():
+        return "parquet", source
+    if "/" in source and not Path(source).suffix and not source.startswith((".", "/")):
+        return "hub", source
+    raise DataError(f"source '{source}' is not understood; use one of {', '.join(k + ':...' for k in SOURCE_KINDS)}")
+
+
+def embedded_root(name: str) -> Path:
+    """Folder of a data set that travels with the package. Raises `DataError` naming those that exist."""
+    here = Path(__file__).parent
+    known = sorted(p.parent.name for p in here.glob("*/dataset.json"))
+    if name not in known:
+        raise DataError(f"embedded data set '{name}' does not exist; there is: {', '.join(known) or 'none'}")
+    return here / name
+
+
+def list_subsets(source: str, split: str) -> list[str]:
+    """Names of the subsets that a local source holds for `split`, sorted; [] when they cannot be listed."""
+    kind, rest = split_source(source)
+    if kind == "embedded":
+        return sorted(p.stem for p in (embedded_root(rest) / split).glob("*.parquet"))
+    root = Path(rest)
+    return sorted({p.parent.name for p in root.glob(f"*/{split}*.parquet")}) if root.is_dir() else []
+
+
+def default_image_dir(source: str) -> str | None:
+    """The image store that belongs to a source when the configuration names none."""
+    kind, rest = split_source(source)
+    return str(embedded_root(rest) / "images.parquet") if kind == "embedded" else None
+
+
+def load_table(source: str, subset: str, split: str) -> pa.Table:
+    """All rows of a subset and split as an Arrow table. Raises `DataError` naming what is missing and what exists."""
+    kind, rest = split_source(source)
+    if kind == "hub":
+        return _load_hub(rest, subset, split)
+    files = _find_files(kind, rest, subset, split)
+    if not files:
+        known = list_subsets(source, split)
+        hint = f"; subsets there: {', '.join(known)}" if known else "; check the path and the split"
+        raise DataError(f"no rows of subset '{subset}', split '{split}' in {source}{hint}")
+    return _read_files(kind, files)
+
+
+def _find_files(kind: str, rest: str, subset: str, split: str) -> list[Path]:
+    if kind == "embedded":
+        file = embedded_root(rest) / split / f"{subset}.parquet"
+        return [file] if file.is_file() else []
+    path = Path(rest)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        ending = "parquet" if kind == "parquet" else "jsonl"
+        found = sorted((path / subset).glob(f"{split}*.{ending}")) or sorted((path / split).glob(f"{subset}.{ending}"))
+        return found
+    return sorted(Path(p) for p in glob.glob(rest, recursive=True))
+
+
+def _read_files(kind: str, files: list[Path]) -> pa.Table:
+    import pyarrow as pa
+    import pyarrow.json
+    import pyarrow.parquet as pq
+
+    tables = []
+    for file in files:
+        try:
+            tables.append(pq.read_table(file) if kind != "jsonl" else pa.json.read_json(file))
+        except (pa.ArrowException, OSError) as error:
+            what = str(error).splitlines()[0]
+            raise DataError(f"{file} cannot be read as {'jsonl' if kind == 'jsonl' else 'parquet'} ({what})") from None
+    return pa.concat_tables(tables, promote_options="default")
+
+
+def _load_hub(name: str, subset: str, split: str) -> pa.Table:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(name, subset, split=split).data.table
+    except Exception as error:  # the library raises many types, some from its own dependencies
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"subset '{subset}', split '{split}' of hub data set '{name}' cannot be loaded: {what}") from None
+    return table
+
+
+def check_rows(table: pa.Table, columns: tuple[str, ...], where: str) -> pa.Table:
+    """Keep `columns` (and negatives if present), nulls become ''; raises `DataError` with the first bad row."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    missing = [c for c in columns if c not in table.column_names]
+    if missing:
+        raise DataError(
+            f"{where}: column(s) {', '.join(missing)} missing; found {', '.join(table.column_names)};"
+            f" expected {', '.join(columns)}"
+        )
+    if columns is PAIR_COLUMNS:
+        columns = columns + tuple(c for c in NEGATIVE_COLUMNS if c in table.column_names)
+        if len(columns) == len(PAIR_COLUMNS) + 1:
+            raise DataError(f"{where}: neg_text and neg_image_path go together; found only {columns[-1]}")
+    table = table.select(columns)
+    for index, name in enumerate(table.column_names):
+        column = table.column(name)
+        if pa.types.is_null(column.type):
+            column = column.cast(pa.string())
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            column = pc.fill_null(column, "").cast(pa.large_string())
+        elif not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
+            raise DataError(f"{where}: column {name} has type {column.type}; expected text or a list of texts")
+        table = table.set_column(index, name, column)
+    if table.num_rows == 0:
+        raise DataError(f"{where}: no rows")
+    return table
+
+
+def _check_pairs(table: pa.Table, where: str) -> None:
+    import pyarrow.compute as pc
+
+    for side, text, path in (("query", "qry", "qry_image_path"), ("target", "pos_text", "pos_image_path")):
+        empty = pc.and_(pc.equal(pc.utf8_trim_whitespace(table[text]), ""), pc.equal(table[path], ""))
+        row = pc.index(empty, True).as_py()
+        if row >= 0:
+            raise DataError(f"{where}: row {row}: the {side} has neither text nor image ({text}, {path}); drop the row")
+
+
+def _check_eval(table: pa.Table, where: str) -> None:
+    for row, record in enumerate(table.to_pylist()):
+        texts, paths = record["tgt_text"], record["tgt_img_path"]
+        if not isinstance(texts, list) or not isinstance(paths, list) or len(texts) != len(paths):
+            raise DataError(f"{where}: row {row}: tgt_text and tgt_img_path must be lists of equal length")
+        if not texts:
+            raise DataError(f"{where}: row {row}: no candidates")
+        if not (record["qry_text"].strip() or record["qry_img_path"]):
+            raise DataError(f"{where}: row {row}: the query has neither text nor image; drop the row")
+        for index, (text, path) in enumerate(zip(texts, paths, strict=True)):
+            if not ((text or "").strip() or path):
+                raise DataError(f"{where}: row {row}: candidate {index} has neither text nor image")
+
+
+def _images(table: pa.Table, columns: tuple[str, ...], image_dir: str | None, where: str) -> Any:
+    """Open the store if any row names an image."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if image_dir is not None:
+        if not Path(image_dir).exists():
+            raise DataError(f"{where}: image_dir {image_dir} does not exist")
+        return open_store(image_dir)
+    for name in columns:
+        column = table[name]
+        if not pa.types.is_large_string(column.type):
+            column = pc.list_flatten(column)
+        if pc.any(pc.not_equal(pc.fill_null(column, ""), "")).as_py():
+            raise DataError(f"{where}: rows have image paths ({name}), so image_dir must be given")
+    return None
+
+
+def load_pairs(
+    source: str,
+    subset: str,
+    split: str = "train",
+    *,
+    family: str = "retrieval",
+    image_dir: str | None = None,
+    prefix_targets: bool = True,
+    max_rows: int | None = None,
+) -> PairDataset:
+    """Training pairs of one subset (MMEB-train schema).
+
+    Args:
+        source: source line, see the module docstring.
+        subset: configuration of the hub data set, folder or file stem; also the name.
+        split: "original" or "diverse_instruction" for MMEB-train, "train" for the embedded data.
+        image_dir: folder or `.parquet` file of images; not needed for embedded data.
+        prefix_targets: put the subset's prefix of `b3.data.prompts` before text-only targets.
+        max_rows: keep the first rows only.
+
+    Raises:
+        DataError: nothing found, a column is missing, or a row has neither text nor image.
+    """
+    where = f"{source} subset {subset} split {split}"
+    table = check_rows(load_table(source, subset, split), PAIR_COLUMNS, where)
+    _check_pairs(table, where)
+    if max_rows is not None:
+        table = table.slice(0, max_rows)
+    store = _images(table, ("qry_image_path", "pos_image_path"), image_dir or default_image_dir(source), where)
+    return PairDataset(subset, table, store, family, target_prefix(subset) if prefix_targets else "")
+
+
+def load_eval(
+    source: str, subset: str, split: str = "test", *, image_dir: str | None = None, prefix_targets: bool = False
+) -> EvalDataset:
+    """One evaluation subset (MMEB-eval schema). Arguments and errors as `load_pairs`."""
+    where = f"{source} subset {subset} split {split}"
+    table = check_rows(load_table(source, subset, split), EVAL_COLUMNS, where)
+    _check_eval(table, where)
+    store = _images(table, ("qry_img_path", "tgt_img_path"), image_dir or default_image_dir(source), where)
+    return EvalDataset(subset, table, store, target_prefix(subset) if prefix_targets else "")
+
+
+def embedded_teacher(name: str, subset: str) -> tuple[Any, Any]:
+    """Precomputed teacher embeddings of an embedded data set: (queries, targets), each (N, D) float16."""
+    from safetensors.numpy import load_file
+
+    file = embedded_root(name) / "teacher.safetensors"
+    tensors = load_file(file)
+    if f"{subset}/queries" not in tensors:
+        raise DataError(f"{file} has no teacher embeddings of subset '{subset}'")
+    vectors = tensors["vectors"]
+    return vectors[tensors[f"{subset}/queries"]], vectors[tensors[f"{subset}/targets"]]
+
+
+def embedded_families(name: str) -> dict[str, str]:
+    """Family of each subset of an embedded data set."""
+    described = json.loads((embedded_root(name) / "dataset.json").read_text())
+    subsets = described["subsets"]
+    if isinstance(subsets, list):
+        return {entry["name"]: entry["family"] for entry in subsets}
+    return {subset: entry["family"] for subset, entry in subsets.items()}
+
+
+__all__ = [
+    "FolderImages",
+    "ParquetImages",
+    "embedded_families",
+    "embedded_teacher",
+    "list_subsets",
+    "load_eval",
+    "load_pairs",
+    "load_table",
+]

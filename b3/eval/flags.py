@@ -1,0 +1,106 @@
+"""The published command line of `eval_mmeb.py`.
+
+The reference parses model, data and training arguments together, so its commands carry flags that never mattered to an
+evaluation. Each flag is accepted; one that has no effect says so in a line; one that contradicts the model is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from b3.errors import InputError
+from b3.model.processing import MAX_PIXELS, MIN_PIXELS
+
+# Accepted, without effect on the numbers of this program.
+IGNORED_VALUES = (
+    "model_type processor_name model_backbone temperature lora_dropout lora_target_modules num_crops uigraph_diff"
+    " uimask_ratio lm_skip_layer vis_skip_layer resize_use_processor image_decay_factor num_sample_per_subset"
+    " embedding_type dataset_config num_hardneg chunk_size eval_dataset_name eval_subset_name eval_image_dir"
+    " dataloader_num_workers output_dir resume_from project_name gc_q_chunk_size gc_p_chunk_size gc_dynamic_limit"
+    " interleave_batch_size interleave_stopping_strategy local_rank ddp_timeout seed report_to run_name"
+    " per_device_train_batch_size learning_rate max_steps warmup_steps logging_steps save_steps num_train_epochs"
+).split()
+IGNORED_SWITCHES = (
+    "init_lora_model uigraph_use uigraph_rand uimask_rand sdibn odibn rdibn pos_only image_encoder_freeze grad_cache"
+    " remove_unused_columns overwrite_output_dir do_eval do_train fp16 tf32"
+).split()
+
+
+def boolean(text: str) -> bool:
+    """'True', 'false', '1', 'no', ...; raises `argparse.ArgumentTypeError` otherwise."""
+    lowered = text.lower()
+    if lowered in ("true", "1", "yes", "y", "t"):
+        return True
+    if lowered in ("false", "0", "no", "n", "f"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is not True or False")
+
+
+def _switch(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    parser.add_argument(f"--{name}", nargs="?", const=True, default=False, type=boolean, metavar="True|False", help=text)
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """All flags; those without effect are hidden from --help."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model_name", required=True, help="hub name or folder of a full model or of an adapter repository")
+    add("--checkpoint_path", help="adapter to use on top of --model_name")
+    add("--pooling", default="last", help="last or eos, the same thing: the last token")
+    _switch(parser, "normalize", "L2-normalise: cosine scores")
+    _switch(parser, "lora", "merge the adapter found in --checkpoint_path or --model_name")
+    add("--lora_r", type=int, help="checked against the adapter")
+    add("--lora_alpha", type=int, help="checked against the adapter")
+    add("--dataset_name", default="TIGER-Lab/MMEB-eval", help="hub name, folder, or embedded:emoji")
+    add("--subset_name", nargs="+", required=True, help="one or several subsets, or 'all'")
+    add("--dataset_split", default="test")
+    add("--image_dir", help="folder of the images")
+    add("--encode_output_path", required=True, help="output folder")
+    add("--max_len", type=int, help="cut text-only items to this many tokens")
+    _switch(parser, "tgt_prefix_mod", "put the target prefixes of B3 before the targets (not for VLM2Vec checkpoints)")
+    add("--resize_min_pixels", type=int, default=MIN_PIXELS, help="smallest picture, pixels")
+    add("--resize_max_pixels", type=int, default=MAX_PIXELS, help="largest picture, pixels")
+    add("--per_device_eval_batch_size", type=int, help="upper bound on the items of one forward pass")
+    _switch(parser, "bf16", "bfloat16 weights; otherwise float32")
+    for name in IGNORED_VALUES:
+        add(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=None, dest=name, help=argparse.SUPPRESS)
+    for name in IGNORED_SWITCHES:
+        parser.add_argument(f"--{name}", nargs="?", const=True, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def ignored(arguments: argparse.Namespace) -> list[str]:
+    """Names of the given flags that have no effect."""
+    return [name for name in (*IGNORED_VALUES, *IGNORED_SWITCHES) if getattr(arguments, name) is not None]
+
+
+def check(arguments: argparse.Namespace) -> str | None:
+    """The adapter to merge on top of --model_name, or None. Raises `InputError` for flags that contradict each other."""
+    from b3.model.adapter import CONFIG_FILE, is_adapter
+    from b3.model.backbones import fetch, read_json
+
+    if arguments.pooling not in ("last", "eos"):
+        raise InputError(f"--pooling {arguments.pooling} is not supported; use last (or eos, the same)")
+    for name in ("max_len", "per_device_eval_batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} must be at least 1")
+    folder = fetch(arguments.model_name)
+    extra: Path | None = None if arguments.checkpoint_path is None else fetch(arguments.checkpoint_path)
+    source = extra or folder
+    if arguments.lora and not is_adapter(source):
+        raise InputError(f"--lora was given but {source} holds no {CONFIG_FILE}; name the adapter or drop --lora")
+    if not arguments.lora and is_adapter(source):
+        raise InputError(f"{source} is an adapter; add --lora to merge it")
+    if arguments.lora:
+        config = read_json(source / CONFIG_FILE)
+        for flag, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
+            value = getattr(arguments, flag)
+            if value is not None and value != config.get(key):
+                raise InputError(f"--{flag} {value} contradicts the adapter in {source} ({key} {config.get(key)})")
+    elif arguments.lora_r is not None or arguments.lora_alpha is not None:
+        raise InputError("--lora_r and --lora_alpha need --lora")
+    return None if extra is None else str(extra)

@@ -1,0 +1,62 @@
+"""Precision@1 over each row's own candidates, as MMEB defines it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from b3.data.records import EvalDataset
+
+
+@dataclass(frozen=True, slots=True)
+class SubsetScore:
+    """Scores of one subset.
+
+    predicted: (rows,) int64, index of the best candidate in each row's list; 0 is right.
+    scores: per row (candidates,) float32.
+    """
+
+    name: str
+    predicted: np.ndarray
+    scores: list[np.ndarray]
+
+    @property
+    def num_correct(self) -> int:
+        return int((self.predicted == 0).sum())
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.predicted)
+
+    @property
+    def precision(self) -> float:
+        return self.num_correct / self.num_rows
+
+
+def row_scores(query: np.ndarray, candidates: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Dot products (C,) float32 of one query (D,) with its candidates, given as distinct vectors (U, D) and (C,) index.
+
+    Every dot product is summed in the same order, so that equal candidates get equal scores. (A matrix-vector product
+    does not promise that: in the reference a copy of the positive can win by 1e-8 and the row counts as wrong.)
+    """
+    return (candidates * query).sum(axis=1, dtype=np.float32)[index]
+
+
+def score_subset(dataset: EvalDataset, vectors: np.ndarray, queries: np.ndarray, candidates: list[np.ndarray]) -> SubsetScore:
+    """Score all rows.
+
+    Args:
+        vectors: (U, D) float32 of distinct items.
+        queries: (rows,) int64, the vector of each query.
+        candidates: per row (C,) int64, the vectors of its candidates, the positive first.
+
+    The first maximum wins, so a tie with the positive counts as right.
+    """
+    predicted, scores = np.empty(len(queries), dtype=np.int64), []
+    for row, (query, index) in enumerate(zip(queries, candidates, strict=True)):
+        distinct, inverse = np.unique(index, return_inverse=True)
+        values = row_scores(vectors[query], vectors[distinct], inverse)
+        scores.append(values)
+        predicted[row] = int(values.argmax())
+    return SubsetScore(dataset.name, predicted, scores)

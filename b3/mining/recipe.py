@@ -1,0 +1,190 @@
+"""Mining as a recipe describes it: teacher embeddings of every data set, a plan each, one report for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from b3.config import Config, DatasetConfig
+from b3.data.recipe import load_dataset
+from b3.data.records import PairDataset
+from b3.data.sources import embedded_teacher, split_source
+from b3.errors import DataError, RunError
+from b3.mining.plan import BatchPlan
+
+if TYPE_CHECKING:
+    from b3.model.embedder import Embedder
+
+Progress = Callable[[str, int, int], None]
+
+
+def plan_folder(config: Config, subset: str) -> Path:
+    return Path(config.mining.dir) / subset
+
+
+def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset) -> dict[str, Any]:
+    """The manifest entries that a plan of this data set must have."""
+    mining = config.mining
+    return {
+        "data_fingerprint": dataset.fingerprint(),
+        "teacher": teacher_name(config),
+        "p": mining.p_of(entry),
+        "m": entry.m or mining.m,
+        "K": mining.k,
+        "h": config.negatives.per_query,
+        "edges": mining.edges,
+        "partitioner": mining.partitioner,
+        "seed": config.seed,
+    }
+
+
+def teacher_name(config: Config) -> str:
+    mining = config.mining
+    return mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
+
+
+def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> BatchPlan:
+    """The plan of a data set. Raises `RunError` if it is missing or was mined with other data or parameters."""
+    folder = plan_folder(config, entry.subset)
+    if not (folder / "manifest.json").exists():
+        raise RunError(f"no batch plan in {folder}; mine it first: python scripts/mine.py CONFIG.yaml")
+    plan = BatchPlan.load(folder)
+    for key, value in wanted(config, entry, dataset).items():
+        found = plan.manifest.get(key)
+        if key == "h" and (found or 0) >= value:
+            continue  # fewer hard negatives than were mined are a prefix of them
+        if found != value:
+            raise RunError(
+                f"the batch plan in {folder} does not fit the recipe ({key} is {found!r}, the recipe says {value!r});"
+                " correct the recipe, or mine again into another mining.dir"
+            )
+    return plan
+
+
+def teacher_embeddings(
+    config: Config, entry: DatasetConfig, dataset: PairDataset, teacher: Embedder | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(queries, targets), each (N, D), of the recipe's teacher for one data set."""
+    if teacher is not None:
+        queries = teacher.encode([dataset.query(i) for i in range(len(dataset))], progress=f"{dataset.name} queries")
+        targets = teacher.encode([dataset.target(i) for i in range(len(dataset))], progress=f"{dataset.name} targets")
+        return queries, targets
+    if config.mining.teacher == "embedded":
+        kind, name = split_source(entry.source or config.data.source)
+        if kind != "embedded":
+            raise DataError(f"mining.teacher 'embedded' needs embedded data, but {entry.subset} comes from {kind}:{name}")
+        queries, targets = embedded_teacher(name, entry.subset)
+    else:
+        folder = Path(config.mining.teacher)
+        queries, targets = (load_matrix(folder / f"{entry.subset}_{side}.npy") for side in ("queries", "targets"))
+    if entry.max_rows is not None:
+        queries, targets = queries[: entry.max_rows], targets[: entry.max_rows]
+    for side, array in (("queries", queries), ("targets", targets)):
+        if len(array) != len(dataset):
+            raise DataError(f"teacher {side} of {entry.subset} have {len(array)} rows, the data set {len(dataset)}")
+    return queries, targets
+
+
+def load_matrix(file: Path) -> np.ndarray:
+    """A (N, D) array of floats, memory-mapped. Raises `DataError` naming the file and what is wrong with it."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{file} does not exist; write the teacher's embeddings there as a (N, D) .npy file") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{file} is not a readable .npy file ({str(error).splitlines()[0]})") from None
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise DataError(f"{file} has shape {array.shape} and type {array.dtype}; expected floats of shape (N, D)")
+    return array
+
+
+def _load_teacher(config: Config) -> Embedder | None:
+    """The teacher model, or None when its embeddings are given as arrays."""
+    mining = config.mining
+    folder = Path(mining.teacher)
+    if mining.teacher == "embedded" or (folder.is_dir() and not (folder / "config.json").exists()
+                                        and not (folder / "adapter_config.json").exists()):
+        if mining.teacher_adapter is not None:
+            raise RunError("mining.teacher_adapter needs mining.teacher to be a checkpoint")
+        return None
+    from b3.model.embedder import Embedder
+
+    return Embedder.from_pretrained(
+        mining.teacher,
+        adapter=mining.teacher_adapter,
+        dtype=config.model.dtype,
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+    )
+
+
+@contextmanager
+def stage_bar(label: str, show: bool) -> Iterator[Progress | None]:
+    """A progress callback for `mine`: one bar, relabelled at each stage."""
+    if not show:
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=1, desc=label, leave=False) as bar:
+
+        def update(stage: str, done: int, total: int) -> None:
+            bar.set_description_str(f"{label}: {stage}", refresh=False)
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        yield update
+
+
+def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchPlan]:
+    """Mine every data set of a recipe that has no plan yet; returns all plans by subset.
+
+    Plans are saved one by one, so an interrupted run keeps those that are done. `mining.dir`/report.html shows all.
+    Raises `InputError` for data or embeddings that cannot be used and for an existing plan that does not fit.
+    """
+    from b3.mining.mine import mine
+
+    mining = config.mining
+    plans: dict[str, BatchPlan] = {}
+    sections = []
+    teacher: Embedder | None = None
+    datasets = [load_dataset(config, entry) for entry in config.data.datasets]
+    for entry, dataset in zip(config.data.datasets, datasets, strict=True):
+        folder = plan_folder(config, entry.subset)
+        if (folder / "manifest.json").exists():
+            plans[entry.subset] = load_plan(config, entry, dataset)
+            continue
+        teacher = teacher or _load_teacher(config)
+        queries, targets = teacher_embeddings(config, entry, dataset, teacher)
+        facts = wanted(config, entry, dataset)
+        with stage_bar(entry.subset, show_progress) as progress:
+            plan = mine(
+                queries,
+                targets,
+                p=facts["p"],
+                m=facts["m"],
+                community_size=mining.k,
+                hard_negatives=config.negatives.per_query,
+                seed=config.seed,
+                edges=mining.edges,
+                veto=mining.veto,
+                partitioner=mining.partitioner,
+                refine_passes=mining.refine_passes,
+                progress=progress,
+                data_fingerprint=facts["data_fingerprint"],
+                teacher=facts["teacher"],
+            )
+        plan.save(folder)
+        plans[entry.subset] = plan
+        sections.append((dataset, plan, queries, targets))
+    if sections:
+        _write_reports(config, sections)
+    return plans
+
+
+def _write_reports(config: Config, sections: list[Any]) -> None:
+    raise NotImplementedError

@@ -1,0 +1,193 @@
+"""LoRA and DoRA adapters: attach a fresh one for training, load a saved one, merge one into the weights.
+
+Attaching and saving go through `peft`. Merging is ours: in float32 whatever the model's dtype, without importing
+`peft`, and every tensor of the file must be consumed; peft only warns when the names do not fit, which silently
+evaluates the bare backbone.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from b3.errors import InputError
+from b3.model.backbones import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+CONFIG_FILE = "adapter_config.json"
+# The suffix list of the authors' code. In Qwen2-VL it matches q, k, v, o and down of each decoder layer and nothing in
+# the vision tower.
+PAPER_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "k_proj", "q_proj", "out_proj", "v_proj")
+# transformers 5 nests the language model; adapters saved before carry the old names.
+_OLD_LANGUAGE = re.compile(r"^base_model\.model\.model\.(layers|norm|embed_tokens)\.")
+_OLD_VISION = re.compile(r"^base_model\.model\.visual\.")
+_PART = re.compile(r"^base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file()
+
+
+def new_name(key: str) -> str:
+    """The transformers 5 name of an adapter tensor saved under transformers 4 (unchanged if it is already new)."""
+    key = _OLD_LANGUAGE.sub(r"base_model.model.model.language_model.\1.", key)
+    return _OLD_VISION.sub("base_model.model.model.visual.", key)
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """(configuration, tensors under new names). `.bin` files are read with weights only.
+
+    Raises:
+        InputError: no weights, an unreadable file, or an adapter kind that is not LoRA/DoRA on linear layers.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    config = read_json(folder / CONFIG_FILE)
+    for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"):
+        if config.get(key):
+            raise InputError(f"{folder / CONFIG_FILE}: {key} is set, which is not supported; merge it with peft first")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise InputError(f"{folder / CONFIG_FILE}: only LoRA and DoRA adapters without bias are supported")
+    try:
+        if (folder / "adapter_model.safetensors").is_file():
+            tensors = load_file(folder / "adapter_model.safetensors")
+        elif (folder / "adapter_model.bin").is_file():
+            tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+        else:
+            raise InputError(f"{folder} has no adapter_model.safetensors (or .bin); the adapter is incomplete")
+    except InputError:
+        raise
+    except Exception as error:  # safetensors and the unpickler each raise their own types on a torn file
+        raise InputError(f"adapter weights in {folder} cannot be read ({str(error).splitlines()[0]})") from None
+    return config, {new_name(key): value for key, value in tensors.items()}
+
+
+def scale_of(config: dict[str, Any]) -> float:
+    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+    rank = config["r"]
+    return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _group(tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors by module: {module: {lora_A, lora_B[, lora_magnitude_vector]}}."""
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        match = _PART.match(key)
+        if match is None:
+            raise InputError(f"adapter in {folder}: tensor '{key}' is not a LoRA or DoRA tensor of a linear layer")
+        groups.setdefault(match[1], {})[match[2]] = value
+    return groups
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> int:
+    """Fold the adapter in `folder` into `model`'s linear weights, in float32; returns the number of modules changed.
+
+    LoRA: W = W0 + s B A. DoRA: W = diag(m / |W0 + s B A|_rows) (W0 + s B A), with s = alpha / r.
+
+    Raises:
+        InputError: a tensor has no module in the model, a part is missing or has the wrong shape.
+    """
+    import torch
+
+    config, tensors = read_adapter(folder)
+    groups, scale, dora = _group(tensors, folder), scale_of(config), bool(config.get("use_dora"))
+    if not groups:
+        raise InputError(f"adapter in {folder} holds no tensors")
+    expected = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if dora else set())
+    modules = dict(model.named_modules())
+    for name, parts in groups.items():
+        module = modules.get(name)
+        if not isinstance(module, torch.nn.Linear):
+            raise InputError(f"adapter in {folder}: module '{name}' does not exist in the backbone; wrong base model?")
+        if set(parts) != expected:
+            raise InputError(f"adapter in {folder}: module '{name}' has {sorted(parts)}, expected {sorted(expected)}")
+        weight = module.weight
+        delta_shape = (parts["lora_B"].shape[0], parts["lora_A"].shape[1])
+        if delta_shape != tuple(weight.shape):
+            raise InputError(
+                f"adapter in {folder}: module '{name}' is for a weight of shape {delta_shape}, the backbone has"
+                f" {tuple(weight.shape)}; wrong base model?"
+            )
+        with torch.no_grad():
+            parts = {key: value.to(weight.device, torch.float32) for key, value in parts.items()}
+            merged = weight.float() + scale * (parts["lora_B"] @ parts["lora_A"])
+            if dora:
+                magnitude = parts["lora_magnitude_vector"].reshape(-1, 1)
+                merged = magnitude / merged.norm(dim=1, keepdim=True) * merged
+            weight.copy_(merged.to(weight.dtype))
+    return len(groups)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """What to attach. Defaults are the released 2B run's (DoRA, r 8, alpha 64, dropout 0.1, gaussian init)."""
+
+    r: int = 8
+    alpha: int = 64
+    dropout: float = 0.1
+    use_dora: bool = True
+    init: str = "gaussian"
+    target_modules: str | tuple[str, ...] = PAPER_TARGETS
+
+
+def attach_adapter(model: nn.Module, spec: AdapterSpec) -> nn.Module:
+    """A trainable `peft.PeftModel` around `model`, adapter parameters in float32, everything else frozen.
+
+    Raises `InputError` if `target_modules` matches nothing.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
+    config = LoraConfig(
+        r=spec.r,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        use_dora=spec.use_dora,
+        init_lora_weights="gaussian" if spec.init == "gaussian" else True,
+        target_modules=targets,
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers 5 renamed
+            wrapped = get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def load_trainable(wrapped: nn.Module, folder: Path) -> None:
+    """Copy a saved adapter into an attached one of the same shape. Raises `InputError` on any difference."""
+    import torch
+
+    _, tensors = read_adapter(folder)
+    groups = _group(tensors, folder)
+    own = {name: p for name, p in wrapped.named_parameters() if "lora_" in name}
+    seen = set()
+    for module, parts in groups.items():
+        for part, value in parts.items():
+            found = [n for n in own if n.startswith(f"base_model.model.{module}.{part}.default")]
+            if len(found) != 1 or own[found[0]].numel() != value.numel():
+                raise InputError(f"adapter in {folder} does not fit the configured adapter at '{module}.{part}'")
+            with torch.no_grad():
+                own[found[0]].copy_(value.reshape(own[found[0]].shape))
+            seen.add(found[0])
+    missing = sorted(set(own) - seen)
+    if missing:
+        raise InputError(f"adapter in {folder} lacks {len(missing)} tensors, first: '{missing[0]}'")
+
+
+def matched_modules(wrapped: nn.Module) -> list[str]:
+    """Names of the modules that carry an adapter, sorted."""
+    return sorted({n.split(".lora_A")[0].removeprefix("base_model.model.") for n, _ in wrapped.named_modules()
+                   if n.endswith(".lora_A")})

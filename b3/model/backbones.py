@@ -1,0 +1,106 @@
+"""Loading a Qwen2-VL backbone through `transformers`, and the few places where we reach into it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from b3.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SUPPORTED = ("qwen2_vl",)
+WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "tokenizer*", "adapter_model.bin")
+
+
+def fetch(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint: `name` itself if it is a folder, else downloaded from the hub (or its cache).
+
+    Raises `InputError` if it is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
+        raise InputError(f"model folder {name} does not exist; give a checkpoint folder or a hub name OWNER/NAME")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(WEIGHT_FILES)))
+    except Exception as error:  # the client raises many types: offline, gated, not found, bad name
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"model {name} is neither a local folder nor can it be fetched from the hub ({what})") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file as a dictionary. Raises `InputError` naming the file if it is missing or broken."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{file} does not exist; {file.parent} is not a complete checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid JSON ({error})") from None
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; None means the local rank's GPU if there is one, else the CPU."""
+    import os
+
+    import torch
+
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'float32', 'bfloat16' or 'auto' (bfloat16 on a GPU, float32 on the CPU)."""
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name not in known:
+        raise InputError(f"dtype '{name}' is not known; use one of auto, {', '.join(known)}")
+    return known[name]
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """'auto' takes FlashAttention 2 where it can run (GPU, 16 bit, package installed), else sdpa."""
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    if name != "auto":
+        return name
+    fits = device.type == "cuda" and dtype != torch.float32
+    return "flash_attention_2" if fits and is_flash_attn_2_available() else "sdpa"
+
+
+def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
+    """The checkpoint as upstream's `Qwen2VLForConditionalGeneration`, in eval mode, parameters frozen.
+
+    The language head stays attached, so that adapter key names are those other software expects, but it is never run.
+    """
+    from transformers import Qwen2VLForConditionalGeneration
+    from transformers.utils import logging
+
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind not in SUPPORTED:
+        raise InputError(f"{folder}/config.json has model_type '{kind}'; supported: {', '.join(SUPPORTED)}")
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"backbone in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    model.requires_grad_(False)
+    return model.to(device).eval()

@@ -1,0 +1,217 @@
+"""From items to model inputs: raw prompts, image budget and patches, exactly as the published checkpoints expect.
+
+The rules are those of the B3 evaluation release and differ from the stock Qwen2-VL processor in four ways: prompts are
+raw text; a picture with a side below 28 pixels is first resized to 56 x 56; an aspect ratio above 200 is squared
+instead of refused; a placeholder in a text without picture stays one literal token. Pictures are handled by PIL
+(bicubic on uint8), alpha is dropped and EXIF rotation is ignored, as in the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from b3.data.prompts import PLACEHOLDER, to_backbone
+from b3.data.records import Item
+from b3.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PATCH = 14
+MERGE = 2
+FACTOR = PATCH * MERGE
+TEMPORAL = 2
+MIN_PIXELS = 4 * FACTOR * FACTOR
+MAX_PIXELS = 1280 * FACTOR * FACTOR
+MAX_ASPECT = 200
+# CLIP's channel statistics, as in preprocessor_config.json of Qwen2-VL.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_TOKEN = "<|image_pad|>"
+
+
+def target_size(height: int, width: int, min_pixels: int = MIN_PIXELS, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width after resizing: multiples of 28 whose area lies in [min_pixels, max_pixels].
+
+    Rounding is Python's half-to-even; a side below 28 or an aspect ratio above 200 first becomes the square of the
+    longer side (reference variant; the stock processor raises).
+    """
+    if min(height, width) < FACTOR or max(height, width) / min(height, width) > MAX_ASPECT:
+        height = width = max(FACTOR, height, width)
+    rows, columns = round(height / FACTOR) * FACTOR, round(width / FACTOR) * FACTOR
+    if rows * columns > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        rows = max(FACTOR, math.floor(height / scale / FACTOR) * FACTOR)
+        columns = max(FACTOR, math.floor(width / scale / FACTOR) * FACTOR)
+    elif rows * columns < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * scale / FACTOR) * FACTOR
+        columns = math.ceil(width * scale / FACTOR) * FACTOR
+    return rows, columns
+
+
+def _resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize with PIL's default filter of the mode, width first, then height.
+
+    One call would let Pillow choose the order of the two passes, and it chooses differently from version to version;
+    each pass rounds to 8 bit, so the order shows in the pixels.
+    """
+    if image.mode in ("1", "P"):  # nearest: one pass, no rounding
+        return image.resize((width, height))
+    if image.mode in ("RGBA", "LA"):  # resize in premultiplied colours, as PIL does within one call
+        premultiplied = image.convert("RGBa" if image.mode == "RGBA" else "La")
+        return premultiplied.resize((width, image.height)).resize((width, height)).convert(image.mode)
+    return image.resize((width, image.height)).resize((width, height))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB without transparency: alpha and palette transparency are dropped, not composited (reference)."""
+    if image.mode == "RGB":
+        return image
+    if "transparency" in image.info:
+        image = image.copy()
+        del image.info["transparency"]
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """One item as the model takes it.
+
+    input_ids: (L,) int64 token ids, image tokens expanded.
+    pixels: (P, 1176) float32 patches, or None.
+    grid: (rows, columns) of 14-pixel patches, or None.
+    """
+
+    input_ids: np.ndarray
+    pixels: np.ndarray | None = None
+    grid: tuple[int, int] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Turns an `Item` into `Processed` inputs. Cheap to pickle; safe in worker processes.
+
+    Args:
+        tokenizer: a fast tokenizer of the backbone.
+        min_pixels, max_pixels: image budget in pixels; overrides what the checkpoint says (reference).
+        max_length: cuts text-only items on the right; items with a picture are never cut. None: no limit.
+        image_token: the backbone's image token.
+    """
+
+    tokenizer: Any
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
+    max_length: int | None = None
+    image_token: str = IMAGE_TOKEN
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise InputError(f"min_pixels {self.min_pixels} must be positive and at most max_pixels {self.max_pixels}")
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Processor:
+        """Load the tokenizer of a checkpoint. Raises `InputError` if there is none."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(name))
+        except (OSError, ValueError, KeyError) as error:
+            what = str(error).splitlines()[0]
+            raise InputError(f"no tokenizer in checkpoint {name} ({what}); copy the backbone's tokenizer files there") \
+                from None
+        return cls(tokenizer, **options)
+
+    @cached_property
+    def image_token_id(self) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+
+    @cached_property
+    def _normalised(self) -> np.ndarray:
+        """(256, 3) float32: the value of each byte in each channel, by the stock formula in its own precision."""
+        scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        mean, std = np.asarray(MEAN, dtype=np.float32), np.asarray(STD, dtype=np.float32)
+        return (scaled[:, None] - mean) / std
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = ("_normalised", "image_token_id")
+        return {k: v for k, v in self.__dict__.items() if k not in hidden}
+
+    def tokens_of_image(self, width: int, height: int) -> int:
+        """How many image tokens a picture of this size takes; reads no pixels."""
+        if min(width, height) < FACTOR:
+            width = height = 2 * FACTOR
+        rows, columns = target_size(height, width, self.min_pixels, self.max_pixels)
+        return rows * columns // (FACTOR * FACTOR)
+
+    def process_image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+        """Patches (P, 1176) float32 in the backbone's order and the grid (rows, columns) with P = rows * columns."""
+        if min(image.size) < FACTOR:
+            image = _resize(image, 2 * FACTOR, 2 * FACTOR)
+        image = to_rgb(image)
+        height, width = target_size(image.height, image.width, self.min_pixels, self.max_pixels)
+        if (width, height) != image.size:
+            image = _resize(image, width, height)
+        values = np.asarray(image)
+        rows, columns = height // PATCH, width // PATCH
+        blocks = values.reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
+        blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # (h/2, w/2, 2, 2, C, 14, 14)
+        pixels = np.empty((rows * columns, 3, TEMPORAL, PATCH, PATCH), dtype=np.float32)
+        flat = blocks.reshape(rows * columns, 3, 1, PATCH, PATCH)
+        for channel in range(3):
+            pixels[:, channel] = self._normalised[:, channel][flat[:, channel]]
+        return pixels.reshape(rows * columns, -1), (rows, columns)
+
+    def __call__(self, item: Item) -> Processed:
+        """Process one item. Raises `DataError` naming the item for an empty text or a misplaced image token."""
+        text = to_backbone(item.text, self.image_token)
+        image = item.open_image()
+        if image is None:
+            ids = self._tokenize(text, item)
+            return Processed(ids if self.max_length is None else ids[: self.max_length])
+        if text.count(self.image_token) != 1:
+            raise DataError(
+                f"{item.describe()}: a text with an image needs exactly one {PLACEHOLDER} or {self.image_token},"
+                f" found {text.count(self.image_token)}"
+            )
+        pixels, grid = self.process_image(image)
+        ids = self._tokenize(text, item)
+        return Processed(self._expand(ids, len(pixels) // (MERGE * MERGE)), pixels, grid)
+
+    def _tokenize(self, text: str, item: Item) -> np.ndarray:
+        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        if len(ids) == 0:
+            raise DataError(f"{item.describe()}: an item needs a text or an image")
+        return ids
+
+    def _expand(self, ids: np.ndarray, count: int) -> np.ndarray:
+        """Repeat the single image token `count` times."""
+        position = int(np.flatnonzero(ids == self.image_token_id)[0])
+        run = np.full(count, self.image_token_id, dtype=np.int64)
+        return np.concatenate([ids[:position], run, ids[position + 1 :]])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer and a preprocessor_config.json with the image budget, readable by transformers."""
+        self.tokenizer.save_pretrained(str(folder))
+        config = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            "patch_size": PATCH,
+            "merge_size": MERGE,
+            "temporal_patch_size": TEMPORAL,
+            "image_mean": list(MEAN),
+            "image_std": list(STD),
+        }
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,96 @@
+"""From row numbers to the inputs of a step: decoded, tokenised, deduplicated and cut into chunks. Runs in workers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from b3.data.records import Item, PairDataset
+from b3.encode import token_batches, unique_items
+from b3.errors import DataError
+from b3.model.embedder import collate
+from b3.model.processing import Processed, Processor
+from b3.train.gradcache import Chunk, StepInputs
+
+
+class Rows(torch.utils.data.Dataset[tuple[int, int]]):
+    """Row numbers over several data sets; an element is (data set, row), no data is read here."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.offsets = np.concatenate([[0], np.cumsum(sizes)])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        dataset = int(np.searchsorted(self.offsets, row, side="right")) - 1
+        return dataset, int(row - self.offsets[dataset])
+
+
+def item_id(item: Item) -> int:
+    """64-bit id, equal for equal items on every rank."""
+    digest = hashlib.sha256("\0".join(item.key).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+@dataclass(frozen=True)
+class StepCollator:
+    """Builds `StepInputs` from (data set, row) pairs.
+
+    Args:
+        datasets: in the order of the sampler.
+        processor: items to inputs.
+        chunk_tokens: padded tokens a chunk may hold.
+        hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None.
+        share_duplicates: encode equal items of a rank once (right only without dropout).
+    """
+
+    datasets: list[PairDataset]
+    processor: Processor
+    chunk_tokens: int
+    hard_negatives: list[np.ndarray] | None = None
+    share_duplicates: bool = True
+
+    def __call__(self, rows: list[tuple[int, int]]) -> StepInputs:
+        queries = [self.datasets[d].query(row) for d, row in rows]
+        targets: list[Item] = []
+        valid: list[bool] = []
+        for dataset, row in rows:
+            for item, real in self._targets(dataset, row):
+                targets.append(item)
+                valid.append(real)
+        items = queries + targets
+        distinct, index = unique_items(items) if self.share_duplicates else (items, np.arange(len(items)))
+        processed = [self._process(item) for item in distinct]
+        groups = token_batches([p.num_tokens for p in processed], self.chunk_tokens)
+        chunks = [Chunk(collate([processed[i] for i in group]), torch.from_numpy(group.copy())) for group in groups]
+        return StepInputs(
+            chunks,
+            torch.from_numpy(index[: len(queries)]),
+            torch.from_numpy(index[len(queries) :]),
+            torch.tensor([item_id(item) for item in targets], dtype=torch.int64),
+            torch.tensor(valid, dtype=torch.bool),
+            num_tokens=sum(p.num_tokens for p in processed),
+        )
+
+    def _targets(self, dataset: int, row: int) -> list[tuple[Item, bool]]:
+        """The positive and the hard negatives of a row; a missing negative is a copy of the positive, not valid."""
+        pairs = self.datasets[dataset]
+        positive = pairs.target(row)
+        result = [(positive, True)]
+        if self.hard_negatives is not None:
+            for negative in self.hard_negatives[dataset][row]:
+                result.append((pairs.target(int(negative)), True) if negative >= 0 else (positive, False))
+        return result
+
+    def _process(self, item: Item) -> Processed:
+        try:
+            return self.processor(item)
+        except DataError as error:
+            raise DataError(f"training row: {error}") from None
+
+

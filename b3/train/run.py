@@ -1,0 +1,264 @@
+"""From a recipe to a trained adapter: build the parts, say what will happen, run, write what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from b3 import __version__
+from b3.config import Config
+from b3.data.recipe import load_datasets
+from b3.errors import RunError
+from b3.files import write_atomic
+from b3.train.checkpoint import RESULT, claim_folder, newest_checkpoint, read_metrics, rewind_metrics
+
+if TYPE_CHECKING:
+    from b3.data.records import PairDataset
+    from b3.mining.plan import BatchPlan
+    from b3.model.embedder import Embedder
+    from b3.train.sampler import BatchPlanSampler
+
+
+def load_plans(config: Config, datasets: list[PairDataset]) -> list[BatchPlan] | None:
+    """The mined plan of each data set, checked against its rows. Raises `RunError` naming the command that mines."""
+    if not config.needs_plan:
+        return None
+    from b3.mining.recipe import load_plan
+
+    return [load_plan(config, entry, dataset) for entry, dataset in zip(config.data.datasets, datasets, strict=True)]
+
+
+def build_sampler(
+    config: Config, datasets: list[PairDataset], plans: list[BatchPlan] | None, start: int = 0
+) -> BatchPlanSampler:
+    """Batches of this rank under the recipe's policy."""
+    import numpy as np
+
+    from b3.train.gradcache import rank, world_size
+    from b3.train.sampler import BatchPlanSampler, random_rows
+
+    sizes = [len(dataset) for dataset in datasets]
+    names = [dataset.name for dataset in datasets]
+    communities: list[np.ndarray]
+    if config.batch.policy == "b3":
+        assert plans is not None
+        communities = [plan.communities for plan in plans]
+    elif config.batch.policy == "random":
+        communities = [random_rows(size) for size in sizes]
+    else:  # one pool: row numbers run over all data sets already
+        communities, sizes, names = [random_rows(sum(sizes))], [sum(sizes)], ["all data sets"]
+    return BatchPlanSampler(
+        communities,
+        config.batch.size,
+        sizes=sizes,
+        names=names,
+        seed=config.seed,
+        steps=config.train.steps,
+        start=start,
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def build_embedder(config: Config) -> Embedder:
+    """The backbone with a fresh (or continued) trainable adapter."""
+    from transformers import set_seed
+
+    from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable
+    from b3.model.backbones import fetch
+    from b3.model.embedder import Embedder
+
+    model, spec = config.model, config.adapter
+    embedder = Embedder.from_pretrained(
+        model.name,
+        dtype=model.dtype,
+        attention=model.attention,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+        max_length=model.max_length,
+    )
+    targets = spec.target_modules
+    set_seed(config.seed)  # the adapter's initial values
+    embedder.backbone = attach_adapter(
+        embedder.backbone,
+        AdapterSpec(
+            spec.r,
+            spec.alpha,
+            spec.dropout,
+            spec.use_dora,
+            spec.init,
+            PAPER_TARGETS if targets is None else targets if isinstance(targets, str) else tuple(targets),
+        ),
+    )
+    if model.init_adapter is not None:
+        load_trainable(embedder.backbone, fetch(model.init_adapter))
+    if model.gradient_checkpointing:
+        backbone: Any = embedder.backbone
+        backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return embedder
+
+
+def start_distributed() -> None:
+    """Join the process group that torchrun or accelerate describes; nothing for a single process."""
+    import torch
+    import torch.distributed as dist
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def stop_distributed() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_ranks(config: Config) -> None:
+    """Raise `RunError` if the batch does not divide over the ranks; needs nothing heavy."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch.size < ranks:
+        raise RunError(f"{ranks} ranks share a batch of {config.batch.size} rows; start fewer ranks")
+    if config.batch.size % ranks:
+        raise RunError(f"batch.size {config.batch.size} does not divide over {ranks} ranks")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a run gives: its folder, seconds of this part, and whether there was anything left to do."""
+
+    folder: Path
+    seconds: float
+    already_complete: bool
+
+
+def train(config: Config) -> Trained:
+    """Run a recipe to its end, resuming if its folder holds a part of it.
+
+    Raises:
+        InputError: anything in the recipe, the data or the folder that cannot be used; nothing is overwritten.
+    """
+    folder = Path(config.output_dir)
+    check_ranks(config)
+    first = os.environ.get("RANK", "0") == "0"
+    if (folder / RESULT).exists():
+        claim_folder(config)
+        return Trained(folder, 0.0, already_complete=True)
+    datasets = load_datasets(config)
+    plans = load_plans(config, datasets)
+    start_distributed()
+    from b3.train.gradcache import world_size
+
+    build_sampler(config, datasets, plans)  # its checks come before the model is loaded
+    if first:
+        claim_folder(config)
+    _wait()
+    if not first:
+        claim_folder(config)
+    checkpoint = newest_checkpoint(folder)
+    started = time.perf_counter()
+    trainer = _build_trainer(config, datasets, plans, checkpoint)
+    if first:
+        rewind_metrics(folder, trainer.sampler.start)
+        write_atomic(folder / "environment.json", json.dumps(environment(world_size()), indent=2) + "\n")
+        print(describe(config, datasets, trainer.sampler, plans), flush=True)
+    trainer.run(checkpoint)
+    seconds = time.perf_counter() - started
+    if first:
+        _finish(config, trainer, datasets, plans, seconds)
+    _wait()
+    return Trained(folder, seconds, already_complete=False)
+
+
+def _wait() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _build_trainer(
+    config: Config, datasets: list[PairDataset], plans: list[BatchPlan] | None, checkpoint: Path | None
+) -> Any:
+    from b3.train.checkpoint import checkpoint_step
+    from b3.train.collate import StepCollator
+    from b3.train.trainer import ContrastiveTrainer
+
+    start = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    sampler = build_sampler(config, datasets, plans, start)
+    embedder = build_embedder(config)
+    negatives = None
+    if config.negatives.per_query:
+        assert plans is not None
+        negatives = [plan.hard_negatives[:, : config.negatives.per_query] for plan in plans]
+    collator = StepCollator(
+        datasets,
+        embedder.processor,
+        config.train.chunk_tokens,
+        negatives,
+        share_duplicates=config.adapter.dropout == 0,
+    )
+    return ContrastiveTrainer(embedder, config, collator, sampler)
+
+
+def describe(
+    config: Config, datasets: list[PairDataset], sampler: BatchPlanSampler, plans: list[BatchPlan] | None
+) -> str:
+    """What is about to happen, in a few lines."""
+    size, h = config.batch.size, config.negatives.per_query
+    lines = [f"{config.name}: {config.train.steps} steps of {size} pairs, policy {config.batch.policy}"]
+    if plans and config.batch.policy == "b3":
+        lines[0] += f" ({size // config.mining.k} communities of {config.mining.k})"
+    for index, dataset in enumerate(datasets):
+        count = f", {sampler.per_epoch_of[index]} batches an epoch" if len(sampler.per_epoch_of) > 1 else ""
+        mined = f", {plans[index].report['mined_negatives_per_query']:.2f} mined negatives a query" if plans else ""
+        lines.append(f"  {dataset.name}: {len(dataset):,} rows{count}{mined}")
+    columns = size * (1 + h)
+    lines.append(
+        f"  {sampler.batches_per_epoch} batches an epoch, {columns - 1:,} negatives a query"
+        + (f" ({h} hard negatives a row)" if h else "")
+    )
+    if sampler.start:
+        lines.append(f"  continuing at step {sampler.start}")
+    return "\n".join(lines)
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """Versions and hardware of a run."""
+    from importlib.metadata import version
+
+    import torch
+
+    libraries = ("torch", "transformers", "peft", "accelerate", "numpy", "pillow")
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "b3": __version__,
+        "libraries": {name: version(name) for name in libraries},
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpu": gpu,
+        "world_size": world_size,
+    }
+
+
+def _finish(
+    config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan] | None, seconds: float
+) -> None:
+    """Write the final adapter, the model card, and last the file that says the run is complete."""
+    from b3.train.card import model_card
+    from b3.train.trainer import save_adapter
+
+    folder = Path(config.output_dir)
+    save_adapter(trainer.embedder, folder)
+    metrics = read_metrics(folder)
+    write_atomic(folder / "README.md", model_card(config, datasets, plans, metrics))
+    result = {"steps": config.train.steps, "seconds": round(seconds, 2), "last": metrics[-1] if metrics else None}
+    write_atomic(folder / RESULT, json.dumps(result, indent=2) + "\n")

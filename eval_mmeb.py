@@ -1,0 +1,60 @@
+"""Evaluate an embedding model on MMEB subsets (precision@1), with the command line of the published release.
+
+    python eval_mmeb.py --model_name raghavlite/B3_Qwen2_2B --lora --lora_r 8 --bf16 --pooling eos --normalize True \\
+        --dataset_name TIGER-Lab/MMEB-eval --subset_name MSCOCO_i2t --dataset_split test \\
+        --per_device_eval_batch_size 4 --image_dir IMAGES --tgt_prefix_mod --encode_output_path OUT
+
+Writes <subset>_score.json, <subset>_pred.txt, summary.json and summary.md. Subsets that are scored already are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from b3.errors import InputError, command
+from b3.eval.flags import build_parser, check, ignored
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser(__doc__).parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("eval_mmeb.py runs as one process; start it without torchrun")
+    for name in ignored(arguments):
+        print(f"note: --{name} has no effect on the evaluation")
+    adapter = check(arguments)
+
+    from b3.data.sources import list_subsets
+    from b3.eval.report import markdown_table
+    from b3.eval.run import EvalSpec, evaluate
+    from b3.eval.tasks import expand
+
+    spec = EvalSpec(
+        model=arguments.model_name,
+        adapter=adapter,
+        source=arguments.dataset_name,
+        split=arguments.dataset_split,
+        image_dir=arguments.image_dir,
+        prefix_targets=arguments.tgt_prefix_mod,
+        normalize=arguments.normalize,
+        dtype="bfloat16" if arguments.bf16 else "float32",
+        min_pixels=arguments.resize_min_pixels,
+        max_pixels=arguments.resize_max_pixels,
+        max_length=arguments.max_len,
+    )
+    subsets = expand(arguments.subset_name, list_subsets(spec.source, spec.split))
+    summary = evaluate(
+        spec,
+        subsets,
+        Path(arguments.encode_output_path),
+        max_items=arguments.per_device_eval_batch_size,
+        progress=True,
+    )
+    print(markdown_table({"precision@1": summary}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Write the tiny random Qwen2-VL of the demo: a checkpoint folder with a tokenizer trained on a recipe's texts.
+
+    python scripts/make_tiny_model.py configs/demo.yaml --out runs/demo/model
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from b3.config import Config, load_config
+from b3.data.prompts import PLACEHOLDER
+from b3.errors import command
+
+
+def texts(config: Config) -> Iterator[str]:
+    """All training texts, without the image placeholder."""
+    from b3.data.recipe import load_datasets
+
+    for dataset in load_datasets(config):
+        for query, target in dataset:
+            yield query.text.replace(PLACEHOLDER, "")
+            yield target.text.replace(PLACEHOLDER, "")
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument("--hidden", type=int, default=128, help="width (default 128)")
+    parser.add_argument("--layers", type=int, default=3, help="decoder layers (default 3)")
+    parser.add_argument("--vision-layers", type=int, default=2, help="layers of the vision tower (default 2)")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="size of the tokenizer (default 2048)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+
+    from b3.model.tiny import make_tiny_model
+
+    make_tiny_model(
+        arguments.out,
+        texts(load_config(arguments.config)),
+        hidden=arguments.hidden,
+        layers=arguments.layers,
+        vision_layers=arguments.vision_layers,
+        vocab_size=arguments.vocab_size,
+        seed=arguments.seed,
+    )
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Inputs equal those of the reference: token ids, grids and pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+from golden_data import GOLDEN, cases, item
+from PIL import Image
+
+from b3.data.records import Item
+from b3.errors import DataError, InputError
+from b3.model.processing import Processor, target_size
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    return Processor.from_pretrained(GOLDEN / "tokenizer")
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda c: c["id"])
+def test_ids_grid_and_pixels_equal_the_reference(processor: Processor, case: dict) -> None:
+    result = processor(item(case))
+    assert result.input_ids.tolist() == case["input_ids"]
+    if case["image"]:
+        assert [[1, *result.grid]] == case["image_grid_thw"]
+        assert hashlib.sha256(np.ascontiguousarray(result.pixels).tobytes()).hexdigest() == case["pixel_values_sha256"]
+    else:
+        assert result.pixels is None
+
+
+def test_processing_survives_pickling(processor: Processor) -> None:
+    case = next(c for c in cases() if c["id"] == "img_photo1")
+    copy = pickle.loads(pickle.dumps(processor))
+    assert np.array_equal(copy(item(case)).pixels, processor(item(case)).pixels)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((28, 28), (56, 56)), ((64, 64), (56, 56)), ((70, 42), (56, 56)), ((2000, 3000), (812, 1204)), ((10, 500), (504, 504))],
+)
+def test_target_size_by_hand(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert target_size(*size) == expected
+
+
+def test_token_count_needs_no_pixels(processor: Processor) -> None:
+    for width, height in ((64, 64), (20, 300), (640, 480), (3000, 9)):
+        picture = Image.new("RGB", (width, height))
+        pixels, _ = processor.process_image(picture)
+        assert processor.tokens_of_image(width, height) == len(pixels) // 4
+
+
+@pytest.mark.parametrize("text", ["no token", "<|image_1|> and <|image_1|>"])
+def test_an_image_needs_exactly_one_token(processor: Processor, text: str) -> None:
+    with pytest.raises(DataError, match="exactly one"):
+        processor(Item(text, Image.new("RGB", (64, 64))))
+
+
+def test_an_empty_text_is_refused(processor: Processor) -> None:
+    with pytest.raises(DataError, match="needs a text or an image"):
+        processor(Item(""))
+
+
+def test_impossible_budget_is_refused() -> None:
+    with pytest.raises(InputError, match="min_pixels"):
+        Processor(None, min_pixels=100, max_pixels=10)

@@ -1,0 +1,106 @@
+"""Small real things that several tests need: a tiny model, a data set with pictures, a recipe over them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "white", "orange", "purple"]
+SHAPES = ["square", "disc", "bar", "frame"]
+QUERY = "<|image_1|>\nRepresent the given image for classification\n"
+
+
+def picture(colour: str, shape: str, seed: int) -> bytes:
+    """A PNG of a shape on a grey ground, 56 to 84 pixels a side."""
+    from PIL import Image, ImageDraw
+
+    rng = np.random.default_rng(seed)
+    side = int(rng.integers(56, 85))
+    image = Image.new("RGB", (side, side), (128, 128, 128))
+    draw, a, b = ImageDraw.Draw(image), int(rng.integers(5, 15)), int(rng.integers(40, 50))
+    if shape == "square":
+        draw.rectangle((a, a, b, b), fill=colour)
+    elif shape == "disc":
+        draw.ellipse((a, a, b, b), fill=colour)
+    elif shape == "bar":
+        draw.rectangle((a, a, a + 8, b), fill=colour)
+    else:
+        draw.rectangle((a, a, b, b), outline=colour, width=5)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_data(root: Path, rows: int = 96) -> Path:
+    """Two subsets in the layout of the hub: `pictures` (image to caption) and `words` (text to text)."""
+    rng = np.random.default_rng(0)
+    names, images, captions = [], [], []
+    for i in range(rows):
+        colour, shape = COLOURS[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))]
+        names.append(f"{i:04}.png")
+        images.append(picture(colour, shape, i))
+        captions.append(f"a {colour} {shape} number {i}")
+    root.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"path": names, "bytes": images}), root / "images.parquet", row_group_size=16)
+    empty = [""] * rows
+    subsets = {
+        "pictures": {"qry": [QUERY] * rows, "qry_image_path": names, "pos_text": captions, "pos_image_path": empty},
+        "words": {
+            "qry": [f"what is {c}?\n" for c in captions],
+            "qry_image_path": empty,
+            "pos_text": [c.split(" number")[0] for c in captions],
+            "pos_image_path": empty,
+        },
+    }
+    for name, columns in subsets.items():
+        (root / name).mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), root / name / "train-00000-of-00001.parquet")
+        test = {
+            "qry_text": columns["qry"][:10],
+            "qry_img_path": columns["qry_image_path"][:10],
+            "tgt_text": [[columns["pos_text"][i], "nothing at all", f"candidate {i}"] for i in range(10)],
+            "tgt_img_path": [["", "", ""]] * 10,
+        }
+        pq.write_table(pa.table(test), root / name / "test-00000-of-00001.parquet")
+    return root
+
+
+def write_model(folder: Path) -> Path:
+    """A checkpoint of a few hundred thousand parameters."""
+    from b3.model.tiny import make_tiny_model
+
+    texts = [f"a {c} {s} number 0123456789 what is Represent the given image" for c in COLOURS for s in SHAPES]
+    return make_tiny_model(folder, texts, hidden=32, layers=2, vision_layers=1, vocab_size=400)
+
+
+def recipe(root: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe over `write_data` and `write_model` below `root`; `changes` are sections laid over it."""
+    from b3.config import merge
+
+    base = {
+        "name": "test",
+        "output_dir": str(root / "run"),
+        "model": {"name": str(root / "model"), "dtype": "float32"},
+        "adapter": {"r": 4, "alpha": 16, "dropout": 0.0, "use_dora": False},
+        "data": {
+            "source": f"parquet:{root / 'data'}",
+            "image_dir": str(root / "data" / "images.parquet"),
+            "datasets": [{"subset": "pictures"}, {"subset": "words"}],
+        },
+        "mining": {"dir": str(root / "mining"), "teacher": str(root / "teacher"), "p": 2, "m": 10, "k": 4},
+        "batch": {"size": 12, "policy": "random"},
+        "train": {"steps": 6, "lr": 1e-2, "chunk_tokens": 128, "save_every": 2},
+    }
+    return merge(base, changes)
+
+
+def write_recipe(root: Path, name: str = "recipe.yaml", **changes: Any) -> Path:
+    file = root / name
+    file.write_text(yaml.safe_dump(recipe(root, **changes)))
+    return file

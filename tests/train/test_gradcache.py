@@ -1,0 +1,141 @@
+"""The cached step: the reference's recorded step, plain gradients for any chunks, and any number of ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_data import GOLDEN, checkpoint
+from safetensors.torch import load_file
+
+from b3 import Embedder
+from b3.data.records import Item
+from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable, new_name
+from b3.train.collate import StepCollator
+from b3.train.gradcache import CachedStep
+from b3.train.loss import info_nce
+
+PAIRS = json.loads((GOLDEN / "train" / "train.json").read_text())["pairs"]
+
+
+def to_item(side: list) -> Item:
+    return Item(side[0], GOLDEN / "images" / side[1] if side[1] else None)
+
+
+class GoldenPairs:
+    """The recorded pairs as a data set; rows 8 + 2i, 9 + 2i have pair i's negatives as targets."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def query(self, row: int) -> Item:
+        return to_item(PAIRS[row]["qry"])
+
+    def target(self, row: int) -> Item:
+        return to_item(PAIRS[row]["pos"] if row < 8 else PAIRS[(row - 8) // 2]["neg"][row % 2])
+
+
+NEGATIVES = np.array([[8 + 2 * i, 9 + 2 * i] for i in range(8)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("golden"))
+
+
+def embedder(folder: Path, kind: str, dropout: float = 0.0) -> Embedder:
+    model = Embedder.from_pretrained(folder, dtype="float32")
+    model.backbone = attach_adapter(model.backbone, AdapterSpec(use_dora=kind == "dora", dropout=dropout))
+    load_trainable(model.backbone, GOLDEN / f"adapter-{kind}")
+    return model.train()
+
+
+def collator(model: Embedder, chunk_tokens: int, negatives: int = 0, share: bool = True) -> StepCollator:
+    hard = [NEGATIVES[:, :negatives]] if negatives else None
+    return StepCollator([GoldenPairs()], model.processor, chunk_tokens, hard, share_duplicates=share)  # type: ignore[list-item]
+
+
+def gradients(model: Embedder) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.backbone.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("negatives", [0, 2])
+@pytest.mark.parametrize("chunk_tokens", [64, 100000])
+def test_step_equals_the_reference(folder: Path, kind: str, negatives: int, chunk_tokens: int) -> None:
+    golden = load_file(GOLDEN / "train" / "gradcache_step.safetensors")
+    model = embedder(folder, kind)
+    inputs = collator(model, chunk_tokens, negatives)([(0, i) for i in range(8)])
+    assert (len(inputs.chunks) > 1) == (chunk_tokens == 64)
+    result = CachedStep(model, 0.02, mask_duplicates=False)(inputs, 0)
+    prefix = f"{kind}/neg{negatives}"
+    assert result.loss == pytest.approx(float(golden[f"{prefix}/loss"][0]), rel=1e-5)
+    ours = gradients(model)
+    recorded = {k.removeprefix(f"{prefix}/grad/"): v for k, v in golden.items() if k.startswith(f"{prefix}/grad/")}
+    assert len(recorded) == len(ours)
+    for name, value in recorded.items():
+        assert relative(ours[new_name(name)].reshape(value.shape), value) < 2e-5, name
+
+
+def plain(model: Embedder, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
+    """One ordinary forward and backward of everything, item by item."""
+    from b3.model.embedder import collate
+
+    data = GoldenPairs()
+    queries = torch.cat([model(collate([model.processor(data.query(i))])) for i in rows])
+    targets = torch.cat([model(collate([model.processor(data.target(i))])) for i in rows])
+    loss = info_nce(queries, targets, 0.02)
+    loss.backward()
+    return float(loss.detach()), gradients(model)
+
+
+@pytest.mark.parametrize("chunk_tokens", [16, 50, 200])
+@pytest.mark.parametrize("share", [True, False])
+def test_cached_equals_plain_with_repeated_rows(folder: Path, chunk_tokens: int, share: bool) -> None:
+    rows = [0, 1, 2, 2, 5, 7, 3, 0]
+    model = embedder(folder, "dora")
+    loss, expected = plain(model, rows)
+    inputs = collator(model, chunk_tokens, share=share)([(0, i) for i in rows])
+    assert inputs.num_items == (len({*rows}) * 2 if share else 16)
+    result = CachedStep(model, 0.02, mask_duplicates=False)(inputs, 0)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    for name, value in gradients(model).items():
+        assert relative(value, expected[name]) < 1e-4, name
+
+
+def test_dropout_is_the_same_in_both_passes(folder: Path) -> None:
+    """With dropout on, a cached step must equal one ordinary pass over the same chunks with the same seeds."""
+    model = embedder(folder, "lora", dropout=0.3)
+    inputs = collator(model, 64, share=False)([(0, i) for i in range(8)])
+    assert len(inputs.chunks) > 2
+    step = CachedStep(model, 0.02, mask_duplicates=False, seed=3)
+    result = step(inputs, 7)
+    cached = gradients(model)
+    vectors = torch.empty(inputs.num_items, model.dim)
+    for position, chunk in enumerate(inputs.chunks):
+        vectors = vectors.index_copy(0, chunk.rows, step._embed(chunk, 7, position))
+    loss = info_nce(vectors[inputs.query_index], vectors[inputs.target_index], 0.02)
+    loss.backward()
+    assert result.loss == pytest.approx(float(loss), rel=1e-6)
+    for name, value in gradients(model).items():
+        assert relative(cached[name], value) < 1e-4, name
+    assert step(inputs, 8).loss != pytest.approx(result.loss, rel=1e-4)  # another step, other dropout
+
+
+def test_missing_hard_negatives_are_no_negatives(folder: Path) -> None:
+    model = embedder(folder, "lora")
+    data = collator(model, 100000, 2)
+    data.hard_negatives[0] = np.full((8, 2), -1)  # type: ignore[index]
+    with_padding = CachedStep(model, 0.02, mask_duplicates=False)(data([(0, i) for i in range(8)]), 0)
+    model.zero_grad()
+    without = CachedStep(model, 0.02, mask_duplicates=False)(collator(model, 100000)([(0, i) for i in range(8)]), 0)
+    assert with_padding.loss == pytest.approx(without.loss, rel=1e-6)

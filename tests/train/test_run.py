@@ -1,0 +1,189 @@
+"""A whole run: resume after a kill, two and three ranks against one, and what a user is told when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    tiny.write_data(folder / "data")
+    tiny.write_model(folder / "model")
+    tiny.write_recipe(folder)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def command(root: Path, run: str, *overrides: str, ranks: int = 1, port: int = 0) -> list[str]:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    return [*start, str(ROOT / "train.py"), str(root / "recipe.yaml"), f"output_dir={root / run}", *overrides]
+
+
+def start(root: Path, run: str, *overrides: str, **options: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(root, run, *overrides, **options), env=environment(), capture_output=True, text=True, timeout=300
+    )
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMES = {"pairs_per_second", "tokens_per_second_per_rank", "waiting_for_data"}
+
+
+def without_times(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path) -> Path:
+    """An uninterrupted run with dropout and DoRA."""
+    result = start(root, "whole", "adapter.dropout=0.2", "adapter.use_dora=true")
+    assert result.returncode == 0, result.stderr
+    return root / "whole"
+
+
+def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+    names = {p.name for p in whole.iterdir()}
+    expected = "config.yaml environment.json metrics.jsonl adapter_config.json adapter_model.safetensors README.md"
+    assert names >= {*expected.split(), f"checkpoint-{STEPS}"}
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["loss"] != lines[0]["loss"]
+    assert not list(whole.rglob("*.pkl")) and not list(whole.rglob("training_args.bin"))
+
+
+@pytest.mark.parametrize("after", [2, 3, 5])
+def test_killed_and_restarted_equals_uninterrupted(root: Path, whole: Path, after: int) -> None:
+    """SIGKILL once `after` steps are logged; the same command again ends with the same losses and weights, bit for bit."""
+    run = f"killed-{after}"
+    overrides = ("adapter.dropout=0.2", "adapter.use_dora=true")
+    process = subprocess.Popen(
+        command(root, run, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    log = root / run / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while process.poll() is None and time.monotonic() < deadline:
+        if log.exists() and log.read_text().count("\n") >= after:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.002)
+    process.wait()
+    assert not (root / run / "result.json").exists(), "the run ended before it could be killed"
+    result = start(root, run, *overrides)
+    assert result.returncode == 0, result.stderr
+    assert without_times(metrics(root / run)) == without_times(metrics(whole))
+    mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (root / run, whole))
+    assert all((mine[name] == theirs[name]).all() for name in theirs)
+
+
+def test_a_torn_checkpoint_is_passed_over(root: Path, whole: Path) -> None:
+    from b3.train.checkpoint import newest_checkpoint
+
+    newest = newest_checkpoint(whole)
+    assert newest is not None and newest.name == f"checkpoint-{STEPS}"
+    weights = newest / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    try:
+        weights.write_bytes(data[:-10])
+        older = newest_checkpoint(whole)
+        assert older is not None and older.name == f"checkpoint-{STEPS - 2}"
+    finally:
+        weights.write_bytes(data)
+    marker = newest / "complete.json"
+    text = marker.read_text()
+    try:
+        marker.unlink()
+        assert newest_checkpoint(whole) == older
+    finally:
+        marker.write_text(text)
+
+
+def test_a_complete_run_is_left_alone(root: Path, whole: Path) -> None:
+    before = (whole / "adapter_model.safetensors").stat().st_mtime_ns
+    result = start(root, "whole", "adapter.dropout=0.2", "adapter.use_dora=true")
+    assert result.returncode == 0
+    assert "complete" in result.stdout
+    assert (whole / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.fixture(scope="module")
+def single(root: Path) -> Path:
+    result = start(root, "single")
+    assert result.returncode == 0, result.stderr
+    return root / "single"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_give_the_losses_of_one_process(root: Path, single: Path, ranks: int) -> None:
+    result = start(root, f"ranks-{ranks}", ranks=ranks, port=29540 + ranks)
+    assert result.returncode == 0, result.stderr
+    for ours, theirs in zip(metrics(root / f"ranks-{ranks}"), metrics(single), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["in_batch_precision"] == pytest.approx(theirs["in_batch_precision"])
+    one, many = (load_file(f / "adapter_model.safetensors") for f in (single, root / f"ranks-{ranks}"))
+    assert max(float((one[name] - many[name]).abs().max()) for name in one) < 1e-3
+
+
+def test_workers_change_nothing(root: Path, single: Path) -> None:
+    result = start(root, "workers", "train.workers=2")
+    assert result.returncode == 0, result.stderr
+    assert without_times(metrics(root / "workers")) == without_times(metrics(single))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=1"], "did you mean 'steps'"),
+        (["batch.policy=b3", "batch.size=10"], "not a multiple of mining.k 4; use 8 or 12"),
+        (["batch.size=1000"], "fewer than the batch size"),
+        (["batch.policy=b3"], "no batch plan in"),
+        (["data.datasets.0.subset=nothing"], "subsets there: pictures, words"),
+        (["data.image_dir=/nowhere"], "image_dir /nowhere does not exist"),
+        (["model.name=/nowhere"], "does not exist"),
+        (["adapter.r=3", "resume=never", "output_dir={root}/single"], "resume is 'never'"),
+        (["adapter.r=3", "output_dir={root}/single"], "belongs to another run (adapter.r was 4, now 3)"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(root: Path, single: Path, overrides: list[str], message: str) -> None:
+    import train
+
+    captured = subprocess.run(
+        command(root, "mistake", *(o.format(root=root) for o in overrides)),
+        env=environment(), capture_output=True, text=True, timeout=120,
+    )
+    assert train.main is not None
+    assert captured.returncode == 2, captured.stderr
+    lines = [line for line in captured.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and message in lines[0]
+    assert "Traceback" not in captured.stderr
+
+
+def test_more_ranks_than_rows_is_refused(root: Path) -> None:
+    result = subprocess.run(
+        command(root, "mistake"), env={**environment(), "WORLD_SIZE": "16", "RANK": "0"},
+        capture_output=True, text=True, timeout=120,
+    )
+    assert result.returncode == 2
+    assert "16 ranks share a batch of 12 rows; start fewer ranks" in result.stderr

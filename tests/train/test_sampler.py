@@ -1,0 +1,78 @@
+"""Batches are a pure function of (plan, seed, epoch), cover rows at most once, and split over ranks without loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from b3.errors import InputError
+from b3.train import BatchPlanSampler
+from b3.train.sampler import random_rows
+
+
+def communities(count: int, size: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count * size).reshape(count, size)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(4, 20), min_size=1, max_size=3), st.sampled_from([1, 2, 3]), st.integers(0, 99))
+def test_an_epoch_has_each_row_at_most_once_in_whole_communities(counts: list[int], group: int, seed: int) -> None:
+    plans = [communities(c, 4, seed + i) for i, c in enumerate(counts)]
+    sampler = BatchPlanSampler(plans, 4 * group, seed=seed)
+    batches = sampler.epoch_batches(3)
+    assert len(batches) == len(sampler) == sum(c // group for c in counts)
+    rows = np.concatenate(batches)
+    assert len(np.unique(rows)) == len(rows)
+    known = {tuple(sorted(c + sampler.offsets[d])) for d, plan in enumerate(plans) for c in plan}
+    for batch in batches:
+        assert len({sampler.dataset_of(int(r))[0] for r in batch}) == 1
+        assert all(tuple(sorted(part)) in known for part in batch.reshape(-1, 4))
+
+
+def test_resuming_is_indexing() -> None:
+    plans = [communities(9, 4, 0), communities(7, 4, 1)]
+    whole = list(BatchPlanSampler(plans, 8, seed=5, steps=40))
+    for start in (0, 1, 7, 39, 40):
+        part = BatchPlanSampler(plans, 8, seed=5, steps=40, start=start)
+        assert len(part) == 40 - start
+        assert list(part) == whole[start:]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_each_batch_in_order(ranks: int) -> None:
+    plan = communities(10, 4, 0)
+    whole = list(BatchPlanSampler(plan, 8, steps=12))
+    parts = [list(BatchPlanSampler(plan, 8, steps=12, rank=r, world_size=ranks)) for r in range(ranks)]
+    assert [sum((p[i] for p in parts), []) for i in range(12)] == whole
+
+
+def test_epochs_differ_and_left_over_communities_rotate() -> None:
+    plan = communities(5, 4, 0)
+    sampler = BatchPlanSampler(plan, 16, seed=1)
+    epochs = [np.sort(np.concatenate(sampler.epoch_batches(e))) for e in range(20)]
+    assert len({tuple(e) for e in epochs}) > 1
+    assert set(np.concatenate(epochs)) == set(range(20))
+
+
+def test_seeds_differ_and_repeat() -> None:
+    plan = random_rows(64)
+    a, b, c = (list(BatchPlanSampler(plan, 8, seed=s, steps=8)) for s in (0, 0, 1))
+    assert a == b != c
+
+
+def test_set_epoch_serves_as_an_ordinary_batch_sampler() -> None:
+    sampler = BatchPlanSampler(random_rows(32), 8, seed=3)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert len(first) == len(sampler) == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "message"), [(6, 1, "multiple of the community"), (8, 3, "over 3 ranks"), (64, 1, "fewer than the batch")]
+)
+def test_impossible_batches_are_refused(size: int, ranks: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BatchPlanSampler(communities(5, 4, 0), size, world_size=ranks)
