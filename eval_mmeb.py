@@ -1,7 +1,7 @@
-"""Evaluate an embedding model on MMEB subsets (precision@1), with the command line of the published release.
+r"""Evaluate an embedding model on MMEB subsets (precision@1), with the command line of the published release.
 
-    python eval_mmeb.py --model_name raghavlite/B3_Qwen2_2B --lora --lora_r 8 --bf16 --pooling eos --normalize True \\
-        --dataset_name TIGER-Lab/MMEB-eval --subset_name MSCOCO_i2t --dataset_split test \\
+    python eval_mmeb.py --model_name raghavlite/B3_Qwen2_2B --lora --lora_r 8 --bf16 --pooling eos --normalize True \
+        --dataset_name TIGER-Lab/MMEB-eval --subset_name MSCOCO_i2t --dataset_split test \
         --per_device_eval_batch_size 4 --image_dir IMAGES --tgt_prefix_mod --encode_output_path OUT
 
 Writes <subset>_score.json, <subset>_pred.txt, summary.json and summary.md. Subsets that are scored already are kept.

@@ -30,7 +30,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     name: str = Field(description="hub name or folder of the backbone (or of an adapter repository)")
     init_adapter: str | None = Field(None, description="adapter to continue from; its shape must be that of `adapter`")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the frozen weights; auto: bfloat16 on GPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen weights; auto: bfloat16 on GPU"
+    )
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field("auto", description="attention kernel")
     min_pixels: int = Field(3136, gt=0, description="smallest picture after resizing, pixels")
     max_pixels: int = Field(1003520, gt=0, description="largest picture after resizing, pixels (28*28 a token)")
@@ -45,7 +47,8 @@ class AdapterConfig(Section):
     use_dora: bool = Field(True, description="weight-decomposed (DoRA), as the released models")
     init: Literal["gaussian", "kaiming"] = Field("gaussian", description="of the A matrices")
     target_modules: str | list[str] | None = Field(
-        None, description="regular expression or suffixes of linear layers; null: the paper's (language model q k v o down)"
+        None,
+        description="regular expression or suffixes of linear layers; null: the paper's (language model q k v o down)",
     )
 
 
@@ -79,7 +82,7 @@ class DataConfig(Section):
 class MiningConfig(Section):
     dir: str = Field(description="folder of the batch plans, one sub-folder a data set")
     teacher: str = Field(
-        description="'embedded' (shipped with embedded data), a checkpoint, or a folder with SUBSET_queries.npy and SUBSET_targets.npy"
+        description="'embedded', a checkpoint, or a folder of SUBSET_queries.npy and SUBSET_targets.npy"
     )
     teacher_adapter: str | None = Field(None, description="adapter of a teacher checkpoint")
     p: int | dict[Family, int] = Field(30, description="ranks skipped at the top; a number or one a family")
@@ -87,7 +90,9 @@ class MiningConfig(Section):
     k: int = Field(32, gt=0, description="community size K")
     edges: Literal["union", "mutual"] = Field("union", description="when two rows are linked; mutual is the paper's")
     veto: bool = Field(True, description="drop an edge if either row ranks the other above p (union only)")
-    partitioner: Literal["metis", "paper", "random"] = Field("metis", description="paper: k-way METIS and the authors' repair")
+    partitioner: Literal["metis", "paper", "random"] = Field(
+        "metis", description="paper: k-way METIS and the authors' repair"
+    )
     refine_passes: int = Field(6, ge=0, description="passes of swap refinement after the partition (metis only)")
 
     def p_of(self, dataset: DatasetConfig) -> int:
@@ -102,7 +107,9 @@ class MiningConfig(Section):
         if min(values, default=0) < 0:
             raise ValueError(f"mining.p {self.p} must not be negative")
         if self.partitioner != "metis" and "refine_passes" in self.model_fields_set and self.refine_passes:
-            raise ValueError(f"mining.refine_passes {self.refine_passes} has no effect with partitioner {self.partitioner}")
+            raise ValueError(
+                f"mining.refine_passes {self.refine_passes} has no effect with partitioner {self.partitioner}"
+            )
         if self.partitioner == "paper" and self.edges != "mutual":
             raise ValueError("mining.partitioner paper needs mining.edges mutual")
         if self.edges == "mutual" and self.veto and "veto" in self.model_fields_set:
@@ -117,7 +124,8 @@ class NegativesConfig(Section):
 class BatchConfig(Section):
     size: int = Field(gt=1, description="rows |B| of a batch, over all ranks")
     policy: Literal["b3", "random", "random_mixed"] = Field(
-        "b3", description="b3: mined communities; random: random rows of one data set (fair control); random_mixed: of all"
+        "b3",
+        description="b3: mined communities; random: random rows of one data set (fair control); random_mixed: of all",
     )
 
 
@@ -130,9 +138,12 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
     temperature: float = Field(0.02, gt=0, description="of InfoNCE")
     mask: Literal["none", "duplicates"] = Field(
-        "duplicates", description="duplicates: a column equal to the query's positive is no negative; none: faithful"
+        "duplicates",
+        description="duplicates: a target equal to the positive, or belonging to an equal query, is no negative",
     )
-    chunk_tokens: int = Field(8192, gt=0, description="padded tokens of one forward pass; bounds memory at any batch size")
+    chunk_tokens: int = Field(
+        8192, gt=0, description="padded tokens of one forward pass; bounds memory at any batch size"
+    )
     bf16: bool = Field(False, description="bfloat16 autocast")
     workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead of the step")
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
@@ -161,7 +172,8 @@ class Config(Section):
     seed: int = Field(0, ge=0, description="every random choice derives from it")
     output_dir: str = Field(description="run directory")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: continue from the newest complete checkpoint of output_dir; never: refuse a used folder"
+        "auto",
+        description="auto: continue from the newest complete checkpoint of output_dir; never: refuse a used folder",
     )
     model: ModelConfig
     adapter: AdapterConfig = AdapterConfig()
@@ -179,7 +191,9 @@ class Config(Section):
             lower = max(k, size // k * k)
             raise ValueError(f"batch.size {size} is not a multiple of mining.k {k}; use {lower} or {lower + k}")
         if self.model.min_pixels > self.model.max_pixels:
-            raise ValueError(f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}")
+            raise ValueError(
+                f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}"
+            )
         return self
 
     @property
@@ -286,7 +300,7 @@ def _section_of(annotation: Any) -> Any:
 
 
 def _real_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
-    """pydantic's location without the names of union members that it appends to a leaf."""
+    """Pydantic's location without the names of union members that it appends to a leaf."""
     section: Any = Config
     for index, part in enumerate(location):
         if isinstance(part, int):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from b3.data.records import Item, as_item
+from b3.progress import bar
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder
@@ -30,7 +31,9 @@ def unique_items(items: Iterable[Item]) -> tuple[list[Item], np.ndarray]:
     return distinct, np.asarray(index, dtype=np.int64)
 
 
-def token_batches(lengths: Sequence[int] | np.ndarray, batch_tokens: int, max_items: int | None = None) -> list[np.ndarray]:
+def token_batches(
+    lengths: Sequence[int] | np.ndarray, batch_tokens: int, max_items: int | None = None
+) -> list[np.ndarray]:
     """Positions grouped so that rows x longest row <= `batch_tokens` (a single longer row stands alone).
 
     Rows of similar length share a batch; ties keep their order, so the grouping is a pure function of the lengths.
@@ -74,33 +77,20 @@ def encode_items(
     was_training = embedder.training
     embedder.eval()
     try:
-        with torch.inference_mode(), _bar(progress, len(distinct)) as advance:
+        with torch.inference_mode(), bar(len(distinct), progress, "item") as shown:
             for rows, processed in _windows(embedder.processor, distinct, window):
                 for batch in token_batches([p.num_tokens for p in processed], batch_tokens, max_items):
                     inputs = collate([processed[i] for i in batch]).to(embedder.device)
                     vectors[rows.start + batch] = embedder(inputs, normalize=normalize).cpu().numpy()
-                    advance(len(batch))
+                    shown.update(len(batch))
     finally:
         embedder.train(was_training)
     return vectors[index]
 
 
-def _windows(processor: Callable[[Item], Processed], items: list[Item], size: int) -> Iterator[tuple[range, list[Processed]]]:
+def _windows(
+    processor: Callable[[Item], Processed], items: list[Item], size: int
+) -> Iterator[tuple[range, list[Processed]]]:
     for start in range(0, len(items), size):
         rows = range(start, min(start + size, len(items)))
         yield rows, [processor(items[row]) for row in rows]
-
-
-class _bar:
-    """A tqdm bar as a context that yields its `update`; nothing if there is no label."""
-
-    def __init__(self, label: str | None, total: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, desc=label, unit="item", disable=label is None, leave=False)
-
-    def __enter__(self) -> Callable[[int], Any]:
-        return self._bar.update
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -17,10 +17,7 @@ _CLASSIFICATION = (
     "ImageNet-1K ImageNet_1K N24News HatefulMemes VOC2007 SUN397 Place365 ImageNet-A ImageNet-R ObjectNet Country211"
     " emoji_cls"
 )
-_VQA = (
-    "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W ScienceQA GQA TextVQA VizWiz"
-    " emoji_vqa"
-)
+_VQA = "OK-VQA A-OKVQA DocVQA InfographicsVQA ChartQA Visual7W ScienceQA GQA TextVQA VizWiz emoji_vqa"
 _CAPTION = "MSCOCO_i2t VisualNews_i2t emoji_i2t"
 
 TARGET_PREFIXES: dict[str, str] = {

@@ -114,7 +114,9 @@ def _load_hub(name: str, subset: str, split: str) -> pa.Table:
         table = datasets.load_dataset(name, subset, split=split).data.table
     except Exception as error:  # the library raises many types, some from its own dependencies
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"subset '{subset}', split '{split}' of hub data set '{name}' cannot be loaded: {what}") from None
+        raise DataError(
+            f"subset '{subset}', split '{split}' of hub data set '{name}' cannot be loaded: {what}"
+        ) from None
     return table
 
 

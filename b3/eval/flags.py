@@ -38,7 +38,10 @@ def boolean(text: str) -> bool:
 
 
 def _switch(parser: argparse.ArgumentParser, name: str, text: str) -> None:
-    parser.add_argument(f"--{name}", nargs="?", const=True, default=False, type=boolean, metavar="True|False", help=text)
+    """A boolean that may stand alone or take True or False."""
+    parser.add_argument(
+        f"--{name}", nargs="?", const=True, default=False, type=boolean, metavar="True|False", help=text
+    )
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -78,7 +81,7 @@ def ignored(arguments: argparse.Namespace) -> list[str]:
 
 
 def check(arguments: argparse.Namespace) -> str | None:
-    """The adapter to merge on top of --model_name, or None. Raises `InputError` for flags that contradict each other."""
+    """The adapter to merge onto --model_name, or None. Raises `InputError` for flags that contradict each other."""
     from b3.model.adapter import CONFIG_FILE, is_adapter
     from b3.model.backbones import fetch, read_json
 

@@ -15,9 +15,7 @@ from b3.files import write_atomic
 
 def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore) -> None:
     """`<subset>_pred.txt` (a line a row: the predicted candidate) and, last, `<subset>_score.json`."""
-    lines = [
-        str(dataset.raw_candidates(row)[index]) for row, index in enumerate(score.predicted.tolist())
-    ]
+    lines = [str(dataset.raw_candidates(row)[index]) for row, index in enumerate(score.predicted.tolist())]
     write_atomic(folder / f"{score.name}_pred.txt", "".join(line + "\n" for line in lines))
     facts = {
         "acc": score.precision,

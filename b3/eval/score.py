@@ -43,7 +43,9 @@ def row_scores(query: np.ndarray, candidates: np.ndarray, index: np.ndarray) -> 
     return (candidates * query).sum(axis=1, dtype=np.float32)[index]
 
 
-def score_subset(dataset: EvalDataset, vectors: np.ndarray, queries: np.ndarray, candidates: list[np.ndarray]) -> SubsetScore:
+def score_subset(
+    dataset: EvalDataset, vectors: np.ndarray, queries: np.ndarray, candidates: list[np.ndarray]
+) -> SubsetScore:
     """Score all rows.
 
     Args:

@@ -45,9 +45,7 @@ MMEB: tuple[Task, ...] = tuple(
     for in_domain, names in zip((True, False), both, strict=True)
     for name in names.split()
 )
-EMOJI: tuple[Task, ...] = tuple(
-    Task(name, family, None) for family, names in _EMOJI.items() for name in names.split()
-)
+EMOJI: tuple[Task, ...] = tuple(Task(name, family, None) for family, names in _EMOJI.items() for name in names.split())
 TASKS: dict[str, Task] = {task.name: task for task in (*MMEB, *EMOJI)}
 
 

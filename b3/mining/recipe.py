@@ -15,6 +15,7 @@ from b3.data.records import PairDataset
 from b3.data.sources import embedded_teacher, split_source
 from b3.errors import DataError, RunError
 from b3.mining.plan import BatchPlan
+from b3.progress import bar
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder
@@ -37,7 +38,9 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset) -> dict[s
         "K": mining.k,
         "h": config.negatives.per_query,
         "edges": mining.edges,
+        "veto": mining.veto,
         "partitioner": mining.partitioner,
+        "refine_passes": mining.refine_passes if mining.partitioner == "metis" else 0,
         "seed": config.seed,
     }
 
@@ -76,7 +79,9 @@ def teacher_embeddings(
     if config.mining.teacher == "embedded":
         kind, name = split_source(entry.source or config.data.source)
         if kind != "embedded":
-            raise DataError(f"mining.teacher 'embedded' needs embedded data, but {entry.subset} comes from {kind}:{name}")
+            raise DataError(
+                f"mining.teacher 'embedded' needs embedded data, but {entry.subset} comes from {kind}:{name}"
+            )
         queries, targets = embedded_teacher(name, entry.subset)
     else:
         folder = Path(config.mining.teacher)
@@ -106,8 +111,9 @@ def _load_teacher(config: Config) -> Embedder | None:
     """The teacher model, or None when its embeddings are given as arrays."""
     mining = config.mining
     folder = Path(mining.teacher)
-    if mining.teacher == "embedded" or (folder.is_dir() and not (folder / "config.json").exists()
-                                        and not (folder / "adapter_config.json").exists()):
+    if mining.teacher == "embedded" or (
+        folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists()
+    ):
         if mining.teacher_adapter is not None:
             raise RunError("mining.teacher_adapter needs mining.teacher to be a checkpoint")
         return None
@@ -123,19 +129,14 @@ def _load_teacher(config: Config) -> Embedder | None:
 
 
 @contextmanager
-def stage_bar(label: str, show: bool) -> Iterator[Progress | None]:
+def stage_bar(label: str, show: bool) -> Iterator[Progress]:
     """A progress callback for `mine`: one bar, relabelled at each stage."""
-    if not show:
-        yield None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=1, desc=label, leave=False) as bar:
+    with bar(1, label if show else None, "row") as shown:
 
         def update(stage: str, done: int, total: int) -> None:
-            bar.set_description_str(f"{label}: {stage}", refresh=False)
-            bar.total, bar.n = total, done
-            bar.refresh()
+            shown.set_description_str(f"{label}: {stage}", refresh=False)
+            shown.total, shown.n = total, 0
+            shown.update(done)
 
         yield update
 
@@ -147,18 +148,20 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
     Raises `InputError` for data or embeddings that cannot be used and for an existing plan that does not fit.
     """
     from b3.mining.mine import mine
+    from b3.mining.report_html import Section, write_report_html
 
     mining = config.mining
     plans: dict[str, BatchPlan] = {}
-    sections = []
     teacher: Embedder | None = None
+    teacher_used = False
     datasets = [load_dataset(config, entry) for entry in config.data.datasets]
     for entry, dataset in zip(config.data.datasets, datasets, strict=True):
         folder = plan_folder(config, entry.subset)
         if (folder / "manifest.json").exists():
             plans[entry.subset] = load_plan(config, entry, dataset)
             continue
-        teacher = teacher or _load_teacher(config)
+        if not teacher_used:
+            teacher, teacher_used = _load_teacher(config), True
         queries, targets = teacher_embeddings(config, entry, dataset, teacher)
         facts = wanted(config, entry, dataset)
         with stage_bar(entry.subset, show_progress) as progress:
@@ -180,11 +183,7 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
             )
         plan.save(folder)
         plans[entry.subset] = plan
-        sections.append((dataset, plan, queries, targets))
-    if sections:
-        _write_reports(config, sections)
+    page = Path(mining.dir) / "report.html"
+    if teacher_used or not page.exists():
+        write_report_html(page, [Section(plans[dataset.name], dataset) for dataset in datasets])
     return plans
-
-
-def _write_reports(config: Config, sections: list[Any]) -> None:
-    raise NotImplementedError

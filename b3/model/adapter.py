@@ -70,7 +70,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 
 def scale_of(config: dict[str, Any]) -> float:
-    """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
+    """Alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
     rank = config["r"]
     return config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
@@ -189,5 +189,10 @@ def load_trainable(wrapped: nn.Module, folder: Path) -> None:
 
 def matched_modules(wrapped: nn.Module) -> list[str]:
     """Names of the modules that carry an adapter, sorted."""
-    return sorted({n.split(".lora_A")[0].removeprefix("base_model.model.") for n, _ in wrapped.named_modules()
-                   if n.endswith(".lora_A")})
+    return sorted(
+        {
+            n.split(".lora_A")[0].removeprefix("base_model.model.")
+            for n, _ in wrapped.named_modules()
+            if n.endswith(".lora_A")
+        }
+    )

@@ -32,7 +32,9 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(WEIGHT_FILES)))
     except Exception as error:  # the client raises many types: offline, gated, not found, bad name
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"model {name} is neither a local folder nor can it be fetched from the hub ({what})") from None
+        raise InputError(
+            f"model {name} is neither a local folder nor can it be fetched from the hub ({what})"
+        ) from None
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""The embedding model: a Qwen2-VL backbone, last-token pooling, L2 normalisation.
+r"""The embedding model: a Qwen2-VL backbone, last-token pooling, L2 normalisation.
 
     from b3 import Embedder
     model = Embedder.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", adapter="runs/b3")
-    vectors = model.encode([{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "cat.png"}, "a cat"])
+    vectors = model.encode([{"text": "<|image_1|>\nRepresent the given image.\n", "image": "cat.png"}, "a cat"])
 
 Positions are 1-D (0..n-1 on all three rotary axes), as in every checkpoint of VLM2Vec V1, V2 and B3: their prompts hold
 no vision-start token, so the reference's builder of 3-D positions never finds an image. Rows are padded on the right,
@@ -12,7 +12,7 @@ the rest of its batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,14 @@ class Batch:
     image_rows: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        values = (getattr(self, name) for name in self.__slots__)
-        return Batch(*(v if v is None else v.to(device, non_blocking=True) for v in values))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        values = (getattr(self, name) for name in self.__slots__)
-        return Batch(*(v if v is None else v.pin_memory() for v in values))
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        pixels, grids, rows = (None if t is None else change(t) for t in (self.pixels, self.grids, self.image_rows))
+        return Batch(change(self.input_ids), change(self.lengths), pixels, grids, rows)
 
 
 def collate(items: Sequence[Processed]) -> Batch:
@@ -57,12 +59,12 @@ def collate(items: Sequence[Processed]) -> Batch:
     input_ids = torch.zeros((len(items), int(lengths.max())), dtype=torch.int64)
     for row, item in enumerate(items):
         input_ids[row, : item.num_tokens] = torch.from_numpy(item.input_ids)
-    rows = [row for row, item in enumerate(items) if item.pixels is not None]
-    if not rows:
+    pictures = [(row, i.pixels, i.grid) for row, i in enumerate(items) if i.pixels is not None and i.grid is not None]
+    if not pictures:
         return Batch(input_ids, lengths)
-    pixels = torch.from_numpy(np.concatenate([items[row].pixels for row in rows]))  # type: ignore[misc]
-    grids = torch.tensor([(1, *items[row].grid) for row in rows], dtype=torch.int64)  # type: ignore[misc]
-    return Batch(input_ids, lengths, pixels, grids, torch.tensor(rows, dtype=torch.int64))
+    pixels = torch.from_numpy(np.concatenate([patches for _, patches, _ in pictures]))
+    grids = torch.tensor([(1, *grid) for _, _, grid in pictures], dtype=torch.int64)
+    return Batch(input_ids, lengths, pixels, grids, torch.tensor([row for row, _, _ in pictures], dtype=torch.int64))
 
 
 class Embedder(nn.Module):
@@ -115,9 +117,7 @@ class Embedder(nn.Module):
         backbone = load_backbone(base, torch_dtype, target, choose_attention(attention, target, torch_dtype))
         if adapter_folder is not None:
             adapters.merge_adapter(backbone, adapter_folder)
-        processor = Processor.from_pretrained(
-            base, min_pixels=min_pixels, max_pixels=max_pixels, max_length=max_length
-        )
+        processor = Processor.from_pretrained(base, min_pixels=min_pixels, max_pixels=max_pixels, max_length=max_length)
         return cls(backbone, processor, {"base": str(base), "adapter": adapter_folder and str(adapter_folder)})
 
     @property
@@ -175,5 +175,3 @@ class Embedder(nn.Module):
 
         options: dict[str, Any] = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
         return encode_items(self, items, normalize=normalize, max_items=max_items, progress=progress, **options)
-
-

@@ -129,8 +129,9 @@ class Processor:
             tokenizer = AutoTokenizer.from_pretrained(str(name))
         except (OSError, ValueError, KeyError) as error:
             what = str(error).splitlines()[0]
-            raise InputError(f"no tokenizer in checkpoint {name} ({what}); copy the backbone's tokenizer files there") \
-                from None
+            raise InputError(
+                f"no tokenizer in checkpoint {name} ({what}); copy the backbone's tokenizer files there"
+            ) from None
         return cls(tokenizer, **options)
 
     @cached_property

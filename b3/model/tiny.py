@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SPECIAL_TOKENS = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>"
@@ -70,8 +74,10 @@ def make_tiny_model(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start",
-                                                                           "vision_end", "endoftext")}
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("image_pad", "video_pad", "vision_start", "vision_end", "endoftext")
+    }
     half = hidden // heads // 2
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
     config = Qwen2VLConfig(
@@ -106,6 +112,24 @@ def make_tiny_model(
     state = torch.random.get_rng_state()
     set_seed(seed)
     model = Qwen2VLForConditionalGeneration(config)
+    spread_weights(model)
     torch.random.set_rng_state(state)
     model.save_pretrained(str(folder))
     return folder
+
+
+def spread_weights(model: nn.Module) -> None:
+    """Redraw linear weights with variance 1 / fan-in, and keep token embeddings small.
+
+    All prompts of a task end alike. With the usual 0.02 everywhere the last token's own embedding outweighs what
+    attention brings to it, all vectors of a random model are nearly equal, and a short training cannot start.
+    """
+    import torch
+    from torch import nn
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, nn.Conv3d)):
+                module.weight.normal_(0.0, module.weight[0].numel() ** -0.5)
+            elif isinstance(module, nn.Embedding):
+                module.weight.normal_(0.0, 0.02)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +71,7 @@ class StepCollator:
             chunks,
             torch.from_numpy(index[: len(queries)]),
             torch.from_numpy(index[len(queries) :]),
+            torch.tensor([item_id(item) for item in queries], dtype=torch.int64),
             torch.tensor([item_id(item) for item in targets], dtype=torch.int64),
             torch.tensor(valid, dtype=torch.bool),
             num_tokens=sum(p.num_tokens for p in processed),
@@ -92,5 +92,3 @@ class StepCollator:
             return self.processor(item)
         except DataError as error:
             raise DataError(f"training row: {error}") from None
-
-

@@ -41,13 +41,16 @@ class Chunk:
 class StepInputs:
     """One rank's share of a batch: b rows, each with a positive and h hard negatives.
 
-    chunks: cover the rank's distinct items. query_index: (b,) and target_index: (b (1 + h),) int64 positions among
-    them. target_ids: (b (1 + h),) int64, equal for equal targets. valid: (b (1 + h),) bool, False for padding.
+    chunks: cover the rank's distinct items.
+    query_index: (b,) and target_index: (b (1 + h),) int64 positions among them.
+    query_ids: (b,) and target_ids: (b (1 + h),) int64, equal for equal items.
+    valid: (b (1 + h),) bool, False for padding.
     """
 
     chunks: Sequence[Chunk]
     query_index: Tensor
     target_index: Tensor
+    query_ids: Tensor
     target_ids: Tensor
     valid: Tensor
     num_tokens: int = 0
@@ -96,7 +99,7 @@ class CachedStep:
     Args:
         embedder: the model; called directly, never through a DDP wrapper.
         temperature: of InfoNCE.
-        mask_duplicates: leave columns that repeat a query's positive out of its sum.
+        mask_duplicates: leave columns that are known to be right out of a query's sum, see `excluded_columns`.
         seed: of dropout.
         autocast: run the backbone under bfloat16 autocast.
     """
@@ -160,12 +163,16 @@ class CachedStep:
         stride = len(target_index) // len(query_index)
         total = len(query_index) * world_size()
         positives = (rank() * len(query_index) + torch.arange(len(query_index), device=device)) * stride
-        ids = gather(inputs.target_ids.to(device)) if self.mask_duplicates else None
-        valid = gather(inputs.valid.to(device)) if stride > 1 else None
-        excluded = excluded_columns(positives, ids, valid)
-        loss = info_nce(
-            queries, targets, self.temperature, positives=positives, excluded=excluded, reduction="sum"
-        ) / total
+        excluded = excluded_columns(
+            positives,
+            gather(inputs.target_ids.to(device)) if self.mask_duplicates else None,
+            gather(inputs.query_ids.to(device)) if self.mask_duplicates else None,
+            gather(inputs.valid.to(device)) if stride > 1 else None,
+        )
+        loss = (
+            info_nce(queries, targets, self.temperature, positives=positives, excluded=excluded, reduction="sum")
+            / total
+        )
         loss.backward()
         assert queries.grad is not None and targets.grad is not None
         statistics = BatchStatistics.measure(queries, targets, positives, excluded)

@@ -4,8 +4,8 @@ For query i with positive column y(i), over all T target columns (positives and 
 
     loss_i = -log( exp(q_i . t_y(i) / tau) / sum over j of exp(q_i . t_j / tau) )
 
-One direction, query to target; the mean over queries is the loss (paper, section 3; authors' code). Columns that repeat
-a query's own positive may be taken out of its sum.
+One direction, query to target; the mean over queries is the loss (paper, section 3; authors' code). Columns that are
+known to be right as well may be taken out of a query's sum.
 """
 
 from __future__ import annotations
@@ -23,17 +23,35 @@ def positive_columns(num_queries: int, num_targets: int) -> Tensor:
     return torch.arange(num_queries) * (num_targets // num_queries)
 
 
-def excluded_columns(positives: Tensor, target_ids: Tensor | None, valid: Tensor | None) -> Tensor | None:
-    """(B, T) bool, True where a column is no negative of a query: it repeats the query's positive, or is padding.
+def excluded_columns(
+    positives: Tensor,
+    target_ids: Tensor | None = None,
+    query_ids: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor | None:
+    """(B, T) bool, True where a column is no negative of a query; None where every column is.
 
-    positives: (B,) int64 columns. target_ids: (T,) int64, equal for equal targets. valid: (T,) bool.
+    A column is left out if it equals the query's positive (a shared label), if it is the positive of an equal query (a
+    caption with two pictures), or if it is padding.
+
+    Args:
+        positives: (B,) int64, the column of each query's positive.
+        target_ids: (T,) int64, equal for equal targets.
+        query_ids: (n,) int64 of all rows of the batch, T = n (1 + h), equal for equal queries.
+        valid: (T,) bool, False for padding.
     """
-    if target_ids is None and valid is None:
+    known = [t for t in (target_ids, valid) if t is not None]
+    if not known:
+        assert query_ids is None, "query_ids go with target_ids"
         return None
-    num_targets = len(target_ids if target_ids is not None else valid)  # type: ignore[arg-type]
+    num_targets = len(known[0])
     excluded = torch.zeros(len(positives), num_targets, dtype=torch.bool, device=positives.device)
     if target_ids is not None:
         excluded |= target_ids[positives][:, None] == target_ids[None, :]
+    if query_ids is not None:
+        stride = num_targets // len(query_ids)
+        same = query_ids[positives // stride][:, None] == query_ids[None, :]
+        excluded[:, ::stride] |= same  # hard negatives of an equal query stay negatives
     if valid is not None:
         excluded |= ~valid[None, :]
     return excluded.scatter_(1, positives[:, None], False)

@@ -197,7 +197,9 @@ def _build_trainer(
     negatives = None
     if config.negatives.per_query:
         assert plans is not None
-        negatives = [plan.hard_negatives[:, : config.negatives.per_query] for plan in plans]
+        mined = [plan.hard_negatives for plan in plans]
+        assert all(rows is not None for rows in mined), "load_plans checks this"
+        negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]
     collator = StepCollator(
         datasets,
         embedder.processor,

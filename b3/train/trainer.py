@@ -19,6 +19,7 @@ from b3.config import Config
 from b3.errors import RunError
 from b3.model.adapter import load_trainable
 from b3.model.embedder import Embedder
+from b3.progress import bar
 from b3.train.checkpoint import METRICS, checkpoint_step, mark_complete
 from b3.train.collate import Rows, StepCollator
 from b3.train.gradcache import CachedStep, StepInputs, StepResult
@@ -199,11 +200,8 @@ class _Progress(TrainerCallback):
         self.start, self.steps = start, steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=self.steps, initial=self.start, desc="train", unit="step", disable=not state.is_world_process_zero
-        )
+        label = "train" if state.is_world_process_zero else None
+        self.bar = bar(self.steps, label, "step", initial=self.start, leave=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(1)
@@ -211,7 +209,12 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.bar.set_postfix(
-                loss=f"{logs['loss']:.3f}", p1=f"{logs['in_batch_precision']:.2f}", pairs_s=f"{logs['pairs_per_second']:.0f}"
+                {
+                    "loss": f"{logs['loss']:.3f}",
+                    "p@1": f"{logs['in_batch_precision']:.2f}",
+                    "pairs/s": f"{logs['pairs_per_second']:.0f}",
+                },
+                refresh=False,
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

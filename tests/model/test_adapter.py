@@ -96,7 +96,13 @@ def broken(tmp_path: Path, change: str) -> Path:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("unknown", "does not exist"), ("missing", "expected"), ("shape", "shape"), ("odd", "not a LoRA"), ("torn", "cannot be read")],
+    [
+        ("unknown", "does not exist"),
+        ("missing", "expected"),
+        ("shape", "shape"),
+        ("odd", "not a LoRA"),
+        ("torn", "cannot be read"),
+    ],
 )
 def test_a_tensor_that_does_not_fit_is_an_error(folder: Path, tmp_path: Path, change: str, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -39,7 +39,13 @@ def test_processing_survives_pickling(processor: Processor) -> None:
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [((28, 28), (56, 56)), ((64, 64), (56, 56)), ((70, 42), (56, 56)), ((2000, 3000), (812, 1204)), ((10, 500), (504, 504))],
+    [
+        ((28, 28), (56, 56)),
+        ((64, 64), (56, 56)),
+        ((70, 42), (56, 56)),
+        ((2000, 3000), (812, 1204)),
+        ((10, 500), (504, 504)),
+    ],
 )
 def test_target_size_by_hand(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert target_size(*size) == expected

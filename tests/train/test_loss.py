@@ -57,13 +57,19 @@ def test_duplicates_and_padding_leave_the_sum() -> None:
     targets[2] = targets[0]  # the positive of row 1 equals that of row 0
     ids = torch.tensor([7, 1, 7, 2, 3, 4])
     valid = torch.tensor([True, True, True, True, True, False])
-    excluded = excluded_columns(positive_columns(3, 6), ids, valid)
+    queries_seen = torch.tensor([5, 6, 5])  # rows 0 and 2 ask the same
+    excluded = excluded_columns(positive_columns(3, 6), ids, queries_seen, valid)
     expected = np.zeros((3, 6), bool)
     expected[0, 2] = expected[1, 0] = True
+    expected[0, 4] = expected[2, 0] = True
     expected[:, 5] = True
     assert np.array_equal(excluded.numpy(), expected)
     loss = info_nce(torch.tensor(queries), torch.tensor(targets), 0.5, excluded=excluded)
     assert loss.item() == pytest.approx(by_hand(queries, targets, 0.5, expected), rel=1e-5)
+
+
+def test_without_ids_every_column_counts() -> None:
+    assert excluded_columns(positive_columns(3, 6)) is None
 
 
 def test_ragged_targets_are_a_programmers_error() -> None:

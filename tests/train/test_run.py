@@ -1,4 +1,4 @@
-"""A whole run: resume after a kill, two and three ranks against one, and what a user is told when something is wrong."""
+"""A whole run: resume after a kill, several ranks against one, and what a user is told when something is wrong."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
 
 @pytest.mark.parametrize("after", [2, 3, 5])
 def test_killed_and_restarted_equals_uninterrupted(root: Path, whole: Path, after: int) -> None:
-    """SIGKILL once `after` steps are logged; the same command again ends with the same losses and weights, bit for bit."""
+    """SIGKILL once `after` steps are logged; the same command again ends with the same losses and weights, exactly."""
     run = f"killed-{after}"
     overrides = ("adapter.dropout=0.2", "adapter.use_dora=true")
     process = subprocess.Popen(
@@ -171,7 +171,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(root: Path, single: Path, overrid
 
     captured = subprocess.run(
         command(root, "mistake", *(o.format(root=root) for o in overrides)),
-        env=environment(), capture_output=True, text=True, timeout=120,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert train.main is not None
     assert captured.returncode == 2, captured.stderr
@@ -182,8 +185,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(root: Path, single: Path, overrid
 
 def test_more_ranks_than_rows_is_refused(root: Path) -> None:
     result = subprocess.run(
-        command(root, "mistake"), env={**environment(), "WORLD_SIZE": "16", "RANK": "0"},
-        capture_output=True, text=True, timeout=120,
+        command(root, "mistake"),
+        env={**environment(), "WORLD_SIZE": "16", "RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert result.returncode == 2
     assert "16 ranks share a batch of 12 rows; start fewer ranks" in result.stderr

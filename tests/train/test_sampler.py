@@ -45,7 +45,7 @@ def test_ranks_share_each_batch_in_order(ranks: int) -> None:
     plan = communities(10, 4, 0)
     whole = list(BatchPlanSampler(plan, 8, steps=12))
     parts = [list(BatchPlanSampler(plan, 8, steps=12, rank=r, world_size=ranks)) for r in range(ranks)]
-    assert [sum((p[i] for p in parts), []) for i in range(12)] == whole
+    assert [[row for p in parts for row in p[i]] for i in range(12)] == whole
 
 
 def test_epochs_differ_and_left_over_communities_rotate() -> None:
@@ -71,7 +71,8 @@ def test_set_epoch_serves_as_an_ordinary_batch_sampler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "ranks", "message"), [(6, 1, "multiple of the community"), (8, 3, "over 3 ranks"), (64, 1, "fewer than the batch")]
+    ("size", "ranks", "message"),
+    [(6, 1, "multiple of the community"), (8, 3, "over 3 ranks"), (64, 1, "fewer than the batch")],
 )
 def test_impossible_batches_are_refused(size: int, ranks: int, message: str) -> None:
     with pytest.raises(InputError, match=message):

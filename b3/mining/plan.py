@@ -1,0 +1,194 @@
+"""The batch plan: communities and hard negatives of one data set, in memory and as a directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from b3.errors import InputError
+
+FORMAT_VERSION = 1
+ARRAYS = ("communities", "remainder", "hard_negatives")
+FILES = tuple(f"{name}.npy" for name in ARRAYS) + ("report.json", "report.html", "manifest.json")
+IDENTITY = (
+    "data_fingerprint", "embeddings_fingerprint", "teacher", "N", "p", "m", "K", "h",
+    "edges", "veto", "partitioner", "refine_passes", "seed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which rows of a data set share a batch.
+
+    Attributes:
+        communities: (C, K) int64 row numbers; every row number at most once.
+        remainder: (N mod K,) int64, the rows that are in no community.
+        hard_negatives: (N, h) int64, rows whose targets are the hard negatives of each row, -1 where there were too
+            few candidates; or None.
+        report: what was measured (see `b3.mining.report`).
+        manifest: what the plan was made from: parameters, fingerprints, versions.
+    """
+
+    communities: np.ndarray
+    remainder: np.ndarray
+    hard_negatives: np.ndarray | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the plan to `folder`: complete and synced under another name first, the manifest last.
+
+        Raises `InputError` if `folder` holds a plan made from other data or parameters and `overwrite` is not set, or
+        something that is no plan.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            self._check_target(folder, overwrite)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            self._write(temporary)
+            temporary.chmod(0o777 & ~_umask())
+            if not folder.exists():
+                temporary.rename(folder)
+            else:
+                (folder / "manifest.json").unlink(missing_ok=True)  # from here to the last move: no valid plan
+                for name in FILES:  # the manifest is last
+                    if (temporary / name).exists():
+                        (temporary / name).replace(folder / name)
+                    else:
+                        (folder / name).unlink(missing_ok=True)
+                _sync(folder)
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _check_target(self, folder: Path, overwrite: bool) -> None:
+        found = {path.name for path in folder.iterdir()} if folder.is_dir() else None
+        if found is None or (found and not found & set(FILES)):
+            raise InputError(f"{folder} exists and is not a batch plan; choose another folder")
+        if overwrite or "manifest.json" not in found:
+            return
+        differing = _differences(_read_json(folder / "manifest.json"), {k: self.manifest.get(k) for k in IDENTITY})
+        if differing:
+            raise InputError(
+                f"{folder} holds a batch plan made from something else ({differing});"
+                " choose another folder, or pass overwrite=True"
+            )
+
+    def _write(self, folder: Path) -> None:
+        from b3.mining.report_html import Section, write_report_html
+
+        checksums = {}
+        for name in ARRAYS:
+            array = getattr(self, name)
+            if array is not None:
+                _write_array(folder / f"{name}.npy", array)
+                checksums[f"{name}.npy"] = _sha256(folder / f"{name}.npy")
+        _write_text(folder / "report.json", json.dumps(self.report, indent=1, allow_nan=False) + "\n")
+        write_report_html(folder / "report.html", [Section(self)])
+        manifest = {**self.manifest, "format_version": FORMAT_VERSION, "sha256": checksums}
+        _write_text(folder / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+        _sync(folder)
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike[str], expect_fingerprint: str | Mapping[str, Any] | None = None
+    ) -> BatchPlan:
+        """Read a plan and verify it.
+
+        Args:
+            folder: a directory written by `save`.
+            expect_fingerprint: the data fingerprint that the plan must have, or any manifest entries by name.
+
+        Raises `InputError` naming what is missing, torn or different.
+        """
+        folder = Path(folder)
+        if not (folder / "manifest.json").exists():
+            raise InputError(f"{folder} holds no complete batch plan (no manifest.json); mine it again")
+        manifest = _read_json(folder / "manifest.json")
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise InputError(
+                f"{folder} has plan format {manifest.get('format_version')!r}, this version reads {FORMAT_VERSION};"
+                " mine it again"
+            )
+        if isinstance(expect_fingerprint, str):
+            expect_fingerprint = {"data_fingerprint": expect_fingerprint}
+        differing = _differences(manifest, expect_fingerprint or {})
+        if differing:
+            raise InputError(f"the batch plan in {folder} was made from something else ({differing}); mine it again")
+        arrays = {name: _read_array(folder, f"{name}.npy", manifest["sha256"]) for name in ARRAYS}
+        if arrays["communities"] is None or arrays["remainder"] is None:
+            raise InputError(f"the manifest in {folder} lists no communities.npy or remainder.npy; mine it again")
+        return cls(**arrays, report=_read_json(folder / "report.json"), manifest=manifest)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """'key is X, expected Y' for each entry of `wanted` that differs, or ''."""
+    return "; ".join(
+        f"{key} is {found.get(key)!r}, expected {value!r}" for key, value in wanted.items() if found.get(key) != value
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({str(error).splitlines()[0]}); mine it again") from None
+    if not isinstance(content, dict) or (file.name == "manifest.json" and not isinstance(content.get("sha256"), dict)):
+        raise InputError(f"{file} is not a file of a batch plan; mine it again")
+    return content
+
+
+def _read_array(folder: Path, name: str, checksums: Mapping[str, str]) -> np.ndarray | None:
+    if name not in checksums:
+        return None
+    file = folder / name
+    if not file.exists():
+        raise InputError(f"{file} is missing; mine the plan again")
+    if _sha256(file) != checksums[name]:
+        raise InputError(f"{file} differs from its checksum in manifest.json (torn or edited); mine the plan again")
+    array: np.ndarray = np.load(file, allow_pickle=False)
+    return array
+
+
+def _write_array(file: Path, array: np.ndarray) -> None:
+    with file.open("wb") as stream:
+        np.save(stream, array, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write_text(file: Path, text: str) -> None:
+    with file.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,137 @@
+"""The whole of B3 on embedded data, on two CPU cores: mine, train two arms, evaluate three models, show what came out.
+
+    python scripts/demo.py                 everything below runs/demo; finished stages are kept
+    python scripts/demo.py train.steps=20  with overrides of configs/demo.yaml (into runs/demo as well)
+
+The arms differ in nothing but the batches: `random` draws rows of one data set at a time (the fair control), `b3` takes
+communities of the mined plan. Same model, data, steps, batch size and seed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from b3.config import Config, load_config
+from b3.errors import RunError, command
+
+ROOT = Path("runs/demo")
+RECIPE = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+ARMS = ("random", "b3")
+
+
+def say(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def make_model(config: Config) -> None:
+    """The random backbone, once."""
+    if (Path(config.model.name) / "model.safetensors").exists():
+        return
+    from scripts.make_tiny_model import main
+
+    say(f"a tiny random Qwen2-VL, its tokenizer trained on the data's texts -> {config.model.name}")
+    if main([str(RECIPE), "--out", config.model.name]):
+        raise RunError("the tiny model could not be made")
+
+
+def mine(config: Config) -> dict[str, Any]:
+    """Plans of all data sets; returns their reports."""
+    from b3.mining.recipe import mine_recipe
+    from scripts.mine import show
+
+    say("mine: rank targets by the teacher, cut the graph into communities of hard negatives")
+    plans = mine_recipe(config, show_progress=True)
+    show(plans)
+    return {name: plan.report for name, plan in plans.items()}
+
+
+def train(config: Config) -> None:
+    from b3.train.run import train as run
+
+    run(config)
+
+
+def evaluate(config: Config, name: str, adapter: str | None) -> dict[str, Any]:
+    from b3.eval.run import EvalSpec
+    from b3.eval.run import evaluate as run
+
+    assert config.eval is not None
+    spec = EvalSpec(
+        model=config.model.name,
+        adapter=adapter,
+        source=config.eval.source,
+        split=config.eval.split,
+        image_dir=config.eval.image_dir,
+        prefix_targets=config.eval.prefix_targets,
+        dtype="float32",
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+        max_length=config.model.max_length,
+    )
+    return run(spec, config.eval.subsets, ROOT / "eval" / name, progress=True)
+
+
+def summarise(
+    configs: dict[str, Config], results: dict[str, Any], mining: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Write summary.json, summary.md and the pictures; returns the summary."""
+    from b3.eval.plots import plot_losses, plot_precision
+    from b3.eval.report import markdown_table
+    from b3.files import write_atomic
+    from b3.train.checkpoint import read_metrics
+
+    arms = {name: {**result["subsets"], "mean": result["mean"]} for name, result in results.items()}
+    summary = {"arms": arms, "seconds": round(seconds, 1), "mining": mining}
+    write_atomic(ROOT / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomic(ROOT / "summary.md", markdown_table(results) + "\n")
+    plot_losses({arm: read_metrics(Path(c.output_dir)) for arm, c in configs.items()}, ROOT / "loss.png")
+    plot_precision(results, ROOT / "precision.png")
+    return summary
+
+
+def earlier_seconds() -> float:
+    """What finished stages of an interrupted or earlier demo have taken."""
+    try:
+        return float(json.loads((ROOT / "summary.json").read_text())["seconds"])
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    overrides = sys.argv[1:] if argv is None else argv
+    if any(o in ("-h", "--help") for o in overrides):
+        print(__doc__)
+        return 0
+    started, before = time.perf_counter(), earlier_seconds()
+    base = load_config(RECIPE, overrides)
+    configs = {
+        arm: load_config(RECIPE, [*overrides, f"batch.policy={arm}", f"output_dir={ROOT / arm}"]) for arm in ARMS
+    }
+    make_model(base)
+    mining = mine(base)
+    for arm, config in configs.items():
+        say(f"train: {arm} batches")
+        train(config)
+    say("evaluate: precision@1 over each row's candidates, on concepts and scenes that training never saw")
+    results = {"untrained": evaluate(base, "untrained", None)}
+    for arm, config in configs.items():
+        results[arm] = evaluate(config, arm, config.output_dir)
+    seconds = before if before else time.perf_counter() - started
+    summarise(configs, results, mining, seconds)
+    print((ROOT / "summary.md").read_text())
+    took = time.perf_counter() - started
+    print(f"{took:.0f} s" + (f" (the first run took {before:.0f} s)" if before else ""))
+    print(f"numbers:  {ROOT}/summary.json\npictures: {ROOT}/loss.png, {ROOT}/precision.png")
+    print(f"communities to look at: {ROOT}/mining/report.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

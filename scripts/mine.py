@@ -1,0 +1,95 @@
+"""Mine batch plans.
+
+    python scripts/mine.py CONFIG.yaml [section.key=value ...]          every data set of a recipe
+    python scripts/mine.py --queries q.npy --targets t.npy -p 30 -m 100 -k 32 --hard-negatives 5 --seed 0 --out DIR
+
+A plan directory holds communities.npy, remainder.npy, hard_negatives.npy, manifest.json, report.json and report.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from b3.errors import ConfigError, RunError, command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="a recipe; mines all its data sets")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single values of the recipe")
+    arrays = parser.add_argument_group("arrays instead of a recipe")
+    arrays.add_argument("--queries", type=Path, help="(N, D) .npy of teacher query embeddings")
+    arrays.add_argument("--targets", type=Path, help="(N, D) .npy of teacher target embeddings")
+    arrays.add_argument("-p", type=int, default=30, help="ranks skipped at the top (default 30)")
+    arrays.add_argument("-m", type=int, default=100, help="width of the rank window (default 100)")
+    arrays.add_argument("-k", type=int, default=32, help="community size (default 32)")
+    arrays.add_argument("--hard-negatives", type=int, default=0, help="hard negatives per query (default 0)")
+    arrays.add_argument("--edges", choices=("union", "mutual"), default="union")
+    arrays.add_argument("--partitioner", choices=("metis", "paper", "random"), default="metis")
+    arrays.add_argument("--seed", type=int, default=0)
+    arrays.add_argument("--out", type=Path, help="plan directory to write")
+    return parser
+
+
+def mine_arrays(arguments: argparse.Namespace) -> None:
+    from b3.mining import mine
+    from b3.mining.recipe import load_matrix, stage_bar
+
+    missing = [f"--{name}" for name in ("queries", "targets", "out") if getattr(arguments, name) is None]
+    if missing:
+        raise ConfigError(f"give a recipe, or all of --queries, --targets and --out (missing: {', '.join(missing)})")
+    if (arguments.out / "manifest.json").exists():
+        raise RunError(f"{arguments.out} holds a batch plan already; choose another --out or delete it")
+    with stage_bar("mine", show=True) as progress:
+        plan = mine(
+            load_matrix(arguments.queries),
+            load_matrix(arguments.targets),
+            p=arguments.p,
+            m=arguments.m,
+            community_size=arguments.k,
+            hard_negatives=arguments.hard_negatives,
+            seed=arguments.seed,
+            edges=arguments.edges,
+            partitioner=arguments.partitioner,
+            progress=progress,
+        )
+    plan.save(arguments.out)
+    show({str(arguments.out): plan})
+
+
+def show(plans: dict[str, Any]) -> None:
+    """Print a line a plan."""
+    width = max(map(len, plans))
+    for name, plan in plans.items():
+        report = plan.report
+        seconds = sum(report["seconds"].values())
+        print(
+            f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities of"
+            f" {report['community_size']}  mined negatives a query {report['mined_negatives_per_query']:.2f}"
+            f" (random {report['random_mined_negatives_per_query']:.2f})  {seconds:.1f} s"
+        )
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    if arguments.config is None:
+        mine_arrays(arguments)
+        return 0
+    if arguments.queries or arguments.targets or arguments.out:
+        raise ConfigError("give either a recipe or --queries, --targets and --out, not both")
+    from b3.config import load_config
+    from b3.mining.recipe import mine_recipe
+
+    config = load_config(arguments.config, arguments.overrides)
+    plans = mine_recipe(config, show_progress=True)
+    show(plans)
+    print(f"report: {Path(config.mining.dir) / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

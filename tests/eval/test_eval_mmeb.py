@@ -1,0 +1,172 @@
+"""The published command line against the recorded predictions of the reference, and what it says when it cannot run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from golden_data import GOLDEN, checkpoint
+from safetensors.numpy import load_file
+
+import eval_mmeb
+from b3.data.sources import load_eval
+from b3.eval.run import EvalSpec, VectorStore, evaluate_subset, load_embedder
+
+SUBSETS = ["ImageNet-1K", "MSCOCO_i2t", "MSCOCO_t2i", "OK-VQA", "RefCOCO-Matching", "WebQA"]
+DATA = GOLDEN / "mmeb-eval"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("golden"))
+
+
+def flags(model: Path, out: Path, *more: str, subsets: list[str] | None = None) -> list[str]:
+    """The command of the release's README, on local data."""
+    return [
+        "--model_name", str(model), "--encode_output_path", str(out), "--pooling", "eos", "--normalize", "True",
+        "--dataset_name", str(DATA), "--subset_name", *(subsets or ["all"]), "--dataset_split", "test",
+        "--per_device_eval_batch_size", "4", "--image_dir", str(DATA / "eval_images"), *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("run", ["base_fp32", "base_fp32_prefix", "dora_fp32", "dora_fp32_prefix"])
+def test_predictions_and_scores_equal_the_reference(folder: Path, tmp_path: Path, run: str) -> None:
+    more = ["--tgt_prefix_mod"] if run.endswith("prefix") else []
+    adapter = GOLDEN / "adapter-dora" if run.startswith("dora") else None
+    if adapter:
+        more += ["--lora", "--lora_r", "8", "--checkpoint_path", str(adapter)]
+    assert eval_mmeb.main(flags(folder, tmp_path / "out", *more)) == 0
+    expected = GOLDEN / "mmeb-eval-results" / run
+    recorded = load_file(expected / "scores.safetensors")
+    for subset in SUBSETS:
+        ours = (tmp_path / "out" / f"{subset}_pred.txt").read_text().splitlines()
+        theirs = (expected / f"{subset}_pred.txt").read_text().splitlines()
+        tied = recorded[f"{subset}/top_tie"].astype(bool)
+        assert len(ours) == len(theirs)
+        assert [a for a, t in zip(ours, tied, strict=True) if not t] == [
+            b for b, t in zip(theirs, tied, strict=True) if not t
+        ]
+        score = json.loads((tmp_path / "out" / f"{subset}_score.json").read_text())
+        reference = json.loads((expected / f"{subset}_score.json").read_text())
+        assert score.keys() == reference.keys()
+        assert 0 <= score["num_correct"] - reference["num_correct"] <= tied.sum()  # a tie counts as right
+        assert score["num_data"] == reference["num_data"]
+
+
+def test_every_score_equals_the_reference(folder: Path) -> None:
+    spec = EvalSpec(str(folder), str(DATA), adapter=str(GOLDEN / "adapter-dora"), prefix_targets=True)
+    store = VectorStore(load_embedder(spec), True)
+    recorded = load_file(GOLDEN / "mmeb-eval-results" / "dora_fp32_prefix" / "scores.safetensors")
+    for subset in SUBSETS:
+        dataset = load_eval(str(DATA), subset, image_dir=str(DATA / "eval_images"), prefix_targets=True)
+        scores = np.concatenate(evaluate_subset(dataset, store).scores)
+        assert np.abs(scores - recorded[f"{subset}/scores"]).max() < 1e-5
+
+
+def test_hub_loader_reads_the_same_rows() -> None:
+    hub = load_eval(f"hub:{DATA}", "WebQA", image_dir=str(DATA / "eval_images"))
+    local = load_eval(str(DATA), "WebQA", image_dir=str(DATA / "eval_images"))
+    assert [hub.query(i) == local.query(i) or hub.query(i).key == local.query(i).key for i in range(len(hub))]
+    assert [hub.raw_candidates(i) for i in range(len(hub))] == [local.raw_candidates(i) for i in range(len(local))]
+
+
+def test_summary_has_families_and_domains(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert eval_mmeb.main(flags(folder, tmp_path)) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    values = list(summary["subsets"].values())
+    assert summary["mean"] == pytest.approx(sum(values) / len(values))
+    assert summary["OOD"] == summary["subsets"]["RefCOCO-Matching"]
+    assert "Visual grounding" in capsys.readouterr().out
+    before = (tmp_path / "WebQA_score.json").stat().st_mtime_ns
+    assert eval_mmeb.main(flags(folder, tmp_path)) == 0  # nothing is scored twice
+    assert (tmp_path / "WebQA_score.json").stat().st_mtime_ns == before
+
+
+def test_flags_without_effect_are_accepted_and_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [
+        "--model_backbone",
+        "qwen2_vl",
+        "--dataloader_num_workers",
+        "4",
+        "--grad_cache",
+        "True",
+        "--output_dir",
+        "x",
+    ]
+    assert eval_mmeb.main(flags(folder, tmp_path, *more, subsets=["WebQA"])) == 0
+    out = capsys.readouterr().out
+    assert all(
+        f"note: --{name} has no effect" in out for name in ("model_backbone", "dataloader_num_workers", "grad_cache")
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "subsets", "message"),
+    [
+        ([], ["Nothing"], "subsets there: ImageNet-1K, MSCOCO_i2t"),
+        (["--lora"], ["WebQA"], "holds no adapter_config.json"),
+        (["--lora_r", "4"], ["WebQA"], "need --lora"),
+        (
+            ["--lora", "--lora_r", "4", "--checkpoint_path", str(GOLDEN / "adapter-lora")],
+            ["WebQA"],
+            "contradicts the adapter",
+        ),
+        (["--pooling", "mean"], ["WebQA"], "--pooling mean is not supported"),
+        (["--image_dir", "/nowhere"], ["WebQA"], "image_dir /nowhere does not exist"),
+        (["--model_name", "/nowhere"], ["WebQA"], "does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], subsets: list[str], message: str
+) -> None:
+    assert eval_mmeb.main(flags(folder, tmp_path, *more, subsets=subsets)) == 2
+    captured = capsys.readouterr().err
+    assert message in captured
+    assert captured.count("\n") == 1
+
+
+def test_an_output_folder_of_another_run_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert eval_mmeb.main(flags(folder, tmp_path, subsets=["WebQA"])) == 0
+    assert eval_mmeb.main(flags(folder, tmp_path, "--tgt_prefix_mod", subsets=["WebQA"])) == 2
+    assert "holds another evaluation (prefix_targets was False, now True)" in capsys.readouterr().err
+
+
+def test_a_broken_image_keeps_what_was_scored(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(DATA, data)
+    rows = pq.read_table(next((data / "WebQA").glob("*.parquet"))).to_pylist()
+    paths = [p for row in rows for p in row["tgt_img_path"] if p]
+    (data / "eval_images" / paths[0]).write_bytes(b"\x89PNG not really")
+    command = flags(folder, tmp_path / "out", subsets=["OK-VQA", "WebQA"])
+    command[command.index("--dataset_name") + 1] = str(data)
+    command[command.index("--image_dir") + 1] = str(data / "eval_images")
+    assert eval_mmeb.main(command) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "does not decode" in message and paths[0] in message
+    assert (tmp_path / "out" / "OK-VQA_score.json").exists()
+    assert not (tmp_path / "out" / "WebQA_score.json").exists()
+
+
+def test_rows_with_unequal_lists_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "Own").mkdir()
+    row = {
+        "qry_text": ["a", "b"],
+        "qry_img_path": ["", ""],
+        "tgt_text": [["x"], ["x", "y"]],
+        "tgt_img_path": [[""], [""]],
+    }
+    pq.write_table(pa.table(row), tmp_path / "Own" / "test.parquet")
+    command = flags(folder, tmp_path / "out", subsets=["Own"])
+    command[command.index("--dataset_name") + 1] = str(tmp_path)
+    assert eval_mmeb.main(command) == 2
+    assert "row 1: tgt_text and tgt_img_path must be lists of equal length" in capsys.readouterr().err
