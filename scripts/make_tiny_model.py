@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
     parser.add_argument("--hidden", type=int, default=128, help="width (default 128)")
-    parser.add_argument("--layers", type=int, default=3, help="decoder layers (default 3)")
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers (default 2)")
     parser.add_argument("--vision-layers", type=int, default=2, help="layers of the vision tower (default 2)")
     parser.add_argument("--vocab-size", type=int, default=2048, help="size of the tokenizer (default 2048)")
     parser.add_argument("--seed", type=int, default=0)

@@ -52,7 +52,7 @@ def make_tiny_model(
     texts: Iterable[str],
     *,
     hidden: int = 128,
-    layers: int = 3,
+    layers: int = 2,
     heads: int = 4,
     vision_layers: int = 2,
     vocab_size: int = 2048,

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from b3.config import Config
-from b3.errors import RunError
+from b3.errors import DataError, InputError, RunError
 from b3.model.adapter import load_trainable
 from b3.model.embedder import Embedder
 from b3.progress import bar
@@ -99,6 +99,8 @@ class ContrastiveTrainer(Trainer):
             samples = [next(epoch_iterator)]
         except StopIteration:
             samples = []
+        except DataError as error:  # from a worker it comes with the worker's traceback around it
+            raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
         self.window.waited += time.perf_counter() - started
         return samples, None
 
@@ -137,9 +139,18 @@ class ContrastiveTrainer(Trainer):
         load_trainable(self.embedder.backbone, Path(resume_from_checkpoint))
 
     def run(self, checkpoint: Path | None) -> None:
-        """Train to the last step, from a checkpoint if given."""
+        """Train to the last step, from a checkpoint if given.
+
+        An `InputError` on the way (a picture that does not decode, a loss that is not finite) leaves a checkpoint of
+        the steps before it; with several ranks, where another rank may be waiting, the last regular one remains.
+        """
         assert self.sampler.start == (0 if checkpoint is None else checkpoint_step(checkpoint))
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except InputError:
+            if self.args.world_size == 1 and self.state.global_step > self.sampler.start:
+                self._save_checkpoint(self.model, None)  # a bad row must not cost the steps before it
+            raise
 
 
 class _Batches:

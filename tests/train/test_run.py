@@ -10,9 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from safetensors.torch import load_file
+
+from b3.train import BatchPlanSampler
+from b3.train.sampler import random_rows
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -181,6 +185,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(root: Path, single: Path, overrid
     lines = [line for line in captured.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and message in lines[0]
     assert "Traceback" not in captured.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_is_named_and_costs_no_step(root: Path, tmp_path: Path, workers: int) -> None:
+    """The run stops at the batch with the broken picture, and goes on from there once it is mended."""
+    whole = pq.read_table(root / "data" / "images.parquet").to_pylist()
+    images = tmp_path / "images"
+    images.mkdir()
+    for row in whole:
+        (images / row["path"]).write_bytes(row["bytes"])
+    overrides = [f"data.image_dir={images}", "data.datasets=[{subset: pictures}]", f"output_dir={tmp_path / 'run'}",
+                 "train.save_every=100", f"train.workers={workers}"]  # fmt: skip
+    broken = whole[BatchPlanSampler(random_rows(96), 12).batch(3)[0]]["path"]
+    (images / broken).write_bytes(b"no picture")
+    result = start(root, "unused", *overrides)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert f"image {broken} in {images} does not decode" in lines[0]
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "run" / "checkpoint-3" / "complete.json").exists()
+    (images / broken).write_bytes(next(row["bytes"] for row in whole if row["path"] == broken))
+    assert start(root, "unused", *overrides).returncode == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
 def test_more_ranks_than_rows_is_refused(root: Path) -> None:

@@ -1,0 +1,127 @@
+"""Mining from a recipe and from the command line, and training on what was mined."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+import train
+from b3.config import load_config
+from b3.errors import InputError
+from b3.mining import BatchPlan
+from b3.mining.recipe import load_plan, mine_recipe
+from b3.train.run import load_datasets
+from scripts import mine as script
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    tiny.write_data(tmp_path / "data")
+    tiny.write_recipe(tmp_path, negatives={"per_query": 2})
+    rng = np.random.default_rng(0)
+    (tmp_path / "teacher").mkdir()
+    for subset in ("pictures", "words"):
+        centres = rng.normal(size=(96, 16)) + 2 * rng.normal(size=(8, 16))[rng.integers(8, size=96)]
+        for side in ("queries", "targets"):
+            array = centres + 0.3 * rng.normal(size=(96, 16))
+            np.save(tmp_path / "teacher" / f"{subset}_{side}.npy", array.astype(np.float16))
+    return tmp_path
+
+
+def test_a_recipe_is_mined_once(root: Path) -> None:
+    config = load_config(root / "recipe.yaml")
+    plans = mine_recipe(config)
+    assert set(plans) == {"pictures", "words"}
+    for plan in plans.values():
+        assert plan.communities.shape == (24, 4)
+        assert plan.hard_negatives is not None and plan.hard_negatives.shape == (96, 2)
+        assert plan.report["mined_negatives_per_query"] > plan.report["random_mined_negatives_per_query"]
+    page = (root / "mining" / "report.html").read_text()
+    assert "pictures" in page and "data:image/png;base64" in page
+    stamp = (root / "mining" / "words" / "manifest.json").stat().st_mtime_ns
+    again = mine_recipe(config)
+    assert np.array_equal(again["words"].communities, plans["words"].communities)
+    assert (root / "mining" / "words" / "manifest.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mining.p=3", "p is 2, the recipe says 3"),
+        ("mining.k=6", "K is 4, the recipe says 6"),
+        ("negatives.per_query=3", "h is 2, the recipe says 3"),
+        ("seed=1", "seed is 0, the recipe says 1"),
+        ("data.datasets.0.max_rows=50", "data_fingerprint is"),
+    ],
+)
+def test_a_plan_of_other_parameters_or_data_is_refused(root: Path, override: str, message: str) -> None:
+    mine_recipe(load_config(root / "recipe.yaml"))
+    config = load_config(root / "recipe.yaml", [override])
+    with pytest.raises(InputError, match=message):
+        load_plan(config, config.data.datasets[0], load_datasets(config)[0])
+
+
+def test_fewer_hard_negatives_than_mined_are_fine(root: Path) -> None:
+    mine_recipe(load_config(root / "recipe.yaml"))
+    config = load_config(root / "recipe.yaml", ["negatives.per_query=1"])
+    assert load_plan(config, config.data.datasets[0], load_datasets(config)[0]).hard_negatives is not None
+
+
+def test_training_on_mined_batches_with_hard_negatives(root: Path) -> None:
+    tiny.write_model(root / "model")
+    assert script.main([str(root / "recipe.yaml")]) == 0
+    assert train.main([str(root / "recipe.yaml"), "batch.policy=b3", "train.steps=3"]) == 0
+    lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert "mined negatives" in (root / "run" / "README.md").read_text()
+
+
+def test_a_checkpoint_can_be_the_teacher(root: Path) -> None:
+    tiny.write_model(root / "model")
+    config = load_config(root / "recipe.yaml", [f"mining.teacher={root / 'model'}"])
+    assert mine_recipe(config)["pictures"].manifest["teacher"] == str(root / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("absent", "does not exist; write the teacher's embeddings"),
+        ("short", "have 95 rows, the data set 96"),
+        ("torn", "is not a readable .npy file"),
+        ("integers", "expected floats of shape"),
+        ("nan", "row 5"),
+    ],
+)
+def test_teacher_arrays_that_cannot_be_used_are_named(root: Path, change: str, message: str) -> None:
+    file = root / "teacher" / "pictures_targets.npy"
+    array = np.load(file)
+    if change == "absent":
+        file.unlink()
+    elif change == "short":
+        np.save(file, array[:-1])
+    elif change == "torn":
+        file.write_bytes(file.read_bytes()[:50])
+    elif change == "integers":
+        np.save(file, array.astype(int))
+    else:
+        array[5, 0] = np.nan
+        np.save(file, array)
+    with pytest.raises(InputError, match=message):
+        mine_recipe(load_config(root / "recipe.yaml"))
+
+
+def test_two_arrays_from_the_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = ["--queries", str(root / "teacher/words_queries.npy"), "--targets", str(root / "teacher/words_targets.npy")]
+    command = [*arrays, "-p", "2", "-m", "10", "-k", "4", "--hard-negatives", "3", "--seed", "1", "--out", str(root / "x")]
+    assert script.main(command) == 0
+    assert "24 communities of 4" in capsys.readouterr().out
+    plan = BatchPlan.load(root / "x")
+    assert plan.hard_negatives is not None and plan.hard_negatives.shape == (96, 3)
+    assert script.main(command) == 2
+    assert "holds a batch plan already" in capsys.readouterr().err
+    assert script.main(arrays) == 2
+    assert "missing: --out" in capsys.readouterr().err
