@@ -3,20 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint types format clean
+.PHONY: help venv demo test lint types format clean
 help:
 	@echo "make demo    mine, train and evaluate on the embedded data (a few minutes); results in runs/demo"
 	@echo "make test    run all tests                     (ARGS='-k name' to choose)"
 	@echo "make lint    ruff check and format check"
 	@echo "make types   mypy"
 	@echo "make format  let ruff rewrite the code"
+	@echo "make venv    only create .venv and install"
 	@echo "make clean   remove .venv and caches, not runs/"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "b3 needs Python 3.10 or newer; say: make PYTHON=python3.11 ..."; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "python venv is missing; on Debian: apt-get install python3-venv"; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "python venv is missing; on Debian: apt-get install python3-venv"; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
+
+venv: $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py $(ARGS)

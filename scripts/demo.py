@@ -10,12 +10,15 @@ communities of the mined plan. Same model, data, steps, batch size and seed.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Threads that wait spin only shortly: on a machine with other work, spinning takes the core from what is waited for.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 from b3.config import Config, load_config
 from b3.errors import RunError, command

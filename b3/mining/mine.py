@@ -154,7 +154,8 @@ def _communities(
     ranks: Ranks, distinct: DistinctTargets, chosen: _Parameters, clock: _Clock
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(communities (C, K), remainder (N mod K,), facts for the report)."""
-    count, size, facts = len(ranks.own), chosen.K, {}
+    count, size = len(ranks.own), chosen.K
+    facts: dict[str, Any] = {}
     graph: Graph | None = None
     if chosen.partitioner != "random":
         with clock.stage("graph"):

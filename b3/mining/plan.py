@@ -18,7 +18,7 @@ from b3.errors import InputError
 
 FORMAT_VERSION = 1
 ARRAYS = ("communities", "remainder", "hard_negatives")
-FILES = tuple(f"{name}.npy" for name in ARRAYS) + ("report.json", "report.html", "manifest.json")
+FILES = (*(f"{name}.npy" for name in ARRAYS), "report.json", "report.html", "manifest.json")
 IDENTITY = (
     "data_fingerprint", "embeddings_fingerprint", "teacher", "N", "p", "m", "K", "h",
     "edges", "veto", "partitioner", "refine_passes", "seed",
@@ -127,9 +127,11 @@ class BatchPlan:
         if differing:
             raise InputError(f"the batch plan in {folder} was made from something else ({differing}); mine it again")
         arrays = {name: _read_array(folder, f"{name}.npy", manifest["sha256"]) for name in ARRAYS}
-        if arrays["communities"] is None or arrays["remainder"] is None:
+        communities, remainder = arrays["communities"], arrays["remainder"]
+        if communities is None or remainder is None:
             raise InputError(f"the manifest in {folder} lists no communities.npy or remainder.npy; mine it again")
-        return cls(**arrays, report=_read_json(folder / "report.json"), manifest=manifest)
+        report = _read_json(folder / "report.json")
+        return cls(communities, remainder, arrays["hard_negatives"], report, manifest)
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
@@ -176,8 +178,11 @@ def _write_text(file: Path, text: str) -> None:
 
 
 def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _sync(folder: Path) -> None:

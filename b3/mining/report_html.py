@@ -284,8 +284,10 @@ svg text{font-size:11px;fill:#616e7c;text-anchor:middle}figcaption{font-size:12.
 figcaption span{margin-left:8px;white-space:nowrap}
 figcaption i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:4px}
 .sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(124px,1fr));gap:8px}
-.card{border:1px solid #e4e7eb;border-radius:6px;overflow:hidden;display:flex;flex-direction:column;font-size:12px;line-height:1.35}
-.side{padding:7px 8px;display:flex;flex-direction:column;align-items:center;gap:4px;text-align:center;overflow-wrap:anywhere}
+.card{border:1px solid #e4e7eb;border-radius:6px;overflow:hidden;display:flex;flex-direction:column;
+font-size:12px;line-height:1.35}
+.side{padding:7px 8px;display:flex;flex-direction:column;align-items:center;gap:4px;text-align:center;
+overflow-wrap:anywhere}
 .side img{max-width:72px;max-height:72px}.target{background:#f1f7f4;flex:1;justify-content:center}
 .side:not(.target){min-height:40px;justify-content:center}
 .hits{font-size:11px;color:#9a4a1c;background:#fdf4ee;text-align:center;padding:2px}.bad{color:#9aa5b1}

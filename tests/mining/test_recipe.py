@@ -115,8 +115,10 @@ def test_teacher_arrays_that_cannot_be_used_are_named(root: Path, change: str, m
 
 
 def test_two_arrays_from_the_command_line(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arrays = ["--queries", str(root / "teacher/words_queries.npy"), "--targets", str(root / "teacher/words_targets.npy")]
-    command = [*arrays, "-p", "2", "-m", "10", "-k", "4", "--hard-negatives", "3", "--seed", "1", "--out", str(root / "x")]
+    teacher = root / "teacher"
+    arrays = ["--queries", str(teacher / "words_queries.npy"), "--targets", str(teacher / "words_targets.npy")]
+    options = "-p 2 -m 10 -k 4 --hard-negatives 3 --seed 1 --out"
+    command = [*arrays, *options.split(), str(root / "x")]
     assert script.main(command) == 0
     assert "24 communities of 4" in capsys.readouterr().out
     plan = BatchPlan.load(root / "x")
