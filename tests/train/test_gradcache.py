@@ -125,7 +125,7 @@ def test_dropout_is_the_same_in_both_passes(folder: Path) -> None:
         vectors = vectors.index_copy(0, chunk.rows, step._embed(chunk, 7, position))
     loss = info_nce(vectors[inputs.query_index], vectors[inputs.target_index], 0.02)
     loss.backward()
-    assert result.loss == pytest.approx(float(loss), rel=1e-6)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-6)
     for name, value in gradients(model).items():
         assert relative(cached[name], value) < 1e-4, name
     assert step(inputs, 8).loss != pytest.approx(result.loss, rel=1e-4)  # another step, other dropout
