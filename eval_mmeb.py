@@ -4,7 +4,9 @@ r"""Evaluate an embedding model on MMEB subsets (precision@1), with the command 
         --dataset_name TIGER-Lab/MMEB-eval --subset_name MSCOCO_i2t --dataset_split test \
         --per_device_eval_batch_size 4 --image_dir IMAGES --tgt_prefix_mod --encode_output_path OUT
 
-Writes <subset>_score.json, <subset>_pred.txt, summary.json and summary.md. Subsets that are scored already are kept.
+Also under torchrun: the ranks share the work and the scores are the same bytes. Writes <subset>_score.json,
+<subset>_pred.txt, summary.json, summary.md, leaderboard.json and, where a family is complete, families.png. Subsets
+that are scored already are kept, and an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -13,19 +15,19 @@ import os
 import sys
 from pathlib import Path
 
-from b3.errors import InputError, command
-from b3.eval.flags import build_parser, check, ignored
+from b3.errors import command
+from b3.eval.flags import build_parser, check, ignored, parse
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    arguments = build_parser(__doc__).parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("eval_mmeb.py runs as one process; start it without torchrun")
-    for name in ignored(arguments):
+    arguments = parse(build_parser(__doc__), argv)
+    first = os.environ.get("RANK", "0") == "0"
+    for name in ignored(arguments) if first else ():
         print(f"note: --{name} has no effect on the evaluation")
     adapter = check(arguments)
 
+    from b3 import distributed
     from b3.data.sources import list_subsets
     from b3.eval.report import markdown_table
     from b3.eval.run import EvalSpec, evaluate
@@ -40,19 +42,30 @@ def main(argv: list[str] | None = None) -> int:
         prefix_targets=arguments.tgt_prefix_mod,
         normalize=arguments.normalize,
         dtype="bfloat16" if arguments.bf16 else "float32",
+        numerics=arguments.numerics,
+        positions=arguments.positions,
         min_pixels=arguments.resize_min_pixels,
         max_pixels=arguments.resize_max_pixels,
         max_length=arguments.max_len,
+        on_error=arguments.on_error,
     )
     subsets = expand(arguments.subset_name, list_subsets(spec.source, spec.split))
-    summary = evaluate(
-        spec,
-        subsets,
-        Path(arguments.encode_output_path),
-        max_items=arguments.per_device_eval_batch_size,
-        progress=True,
-    )
-    print(markdown_table({"precision@1": summary}))
+    try:
+        distributed.start()
+        summary = evaluate(
+            spec,
+            subsets,
+            Path(arguments.encode_output_path),
+            max_items=arguments.per_device_eval_batch_size,
+            workers=arguments.dataloader_num_workers or 0,
+            batch_tokens=arguments.batch_tokens,
+            explain=arguments.explain,
+            progress=True,
+        )
+    finally:
+        distributed.stop()
+    if first:
+        print(markdown_table({"precision@1": summary}))
     return 0
 
 

@@ -27,12 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
 
-    from b3.train.run import stop_distributed, train
+    from b3 import distributed
+    from b3.train.run import train
 
     try:
         result = train(config)
     finally:
-        stop_distributed()
+        distributed.stop()
     if result.already_complete:
         print(f"{result.folder} is complete; nothing to do")
     return 0

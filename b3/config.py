@@ -33,10 +33,11 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen weights; auto: bfloat16 on GPU"
     )
-    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field("auto", description="attention kernel")
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = Field("auto", description="attention kernel")
     min_pixels: int = Field(3136, gt=0, description="smallest picture after resizing, pixels")
     max_pixels: int = Field(1003520, gt=0, description="largest picture after resizing, pixels (28*28 a token)")
     max_length: int | None = Field(None, gt=0, description="cut text-only items to this many tokens")
+    positions: Literal["1d", "mrope"] = Field("1d", description="rotary positions; 1d as all B3 and VLM2Vec models")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
 
 
@@ -141,9 +142,7 @@ class TrainConfig(Section):
         "duplicates",
         description="duplicates: a target equal to the positive, or belonging to an equal query, is no negative",
     )
-    chunk_tokens: int = Field(
-        8192, gt=0, description="padded tokens of one forward pass; bounds memory at any batch size"
-    )
+    chunk_tokens: int = Field(8192, gt=0, description="tokens of one forward pass; bounds memory at any batch size")
     bf16: bool = Field(False, description="bfloat16 autocast")
     workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead of the step")
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")

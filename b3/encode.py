@@ -1,24 +1,35 @@
-"""Items to vectors: each distinct item once, sorted by length, in batches of a token budget."""
+"""Items to vectors: each distinct item once, sorted by length, in batches of a token budget, over ranks and workers.
+
+1. Every item is measured without decoding: a digest of its content, and how many tokens it takes. 2. Distinct items are
+cut into batches of similar length; the cut depends on nothing but the items, so the vectors are the same bytes for any
+number of ranks and workers. 3. Ranks share the batches; worker processes decode, resize and patchify ahead of the
+model. 4. With a cache, finished batches are kept on disk and an interrupted run continues.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from b3 import distributed
 from b3.data.records import Item, as_item
+from b3.errors import DataError
 from b3.progress import bar
 
 if TYPE_CHECKING:
-    from b3.model.embedder import Embedder
-    from b3.model.processing import Processed
+    from b3.cache import EmbeddingCache
+    from b3.model.embedder import Batch, Embedder
+    from b3.model.processing import Processor
 
 BATCH_TOKENS = 8192
 
 
 def unique_items(items: Iterable[Item]) -> tuple[list[Item], np.ndarray]:
-    """(distinct items in first-seen order, (N,) int64 index of each input into them)."""
+    """(distinct items in first-seen order, (N,) int64 index of each input into them), by text and image name."""
     seen: dict[tuple[str, str], int] = {}
     distinct: list[Item] = []
     index = []
@@ -34,18 +45,213 @@ def unique_items(items: Iterable[Item]) -> tuple[list[Item], np.ndarray]:
 def token_batches(
     lengths: Sequence[int] | np.ndarray, batch_tokens: int, max_items: int | None = None
 ) -> list[np.ndarray]:
-    """Positions grouped so that rows x longest row <= `batch_tokens` (a single longer row stands alone).
+    """Positions grouped so that the lengths of a group add up to at most `batch_tokens` (a longer one stands alone).
 
-    Rows of similar length share a batch; ties keep their order, so the grouping is a pure function of the lengths.
+    Longest first, ties in order, so the grouping is a pure function of the lengths.
     """
-    order = np.argsort(np.asarray(lengths), kind="stable")[::-1]
-    batches, start = [], 0
-    while start < len(order):
-        room = max(1, batch_tokens // max(1, int(lengths[order[start]])))
-        size = min(room, max_items or room)
-        batches.append(order[start : start + size])
-        start += size
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches: list[np.ndarray] = []
+    start, room = 0, batch_tokens
+    for end, position in enumerate(order):
+        room -= int(lengths[position])
+        if end > start and (room < 0 or end - start == max_items):
+            batches.append(order[start:end])
+            start, room = end, batch_tokens - int(lengths[position])
+    if len(order):
+        batches.append(order[start:])
     return batches
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is known of an item before it is decoded: a digest of its content, its tokens, or why it cannot be used."""
+
+    digest: bytes
+    num_tokens: int
+    problem: str | None = None
+
+
+def measure(processor: Processor, item: Item) -> Measured:
+    """Measure one item; a problem is noted, not raised."""
+    try:
+        return Measured(*processor.measure(item))
+    except DataError as error:
+        return Measured(hashlib.sha256("\0".join(item.key).encode()).digest(), 0, str(error))
+
+
+@dataclass
+class Encoder:
+    """Encodes lists of items with one model.
+
+    Args:
+        embedder: the model; put into eval mode while encoding.
+        batch_tokens: upper bound on the tokens of one forward pass.
+        max_items: upper bound on the items of one forward pass.
+        workers: processes that decode and tokenise ahead; 0: the main process does it.
+        cache: vectors on disk, or None.
+        on_error: "fail", or "skip": an item that cannot be read gets a vector of NaN and is listed in `skipped`.
+    """
+
+    embedder: Embedder
+    batch_tokens: int = BATCH_TOKENS
+    max_items: int | None = None
+    workers: int = 0
+    cache: EmbeddingCache | None = None
+    on_error: str = "fail"
+    skipped: dict[str, str] = field(default_factory=dict)
+    num_encoded: int = 0  # distinct items that went through the model, over all ranks and calls
+
+    def encode(self, items: Iterable[Item], progress: str | None = None) -> np.ndarray:
+        """Raw vectors (N, D) float32 in the order of `items`, on every rank.
+
+        Raises `DataError` for the first item that cannot be used (unless on_error is "skip").
+        """
+        named, of_input = unique_items(items)
+        measured = self._measure(named)
+        first: dict[bytes, int] = {}
+        distinct = [i for i, m in enumerate(measured) if first.setdefault(m.digest, i) == i]
+        position = {measured[i].digest: row for row, i in enumerate(distinct)}
+        vectors = np.full((len(distinct), self.embedder.dim), np.nan, dtype=np.float32)
+        for i in distinct:
+            self._note(named[i], measured[i].problem)
+        self._run([named[i] for i in distinct], [measured[i] for i in distinct], vectors, progress)
+        rows = np.asarray([position[m.digest] for m in measured], dtype=np.int64)
+        return vectors[rows[of_input]]
+
+    def _note(self, item: Item, problem: str | None) -> None:
+        if problem is None:
+            return
+        if self.on_error == "fail":
+            raise DataError(problem)
+        self.skipped[item.describe()] = problem
+
+    def _measure(self, items: list[Item]) -> list[Measured]:
+        """Each rank measures its share, in threads (reading and hashing files release the interpreter)."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        ranks, rank = distributed.world_size(), distributed.rank()
+        with ThreadPoolExecutor(4) as pool:
+            own = list(pool.map(lambda item: measure(self.embedder.processor, item), items[rank::ranks]))
+        result: list[Any] = [None] * len(items)
+        for r, part in enumerate(distributed.gather_objects(own)):
+            result[r::ranks] = part
+        return result
+
+    def _run(self, items: list[Item], measured: list[Measured], vectors: np.ndarray, label: str | None) -> None:
+        """Fill `vectors` of distinct items: from the cache, or by this and the other ranks."""
+        digests = [m.digest for m in measured]
+        tag = hashlib.sha256(b"".join(digests)).digest()[:16]
+        own, other = self._known(digests, tag, vectors)
+        wanted = np.asarray([m.problem is None for m in measured], dtype=bool) & ~other
+        rows = np.flatnonzero(wanted)
+        lengths = [measured[row].num_tokens for row in rows]
+        batches = [rows[batch] for batch in token_batches(lengths, self.batch_tokens, self.max_items)]
+        todo = [batch for batch in batches if not own[batch].all()]
+        mine = todo[distributed.rank() :: distributed.world_size()]
+        done, problems = self._encode_batches(items, digests, tag, mine, label, sum(map(len, todo)))
+        for rank, (finished, failed) in enumerate(distributed.gather_objects((done, problems))):
+            for batch, values in finished:
+                vectors[batch] = values
+                self.num_encoded += len(batch)
+                if self.cache and rank != distributed.rank():
+                    self.cache.remember([digests[row] for row in batch], tag, values, write=False)
+            for row, problem in failed:
+                vectors[row] = np.nan
+                self._note(items[row], problem)
+
+    def _known(self, digests: list[bytes], tag: bytes, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What every rank has in its cache, as `EmbeddingCache.lookup`; ranks on other machines may see other disks."""
+        if self.cache is None:
+            return np.zeros(len(digests), dtype=bool), np.zeros(len(digests), dtype=bool)
+        parts = distributed.gather_objects(self.cache.lookup(digests, tag, vectors))
+        own, other = (np.logical_and.reduce([part[side] for part in parts]) for side in (0, 1))
+        return own, other
+
+    def _encode_batches(
+        self,
+        items: list[Item],
+        digests: list[bytes],
+        tag: bytes,
+        batches: list[np.ndarray],
+        label: str | None,
+        total: int,
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, str]]]:
+        """([(rows, vectors)], [(row, problem)]) of this rank's batches; what is finished is in the cache at the end."""
+        done: list[tuple[np.ndarray, np.ndarray]] = []
+        problems: list[tuple[int, str]] = []
+        try:
+            with bar(total, label if distributed.rank() == 0 else None, "item") as shown:
+                for rows, values, failed in self._forward(items, batches):
+                    done.append((rows, values))
+                    problems += failed
+                    if self.cache:
+                        self.cache.remember([digests[row] for row in rows], tag, values, write=True)
+                    if failed and self.on_error == "fail":
+                        break  # the other ranks finish their share; all of them raise after the gathering
+                    shown.update(min(len(rows) * distributed.world_size(), total - shown.n))
+        finally:
+            if self.cache:
+                self.cache.flush()  # also when interrupted
+        return done, problems
+
+    def _forward(self, items: list[Item], batches: list[np.ndarray]) -> Iterable[tuple[np.ndarray, np.ndarray, list]]:
+        """(rows, raw vectors, problems) of each batch in turn."""
+        import torch
+
+        embedder = self.embedder
+        was_training = embedder.training
+        embedder.eval()
+        try:
+            with torch.inference_mode():
+                for rows, inputs, problems in _loader(embedder, items, batches, self.workers):
+                    if inputs is None:
+                        yield rows, np.empty((0, embedder.dim), dtype=np.float32), problems
+                        continue
+                    output = embedder(inputs.to(embedder.device), normalize=False)
+                    yield rows, output.cpu().numpy(), problems
+        finally:
+            embedder.train(was_training)
+
+
+class _Batches:
+    """Map-style data set of whole batches, for a loader with workers."""
+
+    def __init__(self, processor: Processor, items: list[Item], batches: list[np.ndarray]) -> None:
+        self.processor, self.items, self.batches = processor, items, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, Batch | None, list[tuple[int, str]]]:
+        """(rows that worked, their inputs, (row, problem) of the others)."""
+        from b3.model.embedder import collate
+
+        good, processed, problems = [], [], []
+        for row in self.batches[index].tolist():
+            try:
+                processed.append(self.processor(self.items[row]))
+                good.append(row)
+            except DataError as error:
+                problems.append((row, str(error)))
+        inputs = collate(processed, self.processor.image_token_id) if processed else None
+        return np.asarray(good, dtype=np.int64), inputs, problems
+
+
+def _first(batch: list[Any]) -> Any:
+    return batch[0]
+
+
+def _loader(embedder: Embedder, items: list[Item], batches: list[np.ndarray], workers: int) -> Iterable[Any]:
+    from torch.utils.data import DataLoader
+
+    data: Any = _Batches(embedder.processor, items, batches)
+    return DataLoader(
+        data,
+        batch_size=1,
+        collate_fn=_first,
+        num_workers=min(workers, len(batches)),
+        prefetch_factor=4 if min(workers, len(batches)) else None,
+    )
 
 
 def encode_items(
@@ -54,43 +260,20 @@ def encode_items(
     normalize: bool = True,
     batch_tokens: int = BATCH_TOKENS,
     max_items: int | None = None,
-    window: int = 4096,
+    workers: int = 0,
     progress: str | None = None,
 ) -> np.ndarray:
-    """Vectors (N, D) float32 of `items`, in their order.
-
-    Args:
-        batch_tokens: upper bound on rows x longest row of one forward pass.
-        max_items: upper bound on the rows of one forward pass.
-        window: items that are decoded and sorted by length at a time; bounds memory.
-        progress: label of a progress bar; None shows none.
+    """Vectors (N, D) float32 of `items`, in their order; see `Encoder`. L2-normalised in float32 if asked.
 
     Raises:
         DataError: an item is empty, or its image is missing, does not decode or lacks its token.
     """
-    import torch
-
-    from b3.model.embedder import collate
-
-    distinct, index = unique_items(as_item(item) for item in items)
-    vectors = np.empty((len(distinct), embedder.dim), dtype=np.float32)
-    was_training = embedder.training
-    embedder.eval()
-    try:
-        with torch.inference_mode(), bar(len(distinct), progress, "item") as shown:
-            for rows, processed in _windows(embedder.processor, distinct, window):
-                for batch in token_batches([p.num_tokens for p in processed], batch_tokens, max_items):
-                    inputs = collate([processed[i] for i in batch]).to(embedder.device)
-                    vectors[rows.start + batch] = embedder(inputs, normalize=normalize).cpu().numpy()
-                    shown.update(len(batch))
-    finally:
-        embedder.train(was_training)
-    return vectors[index]
+    encoder = Encoder(embedder, batch_tokens, max_items, workers)
+    vectors = encoder.encode([as_item(item) for item in items], progress)
+    return unit(vectors) if normalize else vectors
 
 
-def _windows(
-    processor: Callable[[Item], Processed], items: list[Item], size: int
-) -> Iterator[tuple[range, list[Processed]]]:
-    for start in range(0, len(items), size):
-        rows = range(start, min(start + size, len(items)))
-        yield rows, [processor(items[row]) for row in rows]
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows divided by their L2 norm, in float32; a zero row stays zero."""
+    norms: Callable[..., np.ndarray] = np.linalg.norm
+    return vectors / np.maximum(norms(vectors, axis=1, keepdims=True), 1e-12)

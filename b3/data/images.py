@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,13 +68,17 @@ class ParquetImages:
         self._file: Any = None
         self._rows: dict[str, tuple[int, int]] = {}
         self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ParquetImages, (self.location,)
 
     def _open(self) -> None:
-        if self._file is not None:
-            return
+        with self._lock:
+            if self._file is None:
+                self._read_index()
+
+    def _read_index(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -99,12 +104,13 @@ class ParquetImages:
         if path not in self._rows:
             raise DataError(f"image '{path}' is not in {self.location}; check image_dir")
         group, row = self._rows[path]
-        if group not in self._groups:
-            self._groups[group] = self._file.read_row_group(group, columns=["bytes"]).column("bytes")
-            while len(self._groups) > self._KEEP:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(group)
-        return self._groups[group][row].as_py()
+        with self._lock:
+            if group not in self._groups:
+                self._groups[group] = self._file.read_row_group(group, columns=["bytes"]).column("bytes")
+                while len(self._groups) > self._KEEP:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(group)
+            return self._groups[group][row].as_py()
 
 
 def open_store(location: str | Path) -> FolderImages | ParquetImages:
@@ -141,6 +147,19 @@ def decode(data: bytes, name: str) -> Image.Image:
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise DataError(f"image {name} does not decode ({error}); replace the file or drop the row") from None
     return image
+
+
+def peek(data: bytes, name: str) -> tuple[bytes, tuple[int, int]]:
+    """(SHA-256 of the encoded bytes, (width, height) from the header). Errors as `decode`."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return hashlib.sha256(data).digest(), image.size
+    except Image.DecompressionBombError as error:
+        raise DataError(f"image {name} is too large ({error}); reduce it or raise PIL.Image.MAX_IMAGE_PIXELS") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise DataError(f"image {name} does not decode ({error}); replace the file or drop the row") from None
 
 
 def content_key(image: Image.Image) -> str:

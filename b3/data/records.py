@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3.data.images import FolderImages, ImageRef, ParquetImages, content_key, decode
+from b3.data.images import FolderImages, ImageRef, ParquetImages, content_key, decode, peek
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -54,6 +54,16 @@ class Item:
             path = Path(self.image)
             return decode(FolderImages(path.parent).read(path.name), str(path))
         return self.image
+
+    def peek_image(self) -> tuple[bytes, tuple[int, int]]:
+        """(digest of the picture, (width, height)), reading the file but decoding only its header."""
+        if isinstance(self.image, (str, Path)):
+            path = Path(self.image)
+            return peek(FolderImages(path.parent).read(path.name), str(path))
+        if isinstance(self.image, ImageRef):
+            return peek(self.image.store.read(self.image.path), f"{self.image.path} in {self.image.store.location}")
+        assert self.image is not None
+        return content_key(self.image).encode(), self.image.size
 
     def describe(self) -> str:
         """A short name for error messages."""

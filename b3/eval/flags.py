@@ -14,10 +14,10 @@ from b3.model.processing import MAX_PIXELS, MIN_PIXELS
 
 # Accepted, without effect on the numbers of this program.
 IGNORED_VALUES = (
-    "model_type processor_name model_backbone temperature lora_dropout lora_target_modules num_crops uigraph_diff"
+    "model_type processor_name model_backbone temperature num_crops uigraph_diff"
     " uimask_ratio lm_skip_layer vis_skip_layer resize_use_processor image_decay_factor num_sample_per_subset"
     " embedding_type dataset_config num_hardneg chunk_size eval_dataset_name eval_subset_name eval_image_dir"
-    " dataloader_num_workers output_dir resume_from project_name gc_q_chunk_size gc_p_chunk_size gc_dynamic_limit"
+    " output_dir resume_from project_name gc_q_chunk_size gc_p_chunk_size gc_dynamic_limit"
     " interleave_batch_size interleave_stopping_strategy local_rank ddp_timeout seed report_to run_name"
     " per_device_train_batch_size learning_rate max_steps warmup_steps logging_steps save_steps num_train_epochs"
 ).split()
@@ -25,6 +25,14 @@ IGNORED_SWITCHES = (
     "init_lora_model uigraph_use uigraph_rand uimask_rand sdibn odibn rdibn pos_only image_encoder_freeze grad_cache"
     " remove_unused_columns overwrite_output_dir do_eval do_train fp16 tf32"
 ).split()
+
+
+LORA_FLAGS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+}
 
 
 def boolean(text: str) -> bool:
@@ -68,6 +76,30 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--resize_max_pixels", type=int, default=MAX_PIXELS, help="largest picture, pixels")
     add("--per_device_eval_batch_size", type=int, help="upper bound on the items of one forward pass")
     _switch(parser, "bf16", "bfloat16 weights; otherwise float32")
+    add("--dataloader_num_workers", type=int, default=None, help="processes that read and resize pictures ahead")
+    add("--lora_dropout", type=float, help="checked against the adapter")
+    add("--lora_target_modules", help="checked against the adapter")
+    own = parser.add_argument_group("not in the published program")
+    own.add_argument(
+        "--numerics",
+        choices=("clean", "reference"),
+        default="clean",
+        help="reference: round rotary frequencies (and with --bf16 targets) as the published program does",
+    )
+    own.add_argument(
+        "--positions",
+        choices=("1d", "mrope"),
+        default="1d",
+        help="rotary positions; mrope for models that were trained with upstream's",
+    )
+    own.add_argument(
+        "--on_error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="skip: an unreadable item is counted and reported, its row stays in the denominator",
+    )
+    own.add_argument("--explain", type=int, default=0, help="write a page of so many wrong predictions a subset")
+    own.add_argument("--batch_tokens", type=int, default=8192, help="upper bound on the tokens of one forward pass")
     for name in IGNORED_VALUES:
         add(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=None, dest=name, help=argparse.SUPPRESS)
     for name in IGNORED_SWITCHES:
@@ -75,9 +107,34 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command; any flag of `transformers.TrainingArguments` that is not ours is accepted as without effect.
+
+    Raises `InputError` for a flag that neither program knows.
+    """
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.training_flags = []
+    if not rest:
+        return arguments
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    for word in rest:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if not word.startswith("--"):
+            continue  # the value of the flag before it
+        if name not in known:
+            raise InputError(f"unknown flag {word}; see --help")
+        arguments.training_flags.append(name)
+    return arguments
+
+
 def ignored(arguments: argparse.Namespace) -> list[str]:
     """Names of the given flags that have no effect."""
-    return [name for name in (*IGNORED_VALUES, *IGNORED_SWITCHES) if getattr(arguments, name) is not None]
+    own = [name for name in (*IGNORED_VALUES, *IGNORED_SWITCHES) if getattr(arguments, name) is not None]
+    return own + arguments.training_flags
 
 
 def check(arguments: argparse.Namespace) -> str | None:
@@ -87,10 +144,16 @@ def check(arguments: argparse.Namespace) -> str | None:
 
     if arguments.pooling not in ("last", "eos"):
         raise InputError(f"--pooling {arguments.pooling} is not supported; use last (or eos, the same)")
-    for name in ("max_len", "per_device_eval_batch_size"):
+    for name, least in (
+        ("max_len", 1),
+        ("per_device_eval_batch_size", 1),
+        ("batch_tokens", 1),
+        ("explain", 0),
+        ("dataloader_num_workers", 0),
+    ):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} {value} must be at least 1")
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value} must be at least {least}")
     folder = fetch(arguments.model_name)
     extra: Path | None = None if arguments.checkpoint_path is None else fetch(arguments.checkpoint_path)
     source = extra or folder
@@ -100,10 +163,12 @@ def check(arguments: argparse.Namespace) -> str | None:
         raise InputError(f"{source} is an adapter; add --lora to merge it")
     if arguments.lora:
         config = read_json(source / CONFIG_FILE)
-        for flag, key in (("lora_r", "r"), ("lora_alpha", "lora_alpha")):
-            value = getattr(arguments, flag)
-            if value is not None and value != config.get(key):
-                raise InputError(f"--{flag} {value} contradicts the adapter in {source} ({key} {config.get(key)})")
-    elif arguments.lora_r is not None or arguments.lora_alpha is not None:
-        raise InputError("--lora_r and --lora_alpha need --lora")
+        for flag, key in LORA_FLAGS.items():
+            value, found = getattr(arguments, flag), config.get(key)
+            if flag == "lora_target_modules" and value is not None:
+                value, found = sorted(value.split(",")), sorted(found) if isinstance(found, list) else found
+            if value is not None and value != found:
+                raise InputError(f"--{flag} {value} contradicts the adapter in {source} ({key} {found})")
+    elif any(getattr(arguments, flag) is not None for flag in LORA_FLAGS):
+        raise InputError("--lora_r, --lora_alpha, --lora_dropout and --lora_target_modules need --lora")
     return None if extra is None else str(extra)

@@ -6,23 +6,37 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from b3.data.records import EvalDataset
 from b3.errors import InputError
+from b3.eval.intervals import bootstrap_interval, bootstrap_mean
 from b3.eval.score import SubsetScore
-from b3.eval.tasks import FAMILIES, TASKS, family_of
+from b3.eval.tasks import FAMILIES, MMEB, TASKS, family_of
 from b3.files import write_atomic
 
+MMEB_NAMES = {task.name for task in MMEB}
 
-def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore) -> None:
-    """`<subset>_pred.txt` (a line a row: the predicted candidate) and, last, `<subset>_score.json`."""
-    lines = [str(dataset.raw_candidates(row)[index]) for row, index in enumerate(score.predicted.tolist())]
+
+def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore, skipped: dict[str, str]) -> None:
+    """`<subset>_pred.txt` (a line a row: the predicted candidate) and, last, `<subset>_score.json`.
+
+    `skipped` says which items could not be read and why; the score file then has `num_incomplete` and `skipped` too.
+    """
+    lines = [
+        str(dataset.raw_candidates(row)[index] if index >= 0 else ("<unreadable>", ""))
+        for row, index in enumerate(score.predicted.tolist())
+    ]
     write_atomic(folder / f"{score.name}_pred.txt", "".join(line + "\n" for line in lines))
-    facts = {
+    facts: dict[str, Any] = {
         "acc": score.precision,
         "num_correct": score.num_correct,
         "num_pred": score.num_rows,
         "num_data": len(dataset),
     }
+    if score.incomplete.any():
+        facts["num_incomplete"] = int(score.incomplete.sum())
+        facts["skipped"] = skipped
     write_atomic(folder / f"{score.name}_score.json", json.dumps(facts, indent=4))
 
 
@@ -39,8 +53,12 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def summarise(precision: dict[str, float]) -> dict[str, Any]:
-    """Means by family, in and out of domain, and overall, from precision@1 by subset."""
+def summarise(precision: dict[str, float], num_correct: dict[str, tuple[int, int]] | None = None) -> dict[str, Any]:
+    """Means by family, in and out of domain, and overall, from precision@1 by subset.
+
+    With `num_correct` ((right, rows) by subset) also `interval`: bootstrap 95 % intervals of each subset, each family
+    and the mean, rows resampled within their subset.
+    """
     if not precision:
         raise InputError("no subset was scored")
     families = {}
@@ -53,7 +71,19 @@ def summarise(precision: dict[str, float]) -> dict[str, Any]:
         values = [v for name, v in precision.items() if name in TASKS and TASKS[name].in_domain is wanted]
         if values:
             summary[label] = mean(values)
+    if num_correct is not None:
+        summary["interval"] = intervals({name: np.arange(rows) < right for name, (right, rows) in num_correct.items()})
     return summary
+
+
+def intervals(correct: dict[str, np.ndarray]) -> dict[str, Any]:
+    """95 % intervals (low, high) of the mean, of families and of subsets, from which rows were right."""
+    families = sorted({family_of(name) for name in correct})
+    return {
+        "mean": bootstrap_mean(correct),
+        "families": {f: bootstrap_mean({n: c for n, c in correct.items() if family_of(n) == f}) for f in families},
+        "subsets": {name: bootstrap_interval(rows) for name, rows in correct.items()},
+    }
 
 
 def markdown_table(columns: dict[str, dict[str, Any]]) -> str:
@@ -74,8 +104,21 @@ def markdown_table(columns: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    """summary.json and summary.md."""
+def write_summary(folder: Path, summary: dict[str, Any], model: str) -> None:
+    """summary.json, summary.md, leaderboard.json (MMEB subsets only) and families.png (complete families only)."""
+    from b3.eval.family_plot import plot_families
+    from b3.eval.leaderboard import leaderboard_json
+
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     text = f"Precision@1, percent; plain means over subsets.\n\n{markdown_table({'precision@1': summary})}\n"
+    low, high = summary["interval"]["mean"]
+    text += (
+        f"\nMean: {100 * summary['mean']:.2f}, 95 % interval {100 * low:.2f} to {100 * high:.2f} (rows resampled).\n"
+    )
+    if "items" in summary:
+        text += f"{summary['items']:,} distinct items in {summary['seconds']:.0f} s.\n"
     write_atomic(folder / "summary.md", text)
+    if any(name in MMEB_NAMES for name in summary["subsets"]):
+        board = leaderboard_json(summary, {"model_name": model})
+        write_atomic(folder / "leaderboard.json", json.dumps(board, indent=2) + "\n")
+        plot_families(summary, folder / "families.png", name=model.rstrip("/").rsplit("/", 1)[-1])

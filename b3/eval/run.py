@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from b3.data.records import EvalDataset, Item
+from b3 import distributed
+from b3.cache import EmbeddingCache
+from b3.data.records import EvalDataset
 from b3.data.sources import load_eval
+from b3.encode import BATCH_TOKENS, Encoder, unique_items, unit
 from b3.errors import RunError
+from b3.eval.explain import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
 from b3.files import write_atomic
+from b3.model.backbones import fetch
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder
 
 MANIFEST = "manifest.json"
+# What decides a vector beside the item itself; prompts and prefixes are part of the item.
+CACHE_FACTS = ("model", "adapter", "dtype", "numerics", "positions", "min_pixels", "max_pixels", "max_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,45 +43,44 @@ class EvalSpec:
     prefix_targets: bool = False
     normalize: bool = True
     dtype: str = "float32"
+    numerics: str = "clean"
+    positions: str = "1d"
     min_pixels: int = 3136
     max_pixels: int = 1003520
     max_length: int | None = None
+    on_error: str = "fail"
+
+    def load(self) -> Embedder:
+        from b3.model.embedder import Embedder
+
+        return Embedder.from_pretrained(
+            self.model,
+            adapter=self.adapter,
+            dtype=self.dtype,
+            numerics=self.numerics,
+            positions=self.positions,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+            max_length=self.max_length,
+        )
+
+    @property
+    def round_targets(self) -> bool:
+        """The reference's target side leaves the model in bfloat16; its query side is autocast and stays float32."""
+        return self.numerics == "reference" and self.dtype == "bfloat16" and self.normalize
 
 
-class VectorStore:
-    """Vectors of distinct items over all subsets of a run; labels and images that repeat are encoded once."""
-
-    def __init__(self, embedder: Embedder, normalize: bool, max_items: int | None = None) -> None:
-        self.embedder, self.normalize, self.max_items = embedder, normalize, max_items
-        self._index: dict[tuple[str, str], int] = {}
-        self.vectors = np.empty((0, embedder.dim), dtype=np.float32)
-
-    def add(self, items: list[Item], progress: str | None = None) -> np.ndarray:
-        """(N,) int64 positions in `vectors` of `items`, encoding those not seen before."""
-        fresh: dict[tuple[str, str], Item] = {}
-        for item in items:
-            if item.key not in self._index:
-                fresh.setdefault(item.key, item)
-        if fresh:
-            vectors = self.embedder.encode(
-                list(fresh.values()), normalize=self.normalize, max_items=self.max_items, progress=progress
-            )
-            if self.normalize:  # scoring normalises in float32, whatever the model's dtype
-                vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-            self._index |= {key: len(self.vectors) + i for i, key in enumerate(fresh)}
-            self.vectors = np.concatenate([self.vectors, vectors])
-        return np.asarray([self._index[item.key] for item in items], dtype=np.int64)
-
-
-def evaluate_subset(dataset: EvalDataset, store: VectorStore, progress: bool = False) -> SubsetScore:
+def evaluate_subset(dataset: EvalDataset, encoder: Encoder, spec: EvalSpec, progress: bool = False) -> SubsetScore:
     """Encode and score one subset."""
-    label = dataset.name if progress else None
     candidates = [dataset.candidates(row) for row in range(len(dataset))]
     queries = [dataset.query(row) for row in range(len(dataset))]
-    index = store.add(queries + [item for row in candidates for item in row], label)
+    items, index = unique_items(queries + [item for row in candidates for item in row])
+    vectors = encoder.encode(items, dataset.name if progress else None)
+    if spec.normalize:  # in float32, whatever the model's dtype
+        vectors = unit(vectors)
     ends = np.cumsum([len(dataset), *map(len, candidates)])
     parts = [index[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    return score_subset(dataset, store.vectors, index[: len(dataset)], parts)
+    return score_subset(dataset, vectors, index[: len(dataset)], parts, spec.round_targets)
 
 
 def weights_fingerprint(folder: str | Path | None) -> str | None:
@@ -115,49 +121,58 @@ def _claim(folder: Path, facts: dict[str, Any], names: dict[str, Any]) -> None:
 
 
 def evaluate(
-    spec: EvalSpec, subsets: list[str], folder: Path, *, max_items: int | None = None, progress: bool = False
+    spec: EvalSpec,
+    subsets: list[str],
+    folder: Path,
+    *,
+    max_items: int | None = None,
+    workers: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    explain: int = 0,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate `spec` on `subsets` and write all files to `folder`; subsets scored before are not scored again.
 
-    Returns the summary (see `b3.eval.report.summarise`) with `seconds`. Raises `InputError` (before the model is
-    loaded) for an unknown subset, a missing image folder, or a folder that holds another evaluation.
-    """
-    from b3.model.backbones import fetch
+    All ranks of a process group share the encoding; rank 0 writes. Vectors are kept below `folder`/embeddings, so an
+    interrupted run continues. With `explain`, each newly scored subset also gets <subset>_errors.html with so many
+    wrong predictions. Returns the summary (see `b3.eval.report.summarise`) with `seconds`.
 
+    Raises `InputError` (before the model is loaded) for an unknown subset, a missing image folder, or a folder that
+    holds another evaluation.
+    """
     started = time.perf_counter()
     datasets = [
         load_eval(spec.source, name, spec.split, image_dir=spec.image_dir, prefix_targets=spec.prefix_targets)
         for name in subsets
     ]
-    model_folder = fetch(spec.model)
-    adapter_folder = None if spec.adapter is None else fetch(spec.adapter)
     facts = asdict(spec) | {
-        "model": weights_fingerprint(model_folder),
-        "adapter": weights_fingerprint(adapter_folder),
+        "model": weights_fingerprint(fetch(spec.model)),
+        "adapter": None if spec.adapter is None else weights_fingerprint(fetch(spec.adapter)),
     }
-    _claim(folder, facts, {"model": spec.model, "adapter": spec.adapter})
-    store: VectorStore | None = None
-    for dataset in datasets:
-        if read_score(folder, dataset.name) is not None:
-            continue
-        if store is None:
-            store = VectorStore(load_embedder(spec), spec.normalize, max_items)
-        write_subset(folder, dataset, evaluate_subset(dataset, store, progress))
-    scores = {name: read_score(folder, name) for name in subsets}
-    summary = summarise({name: score["acc"] for name, score in scores.items() if score is not None})
-    summary["seconds"] = round(time.perf_counter() - started, 2)
-    write_summary(folder, summary)
-    return summary
-
-
-def load_embedder(spec: EvalSpec) -> Embedder:
-    from b3.model.embedder import Embedder
-
-    return Embedder.from_pretrained(
-        spec.model,
-        adapter=spec.adapter,
-        dtype=spec.dtype,
-        min_pixels=spec.min_pixels,
-        max_pixels=spec.max_pixels,
-        max_length=spec.max_length,
+    if distributed.rank() == 0:
+        _claim(folder, facts, {"model": spec.model, "adapter": spec.adapter})
+    distributed.barrier()
+    todo = [dataset for dataset in datasets if read_score(folder, dataset.name) is None]
+    distributed.barrier()  # all ranks have looked before rank 0 writes the first score
+    num_items = 0
+    if todo:
+        cache = EmbeddingCache(folder / "embeddings", {key: facts[key] for key in CACHE_FACTS})
+        encoder = Encoder(spec.load(), batch_tokens, max_items, workers, cache, spec.on_error)
+        for dataset in todo:
+            encoder.skipped.clear()
+            scored = evaluate_subset(dataset, encoder, spec, progress)
+            num_items = encoder.num_encoded
+            if distributed.rank() == 0:
+                write_subset(folder, dataset, scored, encoder.skipped)
+                if explain:
+                    write_explanations(folder, dataset, scored, explain)
+    distributed.barrier()
+    scores = {name: score for name in subsets if (score := read_score(folder, name)) is not None}
+    summary = summarise(
+        {name: score["acc"] for name, score in scores.items()},
+        {name: (score["num_correct"], score["num_data"]) for name, score in scores.items()},
     )
+    summary |= {"seconds": round(time.perf_counter() - started, 2), "items": num_items}
+    if distributed.rank() == 0:
+        write_summary(folder, summary, spec.model)
+    return summary

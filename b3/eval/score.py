@@ -13,13 +13,17 @@ from b3.data.records import EvalDataset
 class SubsetScore:
     """Scores of one subset.
 
-    predicted: (rows,) int64, index of the best candidate in each row's list; 0 is right.
-    scores: per row (candidates,) float32.
+    predicted: (rows,) int64, index of the best candidate in each row's list; 0 is right, -1 means that the query could
+        not be read.
+    scores: per row (candidates,) float32; -inf for a candidate that could not be read.
+    incomplete: (rows,) bool, rows with a query or candidate that could not be read. They stay in the denominator; one
+        whose query or positive is missing counts as wrong.
     """
 
     name: str
     predicted: np.ndarray
     scores: list[np.ndarray]
+    incomplete: np.ndarray
 
     @property
     def num_correct(self) -> int:
@@ -44,7 +48,11 @@ def row_scores(query: np.ndarray, candidates: np.ndarray, index: np.ndarray) -> 
 
 
 def score_subset(
-    dataset: EvalDataset, vectors: np.ndarray, queries: np.ndarray, candidates: list[np.ndarray]
+    dataset: EvalDataset,
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    candidates: list[np.ndarray],
+    round_targets: bool = False,
 ) -> SubsetScore:
     """Score all rows.
 
@@ -53,12 +61,28 @@ def score_subset(
         queries: (rows,) int64, the vector of each query.
         candidates: per row (C,) int64, the vectors of its candidates, the positive first.
 
+        round_targets: round candidates' vectors to bfloat16 first, as the reference's target side does.
+
     The first maximum wins, so a tie with the positive counts as right.
     """
     predicted, scores = np.empty(len(queries), dtype=np.int64), []
+    incomplete = np.zeros(len(queries), dtype=bool)
     for row, (query, index) in enumerate(zip(queries, candidates, strict=True)):
         distinct, inverse = np.unique(index, return_inverse=True)
-        values = row_scores(vectors[query], vectors[distinct], inverse)
+        targets = rounded(vectors[distinct]) if round_targets else vectors[distinct]
+        values = row_scores(vectors[query], targets, inverse)
+        incomplete[row] = np.isnan(values).any()
+        values = np.where(np.isnan(values), -np.inf, values).astype(np.float32)
         scores.append(values)
-        predicted[row] = int(values.argmax())
-    return SubsetScore(dataset.name, predicted, scores)
+        predicted[row] = int(values.argmax()) if np.isfinite(values).any() else -1
+        if predicted[row] == 0 and not np.isfinite(values[0]):
+            predicted[row] = -1
+    return SubsetScore(dataset.name, predicted, scores, incomplete)
+
+
+def rounded(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (N, D) rounded to bfloat16 and normalised again in float32."""
+    import torch
+
+    values = torch.from_numpy(vectors).to(torch.bfloat16).float()
+    return torch.nn.functional.normalize(values, dim=-1).numpy()

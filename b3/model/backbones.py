@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.errors import InputError
+from b3.model.attention import use_packed_attention
 
 if TYPE_CHECKING:
     import torch
@@ -77,10 +78,12 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
     import torch
     from transformers.utils import is_flash_attn_2_available
 
-    if name != "auto":
-        return name
-    fits = device.type == "cuda" and dtype != torch.float32
-    return "flash_attention_2" if fits and is_flash_attn_2_available() else "sdpa"
+    fits = device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
+    if name == "flash_attention_2" and not fits:
+        raise InputError("flash_attention_2 needs a GPU, bfloat16 and the package flash-attn; use auto or sdpa")
+    if name not in ("auto", "sdpa", "flash_attention_2"):
+        raise InputError(f"attention '{name}' is not known; use one of auto, sdpa, flash_attention_2")
+    return "flash_attention_2" if fits and name != "sdpa" else "sdpa"
 
 
 def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
@@ -104,5 +107,7 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, attent
     finally:
         if bar:
             logging.enable_progress_bar()
+    if attention == "sdpa":
+        use_packed_attention(model.model)
     model.requires_grad_(False)
     return model.to(device).eval()

@@ -5,9 +5,9 @@ r"""The embedding model: a Qwen2-VL backbone, last-token pooling, L2 normalisati
     vectors = model.encode([{"text": "<|image_1|>\nRepresent the given image.\n", "image": "cat.png"}, "a cat"])
 
 Positions are 1-D (0..n-1 on all three rotary axes), as in every checkpoint of VLM2Vec V1, V2 and B3: their prompts hold
-no vision-start token, so the reference's builder of 3-D positions never finds an image. Rows are padded on the right,
-where causal attention needs no mask, and each row pools its own last token, so that a row's vector does not depend on
-the rest of its batch.
+no vision-start token, so the reference's builder of 3-D positions never finds an image. ``positions="mrope"`` gives
+upstream's positions, for models trained with them. Items are packed end to end without padding and each pools its own
+last token, so that a vector does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -23,24 +23,35 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
 
 from b3.data.records import Item
+from b3.errors import InputError
 from b3.model import adapter as adapters
+from b3.model import attention as attention_kernels
+from b3.model.attention import Packing
 from b3.model.backbones import choose_attention, choose_device, choose_dtype, fetch, load_backbone, read_json
 from b3.model.processing import MAX_PIXELS, MIN_PIXELS, Processed, Processor
+from b3.model.rotary import mrope_positions, round_frequencies
+
+BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Processed items, padded on the right.
+    """Processed items, packed end to end without padding.
 
-    input_ids: (B, L) int64. lengths: (B,) int64, tokens of each row. pixels: (P, 1176) float32 patches of all pictures
-    in row order, or None. grids: (pictures, 3) int64 (1, rows, columns). image_rows: (pictures,) int64.
+    input_ids: (T,) int64. lengths: (B,) int64, tokens of each item, T in all; longest: the largest of them.
+    pixels: (P, 1176) float32 patches of all pictures in item order, or None. grids: (pictures, 3) int64 (1, rows,
+    columns). slots: (S,) int64, positions of the tokens that stand for the pictures' features, in the same order.
     """
 
     input_ids: Tensor
     lengths: Tensor
+    longest: int
     pixels: Tensor | None = None
     grids: Tensor | None = None
-    image_rows: Tensor | None = None
+    slots: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def to(self, device: torch.device) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -49,22 +60,36 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        pixels, grids, rows = (None if t is None else change(t) for t in (self.pixels, self.grids, self.image_rows))
-        return Batch(change(self.input_ids), change(self.lengths), pixels, grids, rows)
+        pixels, grids, slots = (None if t is None else change(t) for t in (self.pixels, self.grids, self.slots))
+        return Batch(change(self.input_ids), change(self.lengths), self.longest, pixels, grids, slots)
 
 
-def collate(items: Sequence[Processed]) -> Batch:
-    """Stack processed items into one `Batch`. Pads carry token 0, which nothing reads."""
-    lengths = torch.tensor([item.num_tokens for item in items], dtype=torch.int64)
-    input_ids = torch.zeros((len(items), int(lengths.max())), dtype=torch.int64)
-    for row, item in enumerate(items):
-        input_ids[row, : item.num_tokens] = torch.from_numpy(item.input_ids)
-    pictures = [(row, i.pixels, i.grid) for row, i in enumerate(items) if i.pixels is not None and i.grid is not None]
-    if not pictures:
-        return Batch(input_ids, lengths)
-    pixels = torch.from_numpy(np.concatenate([patches for _, patches, _ in pictures]))
-    grids = torch.tensor([(1, *grid) for _, _, grid in pictures], dtype=torch.int64)
-    return Batch(input_ids, lengths, pixels, grids, torch.tensor([row for row, _, _ in pictures], dtype=torch.int64))
+def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
+    """Pack processed items into one `Batch`.
+
+    A placeholder in an item without picture is no slot: it keeps its literal token embedding (stray tokens of WebQA and
+    EDIS queries).
+    """
+    lengths = [item.num_tokens for item in items]
+    input_ids = torch.from_numpy(np.concatenate([item.input_ids for item in items]))
+    pixels, grids, slots, start = [], [], [], 0
+    for item, length in zip(items, lengths, strict=True):
+        if item.pixels is not None and item.grid is not None:
+            pixels.append(item.pixels)
+            grids.append((1, *item.grid))
+            slots.append(start + np.flatnonzero(item.input_ids == image_token_id))
+        start += length
+    counts = torch.tensor(lengths, dtype=torch.int64)
+    if not pixels:
+        return Batch(input_ids, counts, max(lengths))
+    return Batch(
+        input_ids,
+        counts,
+        max(lengths),
+        torch.from_numpy(np.concatenate(pixels)),
+        torch.tensor(grids, dtype=torch.int64),
+        torch.from_numpy(np.concatenate(slots)),
+    )
 
 
 class Embedder(nn.Module):
@@ -76,10 +101,17 @@ class Embedder(nn.Module):
         source: description of where the weights came from, for manifests and model cards.
     """
 
-    def __init__(self, backbone: nn.Module, processor: Processor, source: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        processor: Processor,
+        source: dict[str, Any] | None = None,
+        positions: str = "1d",
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.processor = processor
+        self.positions = positions
         self.source = source or {}
 
     @classmethod
@@ -93,6 +125,8 @@ class Embedder(nn.Module):
         max_pixels: int = MAX_PIXELS,
         attention: str = "auto",
         max_length: int | None = None,
+        positions: str = "1d",
+        numerics: str = "clean",
     ) -> Embedder:
         """Load a checkpoint, merging the adapter (if any) into its weights in float32.
 
@@ -102,12 +136,17 @@ class Embedder(nn.Module):
             dtype: "float32", "bfloat16", or "auto" (bfloat16 on a GPU).
             device: None means the GPU of the local rank if there is one, else the CPU.
             min_pixels, max_pixels: image budget in pixels.
-            attention: "auto", "flash_attention_2", "sdpa" or "eager".
+            attention: "auto", "flash_attention_2" or "sdpa".
             max_length: cut text-only items to this many tokens.
+            positions: "1d" or "mrope".
+            numerics: "clean", or "reference" to round rotary frequencies as the reference's evaluation does.
 
         Raises:
             InputError: the checkpoint or the adapter is missing, incomplete or of another architecture.
         """
+        for value, known in ((positions, ("1d", "mrope")), (numerics, ("clean", "reference"))):
+            if value not in known:
+                raise InputError(f"'{value}' is not known; use one of {', '.join(known)}")
         folder = fetch(name)
         base, adapter_folder = folder, None if adapter is None else fetch(adapter)
         if adapter_folder is None and adapters.is_adapter(folder):
@@ -118,7 +157,12 @@ class Embedder(nn.Module):
         if adapter_folder is not None:
             adapters.merge_adapter(backbone, adapter_folder)
         processor = Processor.from_pretrained(base, min_pixels=min_pixels, max_pixels=max_pixels, max_length=max_length)
-        return cls(backbone, processor, {"base": str(base), "adapter": adapter_folder and str(adapter_folder)})
+        model = cls(
+            backbone, processor, {"base": str(base), "adapter": adapter_folder and str(adapter_folder)}, positions
+        )
+        if numerics == "reference":
+            round_frequencies(model.core)
+        return model
 
     @property
     def core(self) -> Any:
@@ -142,36 +186,55 @@ class Embedder(nn.Module):
         return int(self.core.language_model.config.hidden_size)
 
     def forward(self, batch: Batch, normalize: bool = True) -> Tensor:
-        """Vectors (B, D) float32 of a batch: final hidden state of each row's last token, L2-normalised if asked.
-
-        A placeholder in a row without picture keeps its literal token embedding (stray tokens of WebQA and EDIS).
-        """
+        """Vectors (B, D) float32 of a batch: final hidden state of each item's last token, L2-normalised if asked."""
         core = self.core
         embeds = core.language_model.embed_tokens(batch.input_ids)
         if batch.pixels is not None:
-            assert batch.grids is not None and batch.image_rows is not None
             features = core.visual(batch.pixels.to(self.dtype), grid_thw=batch.grids).pooler_output
-            has_image = torch.zeros(len(batch.lengths), dtype=torch.bool, device=embeds.device)
-            has_image[batch.image_rows] = True
-            slots = (batch.input_ids == self.processor.image_token_id) & has_image[:, None]
-            embeds = embeds.masked_scatter(slots[..., None], features.to(embeds.dtype))
-        length = batch.input_ids.shape[1]
-        positions = torch.arange(length, device=embeds.device).expand(3, len(batch.lengths), length)
-        hidden = core.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
-        rows = torch.arange(len(batch.lengths), device=hidden.device)
-        pooled = hidden[rows, batch.lengths - 1].float()
+            assert batch.slots is not None
+            embeds = embeds.index_copy(0, batch.slots, features.to(embeds.dtype))
+        packing = Packing.of(batch.lengths, batch.longest)
+        hidden = core.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=self._positions(batch, packing)[:, None],
+            attention_mask=dict.fromkeys(("full_attention", "sliding_attention")),  # packing takes the mask's place
+            use_cache=False,
+            **self._boundaries(packing),
+        ).last_hidden_state[0]
+        pooled = hidden[torch.cumsum(batch.lengths, 0) - 1].float()
         return l2_normalize(pooled, dim=-1) if normalize else pooled
+
+    def _positions(self, batch: Batch, packing: Packing) -> Tensor:
+        """(3, T) int64 rotary positions: 0..n-1 on all axes, or upstream's temporal, height and width positions."""
+        if self.positions == "1d":
+            return packing.columns.expand(3, -1)
+        slots = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
+        if batch.slots is not None:
+            slots[batch.slots] = True
+        return mrope_positions(self.core, batch.input_ids, batch.lengths, slots, batch.grids)
+
+    def _boundaries(self, packing: Packing) -> dict[str, Any]:
+        """What tells the attention kernel where items begin and end."""
+        if self.core.language_model.config._attn_implementation == attention_kernels.NAME:
+            return {"packing": packing}
+        edges = packing.boundaries
+        return {
+            "cu_seq_lens_q": edges,
+            "cu_seq_lens_k": edges,
+            "max_length_q": packing.longest,
+            "max_length_k": packing.longest,
+        }
 
     def encode(
         self,
         items: Sequence[Item | dict[str, Any] | str],
         normalize: bool = True,
-        batch_tokens: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
         max_items: int | None = None,
+        workers: int = 0,
         progress: str | None = None,
     ) -> np.ndarray:
         """Vectors (N, D) float32 in the order of `items`; see `b3.encode.encode_items`."""
         from b3.encode import encode_items
 
-        options: dict[str, Any] = {} if batch_tokens is None else {"batch_tokens": batch_tokens}
-        return encode_items(self, items, normalize=normalize, max_items=max_items, progress=progress, **options)
+        return encode_items(self, items, normalize, batch_tokens, max_items, workers, progress)

@@ -8,6 +8,7 @@ instead of refused; a placeholder in a text without picture stays one literal to
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -132,6 +133,10 @@ class Processor:
             raise InputError(
                 f"no tokenizer in checkpoint {name} ({what}); copy the backbone's tokenizer files there"
             ) from None
+        if not tokenizer.is_fast:
+            raise InputError(f"the tokenizer in {name} is not a fast one; add its tokenizer.json")
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         return cls(tokenizer, **options)
 
     @cached_property
@@ -174,6 +179,29 @@ class Processor:
             pixels[:, channel] = self._normalised[:, channel][flat[:, channel]]
         return pixels.reshape(rows * columns, -1), (rows, columns)
 
+    def measure(self, item: Item) -> tuple[bytes, int]:
+        """(digest of the content, number of tokens) of an item, without decoding its picture.
+
+        The digest covers the prompt and the picture's encoded bytes: equal pictures under different names are one.
+        Raises `DataError` as processing would, as far as can be told.
+        """
+        text = to_backbone(item.text, self.image_token)
+        digest = hashlib.sha256(text.encode())
+        if item.image is None:
+            count = len(self._tokenize(text, item))
+            return digest.digest(), count if self.max_length is None else min(count, self.max_length)
+        self._check_placeholder(text, item)
+        content, size = item.peek_image()
+        digest.update(b"\0" + content)
+        return digest.digest(), len(self._tokenize(text, item)) - 1 + self.tokens_of_image(*size)
+
+    def _check_placeholder(self, text: str, item: Item) -> None:
+        if text.count(self.image_token) != 1:
+            raise DataError(
+                f"{item.describe()}: a text with an image needs exactly one {PLACEHOLDER} or {self.image_token},"
+                f" found {text.count(self.image_token)}"
+            )
+
     def __call__(self, item: Item) -> Processed:
         """Process one item. Raises `DataError` naming the item for an empty text or a misplaced image token."""
         text = to_backbone(item.text, self.image_token)
@@ -181,17 +209,14 @@ class Processor:
         if image is None:
             ids = self._tokenize(text, item)
             return Processed(ids if self.max_length is None else ids[: self.max_length])
-        if text.count(self.image_token) != 1:
-            raise DataError(
-                f"{item.describe()}: a text with an image needs exactly one {PLACEHOLDER} or {self.image_token},"
-                f" found {text.count(self.image_token)}"
-            )
+        self._check_placeholder(text, item)
         pixels, grid = self.process_image(image)
         ids = self._tokenize(text, item)
         return Processed(self._expand(ids, len(pixels) // (MERGE * MERGE)), pixels, grid)
 
     def _tokenize(self, text: str, item: Item) -> np.ndarray:
-        ids = np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        # the backend's own call: unlike the wrapper's it may run in several threads at once
+        ids = np.asarray(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         if len(ids) == 0:
             raise DataError(f"{item.describe()}: an item needs a text or an image")
         return ids

@@ -43,7 +43,7 @@ class StepCollator:
     Args:
         datasets: in the order of the sampler.
         processor: items to inputs.
-        chunk_tokens: padded tokens a chunk may hold.
+        chunk_tokens: tokens a chunk may hold.
         hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None.
         share_duplicates: encode equal items of a rank once (right only without dropout).
     """
@@ -66,7 +66,10 @@ class StepCollator:
         distinct, index = unique_items(items) if self.share_duplicates else (items, np.arange(len(items)))
         processed = [self._process(item) for item in distinct]
         groups = token_batches([p.num_tokens for p in processed], self.chunk_tokens)
-        chunks = [Chunk(collate([processed[i] for i in group]), torch.from_numpy(group.copy())) for group in groups]
+        token = self.processor.image_token_id
+        chunks = [
+            Chunk(collate([processed[i] for i in group], token), torch.from_numpy(group.copy())) for group in groups
+        ]
         return StepInputs(
             chunks,
             torch.from_numpy(index[: len(queries)]),

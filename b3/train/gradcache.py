@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from b3.distributed import rank, world_size
 from b3.model.embedder import Batch, Embedder
 from b3.train.loss import BatchStatistics, excluded_columns, info_nce
 
@@ -68,14 +69,6 @@ class StepResult:
     precision: float
     positive: float
     hardest_negative: float
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def gather(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3 import __version__
+from b3 import __version__, distributed
 from b3.config import Config
 from b3.data.recipe import load_datasets
 from b3.errors import RunError
@@ -39,7 +39,6 @@ def build_sampler(
     """Batches of this rank under the recipe's policy."""
     import numpy as np
 
-    from b3.train.gradcache import rank, world_size
     from b3.train.sampler import BatchPlanSampler, random_rows
 
     sizes = [len(dataset) for dataset in datasets]
@@ -60,8 +59,8 @@ def build_sampler(
         seed=config.seed,
         steps=config.train.steps,
         start=start,
-        rank=rank(),
-        world_size=world_size(),
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
     )
 
 
@@ -81,6 +80,7 @@ def build_embedder(config: Config) -> Embedder:
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
         max_length=model.max_length,
+        positions=model.positions,
     )
     targets = spec.target_modules
     set_seed(config.seed)  # the adapter's initial values
@@ -103,27 +103,9 @@ def build_embedder(config: Config) -> Embedder:
     return embedder
 
 
-def start_distributed() -> None:
-    """Join the process group that torchrun or accelerate describes; nothing for a single process."""
-    import torch
-    import torch.distributed as dist
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-
-
-def stop_distributed() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def check_ranks(config: Config) -> None:
     """Raise `RunError` if the batch does not divide over the ranks; needs nothing heavy."""
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = distributed.launched_ranks()
     if config.batch.size < ranks:
         raise RunError(f"{ranks} ranks share a batch of {config.batch.size} rows; start fewer ranks")
     if config.batch.size % ranks:
@@ -153,13 +135,11 @@ def train(config: Config) -> Trained:
         return Trained(folder, 0.0, already_complete=True)
     datasets = load_datasets(config)
     plans = load_plans(config, datasets)
-    start_distributed()
-    from b3.train.gradcache import world_size
-
+    distributed.start()
     build_sampler(config, datasets, plans)  # its checks come before the model is loaded
     if first:
         claim_folder(config)
-    _wait()
+    distributed.barrier()
     if not first:
         claim_folder(config)
     checkpoint = newest_checkpoint(folder)
@@ -167,21 +147,14 @@ def train(config: Config) -> Trained:
     trainer = _build_trainer(config, datasets, plans, checkpoint)
     if first:
         rewind_metrics(folder, trainer.sampler.start)
-        write_atomic(folder / "environment.json", json.dumps(environment(world_size()), indent=2) + "\n")
+        write_atomic(folder / "environment.json", json.dumps(environment(distributed.world_size()), indent=2) + "\n")
         print(describe(config, datasets, trainer.sampler, plans), flush=True)
     trainer.run(checkpoint)
     seconds = time.perf_counter() - started
     if first:
         _finish(config, trainer, datasets, plans, seconds)
-    _wait()
+    distributed.barrier()
     return Trained(folder, seconds, already_complete=False)
-
-
-def _wait() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _build_trainer(

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from golden_data import GOLDEN, cases, checkpoint, item
 from PIL import Image
 from safetensors.numpy import load_file
 
 from b3 import Embedder
 from b3.errors import InputError
-from b3.model.embedder import collate
 
 EXPECTED = load_file(GOLDEN / "embed_expected.safetensors")
 ITEMS = [item(case) for case in cases()]
@@ -48,16 +46,10 @@ def test_raw_vectors_equal_the_reference(variant: tuple[str, Embedder]) -> None:
     assert np.abs(raw - EXPECTED[f"{name}/raw"]).max() < 1e-4
 
 
-def test_padding_has_no_influence(folder: Path) -> None:
-    model = Embedder.from_pretrained(folder, dtype="float32")
-    batch = collate([model.processor(i) for i in ITEMS[:6]])
-    changed = batch.input_ids.clone()
-    for row, length in enumerate(batch.lengths.tolist()):
-        changed[row, length:] = 1234
-    with torch.no_grad():
-        same = model(batch)
-        other = model(type(batch)(changed, batch.lengths))
-    assert torch.equal(same, other)
+def test_measuring_agrees_with_processing(folder: Path) -> None:
+    processor = Embedder.from_pretrained(folder, dtype="float32").processor
+    for one in ITEMS:
+        assert processor.measure(one)[1] == processor(one).num_tokens
 
 
 def test_picture_objects_and_own_tokens_are_accepted(folder: Path) -> None:
@@ -79,7 +71,7 @@ def test_repeated_items_are_encoded_once(folder: Path, monkeypatch: pytest.Monke
     model = Embedder.from_pretrained(folder, dtype="float32")
     rows = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda batch, **kw: rows.append(len(batch.lengths)) or forward(batch, **kw))
+    monkeypatch.setattr(model, "forward", lambda batch, **kw: rows.append(len(batch)) or forward(batch, **kw))
     vectors = model.encode(["a", "b", "a", "a"])
     assert sum(rows) == 2
     assert np.array_equal(vectors[0], vectors[2])

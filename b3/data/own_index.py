@@ -1,0 +1,140 @@
+"""The folder that holds the embeddings of a user's rows.
+
+`embeddings.npy` (N, D) float32, `ids.json`, `rows.jsonl` (what a result shows) and, written last, `manifest.json`: what
+decided the vectors, that is the checkpoints, the rows and the options.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from b3.data.own import Columns, OwnData
+from b3.errors import InputError, RunError
+from b3.files import write_atomic
+
+KIND = "b3 embeddings"
+FILES = ("embeddings.npy", "ids.json", "rows.jsonl", "manifest.json")
+# A manifest that differs in one of these belongs to something else.
+IDENTITY = ("kind", "model", "adapter", "input", "options")
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checkpoint_key(folder: Path) -> str:
+    """A short key of a checkpoint: names and sizes of its files, and the first and last 4 MiB of each."""
+    digest, part = hashlib.sha256(), 4 << 20
+    for file in sorted(
+        [*folder.glob("*.safetensors"), *folder.glob("adapter_model.bin"), *folder.glob("*config.json")]
+    ):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\n".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(part))
+            opened.seek(max(0, size - part))
+            digest.update(opened.read(part))
+    return digest.hexdigest()
+
+
+def describe_checkpoint(name: str | None, fetch: Callable[[str], Path]) -> dict[str, str] | None:
+    """{"name", "key"} of a checkpoint for the manifest; a folder's name becomes absolute. None for None."""
+    if name is None:
+        return None
+    folder = Path(name).expanduser()
+    return {"name": str(folder.resolve()) if folder.is_dir() else name, "key": checkpoint_key(fetch(name))}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an index folder. Raises `InputError` if there is none or it is not one of embeddings."""
+    file = folder / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no finished embeddings (no manifest.json); run scripts/embed.py") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise InputError(f"{file} is not one of scripts/embed.py; choose another folder")
+    return manifest
+
+
+def is_done(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether `folder` holds just these embeddings. Raises `RunError` naming what differs if it holds others."""
+    if not (folder / "manifest.json").exists():
+        foreign = [p.name for p in folder.iterdir() if p.name not in FILES] if folder.is_dir() else []
+        foreign = [name for name in sorted(foreign) if not name.startswith(".")]
+        if foreign:
+            raise RunError(f"{folder} holds other files ({foreign[0]}); choose an --out that is empty or new")
+        return False
+    manifest = read_manifest(folder)
+    for part in IDENTITY:
+        was, now = _flat(part, manifest.get(part)), _flat(part, identity[part])
+        for name in sorted(was.keys() | now.keys(), key=lambda n: not n.endswith("name")):
+            if was.get(name) != now.get(name) and not name.startswith("input.path"):
+                raise RunError(
+                    f"{folder} holds embeddings of something else ({name} was {was.get(name)}, now {now.get(name)});"
+                    " choose another --out or delete it"
+                )
+    return all((folder / name).is_file() for name in FILES)
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    return {f"{prefix}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {prefix: value}
+
+
+def identity_of(
+    data: OwnData, file: Path, columns: Columns, image_dir: Path | None, checkpoints: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """What decides the vectors, in the form that the manifest keeps."""
+    where = {"path": str(file.resolve()), "path_images": str((image_dir or file.parent).resolve())}
+    content = {"sha256": sha256(file), "images_sha256": data.images_sha256}
+    return {"kind": KIND, **checkpoints, "input": where | content, "options": options | asdict(columns)}
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file under a temporary name, sync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: dict[str, Any]) -> None:
+    """Write an index folder, its manifest last."""
+    assert vectors.dtype == np.float32
+    assert len(vectors) == len(data.ids)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    save_array(folder / "embeddings.npy", vectors)
+    write_atomic(folder / "ids.json", json.dumps(data.ids, ensure_ascii=False) + "\n")
+    write_atomic(folder / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.shown))
+    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def load_index(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]:
+    """(vectors (N, D), what each row shows, manifest). Raises `InputError` if a file is missing or does not fit."""
+    manifest = read_manifest(folder)
+    try:
+        vectors = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+        rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{folder} is not complete ({error}); run scripts/embed.py again") from None
+    if vectors.ndim != 2 or len(vectors) != len(rows):
+        raise InputError(f"{folder}: {vectors.shape} vectors but {len(rows)} rows; delete it and embed again")
+    return vectors, rows, manifest

@@ -1,0 +1,81 @@
+"""A picture of a run next to published models, by family of MMEB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from b3.errors import InputError
+from b3.eval.baselines import family_means, load_baselines
+from b3.eval.plots import COLOURS, _figure, _finish
+from b3.eval.tasks import FAMILIES
+
+DEFAULT_BASELINES = (
+    "gme-Qwen2-VL-2B-Instruct",
+    "VLM2Vec-V1-Qwen2VL-2B",
+    "VLM2Vec-V2.0-Qwen2VL-2B",
+    "VLM2Vec-V1-Qwen2VL-7B",
+)
+GREYS = ("#d5dbe1", "#b4bfca", "#92a3b5", "#6f879f", "#4d6a88", "#3b536c", "#2a3c50", "#1a2734")
+
+
+def _errors(summary: dict[str, Any], groups: list[str], means: list[float]) -> list[list[float]] | None:
+    """Lengths below and above each bar in percent, from `summary['interval']`; None if there is none to draw."""
+    interval = summary.get("interval")
+    if not interval:
+        return None
+    if not isinstance(interval, dict):
+        interval = {"mean": interval}
+    known = {**interval, **interval.get("families", {})}
+    below, above = [], []
+    for group, mean in zip(groups, means, strict=True):
+        low, high = known.get("mean" if group == "overall" else group) or (mean / 100, mean / 100)
+        below.append(max(0.0, mean - 100 * low))
+        above.append(max(0.0, 100 * high - mean))
+    return [below, above] if any(below + above) else None
+
+
+def plot_families(
+    summary: dict[str, Any], path: Path, baselines: list[str] | None = None, name: str = "this run"
+) -> bool:
+    """Bars of precision@1 by family and overall: published models, then the run, as a PNG.
+
+    Only families (and the overall mean) that the run covers in full are drawn. Returns False, and writes nothing, if
+    there is none.
+
+    Args:
+        summary: as of `b3.eval.report.summarise`; an optional `interval` draws error bars: (low, high) of the mean, or
+            a dict with such pairs under 'mean' and under the families' names (these may lie below a key 'families').
+        baselines: models of `b3.eval.baselines.load_baselines`; default `DEFAULT_BASELINES`.
+        name: label of the run.
+
+    Raises `InputError` for a model without published scores.
+    """
+    published = load_baselines()
+    chosen = list(DEFAULT_BASELINES if baselines is None else dict.fromkeys(baselines))
+    for model in chosen:
+        if model not in published:
+            raise InputError(f"no published scores of '{model}'; known: {', '.join(sorted(published))}")
+    ours = family_means(summary["subsets"])
+    groups = [group for group in (*FAMILIES, "overall") if group in ours]
+    if not groups:
+        return False
+    columns = {model: family_means(published[model]) for model in chosen} | {name: ours}
+    figure, axes = _figure(max(5.0, 2.0 + len(groups) * (0.5 + 0.22 * len(columns))), 3.8)
+    width = 0.84 / len(columns)
+    for index, (label, means) in enumerate(columns.items()):
+        last = index == len(columns) - 1
+        values = [100 * means[group] for group in groups]
+        places = [i + (index - (len(columns) - 1) / 2) * width for i in range(len(groups))]
+        errors = _errors(summary, groups, values) if last else None
+        colour = COLOURS["b3"] if last else GREYS[index % len(GREYS)]
+        bars = axes.bar(
+            places, values, width, label=label, color=colour, yerr=errors, ecolor="#333333", error_kw={"elinewidth": 1}
+        )
+        axes.bar_label(bars, fmt="%.0f" if not last else "%.1f", fontsize=7 if last else 6, padding=1)
+    axes.set_xticks(range(len(groups)), [g[0].upper() + g[1:] for g in groups], fontsize=9)
+    axes.set_ylabel("precision@1, percent")
+    axes.set_ylim(0, 1.08 * max(100 * means[group] for means in columns.values() for group in groups))
+    figure.legend(loc="outside lower center", frameon=False, ncols=3, fontsize=8)
+    _finish(figure, axes, path)
+    return True

@@ -1,0 +1,124 @@
+"""Embed your own rows.
+
+    python scripts/embed.py --model Qwen/Qwen2-VL-2B-Instruct --adapter runs/b3 --input rows.jsonl --out my-index
+
+A row of the .jsonl or .parquet file has a text, an image, or both. The image is a path, bytes, or the struct
+{bytes, path}; in jsonl bytes are base64 text under image_base64. --out then holds embeddings.npy, ids.json, rows.jsonl
+and manifest.json, and scripts/search.py searches it. An interrupted run continues; a finished one has nothing to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from b3.data.own import Columns, OwnData, read_rows
+from b3.data.own_index import describe_checkpoint, identity_of, is_done, save_index
+from b3.encode import BATCH_TOKENS
+from b3.errors import command
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="hub name or folder of a model, or of an adapter repository")
+    parser.add_argument("--adapter", help="folder or hub name of an adapter to merge")
+    parser.add_argument("--input", type=Path, required=True, help=".jsonl or .parquet file")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--instruction", "--query-prompt", default="", help="put before each text")
+    add_rows_arguments(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    model.add_argument("--min-pixels", type=int, help="image budget, as in training")
+    model.add_argument("--max-pixels", type=int)
+    model.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="tokens of one forward pass")
+    model.add_argument("--workers", type=int, default=0, help="processes that decode images ahead")
+    model.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help="unit length")
+    return parser
+
+
+def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how to read a file of rows."""
+    rows, names = parser.add_argument_group("rows"), Columns()
+    rows.add_argument("--text-column", default=names.text)
+    rows.add_argument("--image-column", default=names.image)
+    rows.add_argument("--id-column", default=names.id)
+    rows.add_argument("--image-dir", type=Path, help="folder of the image paths (default: that of the file)")
+
+
+def columns_of(arguments: argparse.Namespace) -> Columns:
+    return Columns(arguments.text_column, arguments.image_column, arguments.id_column)
+
+
+def load_model(manifest: dict[str, Any]) -> Any:
+    """The embedder that a manifest describes."""
+    from b3 import Embedder
+
+    options = manifest["options"]
+    pixels = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
+    adapter = manifest["adapter"] and manifest["adapter"]["name"]
+    return Embedder.from_pretrained(manifest["model"]["name"], adapter=adapter, dtype=options["dtype"], **pixels)
+
+
+def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]) -> dict[str, Any]:
+    """Encode all rows and write the folder; returns the manifest."""
+    import numpy as np
+    import torch
+    import transformers
+
+    import b3
+    from b3.cache import EmbeddingCache
+    from b3.encode import Encoder, unit
+
+    start = time.monotonic()
+    embedder = load_model(identity)
+    partial = arguments.out / ".partial"
+    facts = {part: identity[part] for part in ("model", "adapter", "options")}
+    facts["numerics"] = f"{embedder.dtype} on {embedder.device.type}"
+    encoder = Encoder(embedder, arguments.batch_tokens, workers=arguments.workers, cache=EmbeddingCache(partial, facts))
+    vectors = encoder.encode(data.items, progress="embed")
+    vectors = np.ascontiguousarray(unit(vectors) if arguments.normalize else vectors, dtype=np.float32)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    manifest = {
+        **identity,
+        "rows": len(vectors),
+        "dim": int(vectors.shape[1]),
+        "batch_tokens": arguments.batch_tokens,
+        "device": embedder.device.type,
+        "dtype": str(embedder.dtype).removeprefix("torch."),
+        "seconds": round(time.monotonic() - start, 2),
+        "versions": {"b3": getattr(b3, "__version__", "unknown"), **versions},
+    }
+    save_index(arguments.out, vectors, data, manifest)
+    shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.batch_tokens < 1:
+        parser.error(f"--batch-tokens {arguments.batch_tokens} must be positive")
+    columns = columns_of(arguments)
+    data = read_rows(arguments.input, columns, arguments.image_dir, arguments.instruction)
+    from b3.model.backbones import fetch
+
+    checkpoints = {name: describe_checkpoint(getattr(arguments, name), fetch) for name in ("model", "adapter")}
+    options = {
+        name: getattr(arguments, name) for name in ("dtype", "min_pixels", "max_pixels", "normalize", "instruction")
+    }
+    identity = identity_of(data, arguments.input, columns, arguments.image_dir, checkpoints, **options)
+    if is_done(arguments.out, identity):
+        print(f"{arguments.out} holds these {len(data.ids):,} embeddings already; nothing to do")
+        return 0
+    manifest = embed(arguments, data, identity)
+    print(f"{arguments.out}: {manifest['rows']:,} rows, {manifest['dim']} dimensions, {manifest['seconds']:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

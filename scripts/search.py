@@ -1,0 +1,246 @@
+"""Search a folder that scripts/embed.py wrote.
+
+    python scripts/search.py --index my-index --query "a red car" --top 10
+    python scripts/search.py --index my-index --query-image car.jpg --html results.html
+    python scripts/search.py --index my-index --queries rows.jsonl
+
+The query is embedded by the same model. Scores are inner products (cosines, as vectors have unit length by default).
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from b3.data.own import Columns, prompt, read_rows
+from b3.data.own_index import checkpoint_key, load_index
+from b3.data.records import Item
+from b3.errors import DataError, InputError, RunError, command
+from b3.files import write_atomic
+from scripts.embed import add_rows_arguments, columns_of, load_model
+
+# Backends round differently; what lies this close (relative to the vectors' lengths) is compared again exactly.
+CLOSE = 1e-5
+STYLE = (
+    "body{margin:24px auto;max-width:900px;font:15px/1.5 system-ui,sans-serif;color:#1f2933}"
+    "h2{font-size:17px;margin:32px 0 8px}table{border-collapse:collapse;width:100%}"
+    "td,th{padding:6px 10px 6px 0;border-bottom:1px solid #e4e7eb;text-align:left;vertical-align:middle}"
+    "td.n{font-variant-numeric:tabular-nums}img{max-width:72px;max-height:72px;display:block}"
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--index", type=Path, required=True, help="folder of scripts/embed.py")
+    parser.add_argument("--query", help="a text; with --query-image both are one query")
+    parser.add_argument("--query-image", type=Path, help="an image file")
+    parser.add_argument(
+        "--queries", type=Path, help=".jsonl or .parquet file of queries, read as scripts/embed.py does"
+    )
+    parser.add_argument("--instruction", "--query-prompt", default="", help="put before the text of each query")
+    parser.add_argument("--top", type=int, default=10, help="results of each query (default 10)")
+    parser.add_argument("--html", type=Path, help="also write a page with thumbnails")
+    parser.add_argument("--model", help="where the model is now, if the index was made elsewhere")
+    parser.add_argument("--adapter", help="where the adapter is now")
+    add_rows_arguments(parser)
+    return parser
+
+
+def read_queries(arguments: argparse.Namespace) -> list[tuple[str, Item]]:
+    """(label, item) of each query."""
+    single = arguments.query is not None or arguments.query_image is not None
+    if single == (arguments.queries is not None):
+        raise InputError("give either --query and/or --query-image, or --queries")
+    if arguments.queries is not None:
+        data = read_rows(arguments.queries, columns_of(arguments), arguments.image_dir, arguments.instruction)
+        labels = [f"{row['id']}: {shorten(row['text'] or row['image'] or '(image)')}" for row in data.shown]
+        return list(zip(labels, data.items, strict=True))
+    text, image = arguments.query or "", arguments.query_image
+    if image is None and not text.strip():
+        raise InputError("--query is empty; give a text")
+    if image is not None and not image.is_file():
+        raise DataError(f"--query-image {image} does not exist")
+    label = " + ".join(part for part in (text, image and str(image)) if part)
+    return [(label, Item(prompt(text, image is not None, arguments.instruction), image))]
+
+
+def embed_queries(arguments: argparse.Namespace, items: Sequence[Item], manifest: dict[str, Any]) -> np.ndarray:
+    """(Q, D) vectors by the model of the index. Raises `RunError` if that is not there any more."""
+    from b3.model.backbones import fetch
+
+    for part in ("model", "adapter"):
+        if getattr(arguments, part):
+            if manifest[part] is None:
+                raise RunError(f"{arguments.index} was made without an {part}; leave out --{part}")
+            manifest[part]["name"] = getattr(arguments, part)
+        if manifest[part] and checkpoint_key(fetch(manifest[part]["name"])) != manifest[part]["key"]:
+            raise RunError(
+                f"{part} {manifest[part]['name']} is not the one that made {arguments.index}; embed the rows again,"
+                f" or give --{part}"
+            )
+    vectors: np.ndarray = load_model(manifest).encode(items, normalize=manifest["options"]["normalize"])
+    return vectors
+
+
+def search(vectors: np.ndarray, queries: np.ndarray, top: int, backend: str = "auto") -> list[list[tuple[int, float]]]:
+    """The `top` rows of each query with the largest inner product: (row, score), best first, ties by row.
+
+    Args:
+        vectors: (N, D) float32.
+        queries: (Q, D) float32.
+        backend: "faiss", "numpy", or "auto" (faiss where it is installed). The result does not depend on it.
+    """
+    if backend == "auto":
+        try:
+            import faiss  # noqa: F401
+        except ImportError:
+            backend = "numpy"
+        else:
+            backend = "faiss"
+    top = min(top, len(vectors))
+    find = _with_faiss if backend == "faiss" else _with_numpy
+    length = float(np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max()))
+    results = []
+    for query, near in zip(queries, find(vectors, queries, top, length), strict=True):
+        rows = np.sort(near)
+        scores = vectors[rows].astype(np.float64) @ query.astype(np.float64)
+        best = np.argsort(-scores, kind="stable")[:top]
+        results.append([(int(rows[i]), float(scores[i])) for i in best])
+    return results
+
+
+def _margin(query: np.ndarray, length: float) -> float:
+    return CLOSE * float(np.linalg.norm(query)) * length
+
+
+def _with_numpy(vectors: np.ndarray, queries: np.ndarray, top: int, length: float) -> list[np.ndarray]:
+    found = []
+    for query in queries:
+        scores = vectors @ query
+        worst = np.partition(scores, len(scores) - top)[len(scores) - top]
+        found.append(np.flatnonzero(scores >= worst - _margin(query, length)))
+    return found
+
+
+def _with_faiss(vectors: np.ndarray, queries: np.ndarray, top: int, length: float) -> list[np.ndarray]:
+    import faiss
+
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(np.ascontiguousarray(vectors))
+    found = []
+    for query in queries:
+        count = min(len(vectors), top + 16)
+        while True:
+            scores, rows = index.search(query[None], count)
+            if count == len(vectors) or scores[0, -1] < scores[0, top - 1] - _margin(query, length):
+                break
+            count = min(len(vectors), 4 * count)
+        found.append(rows[0][scores[0] >= scores[0, top - 1] - _margin(query, length)])
+    return found
+
+
+def shorten(text: str, most: int = 70) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def show(label: str, hits: list[tuple[int, float]], rows: list[dict[str, Any]]) -> None:
+    """Print the results of one query as a table."""
+    print(f"query: {shorten(label, 100)}")
+    width = max(2, *(len(str(rows[row]["id"])) for row, _ in hits))
+    print(f"{'rank':>4}  {'score':>7}  {'id':{width}}  text")
+    for rank, (row, score) in enumerate(hits, 1):
+        text = shorten(rows[row]["text"]) or rows[row]["image"] or "(image)"
+        print(f"{rank:>4}  {score:7.4f}  {rows[row]['id']!s:{width}}  {text}")
+    print()
+
+
+def render(
+    results: list[tuple[str, Item, list[tuple[int, float]]]], rows: list[dict[str, Any]], manifest: dict[str, Any]
+) -> str:
+    """A page without outside parts: each query, and its results with thumbnails."""
+    pictures = Pictures(rows, manifest)
+    parts = []
+    for label, item, hits in results:
+        body = "".join(
+            f"<tr><td class=n>{rank}</td><td class=n>{score:.4f}</td><td>{pictures.of(row)}</td>"
+            f"<td>{escape(str(rows[row]['id']))}</td><td>{escape(shorten(rows[row]['text'], 300))}</td></tr>"
+            for rank, (row, score) in enumerate(hits, 1)
+        )
+        parts.append(
+            f"<h2>{escape(shorten(label, 300))}</h2>{tag(item)}<table><thead><tr><th>rank<th>score<th>image<th>id"
+            f"<th>text</tr></thead><tbody>{body}</tbody></table>"
+        )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Search results</title>'
+        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
+    )
+
+
+def tag(item: Item) -> str:
+    """The item's picture as an <img>; '' if it has none, a remark if it cannot be read."""
+    from b3.mining.report_html import thumbnail
+
+    try:
+        image = item.open_image()
+        if image is None:
+            return ""
+        data = base64.b64encode(thumbnail(image)).decode()
+    except (OSError, ValueError, SyntaxError, InputError):  # one bad picture must not cost the page
+        return "<em>unreadable picture</em>"
+    return f'<img alt="" src="data:image/png;base64,{data}">'
+
+
+class Pictures:
+    """Pictures of the indexed rows: from their files, or out of the input file, which is read when first needed."""
+
+    def __init__(self, rows: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
+        self._rows, self._manifest = rows, manifest
+        self._items: list[Item] | None = None
+
+    def of(self, row: int) -> str:
+        if self._rows[row]["image"]:
+            return tag(Item("", self._rows[row]["image"]))
+        items = self._input()
+        return tag(items[row]) if row < len(items) else ""
+
+    def _input(self) -> list[Item]:
+        if self._items is None:
+            names, source = self._manifest["options"], self._manifest["input"]
+            columns = Columns(names["text"], names["image"], names["id"])
+            try:
+                data = read_rows(source["path"], columns, source["path_images"])
+                self._items = data.items if data.shown == self._rows else []
+            except InputError:  # the file has moved or changed since: the page goes without its pictures
+                self._items = []
+        return self._items
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.top < 1:
+        parser.error(f"--top {arguments.top} must be positive")
+    vectors, rows, manifest = load_index(arguments.index)
+    queries = read_queries(arguments)
+    found = search(vectors, embed_queries(arguments, [item for _, item in queries], manifest), arguments.top)
+    results = [(label, item, hits) for (label, item), hits in zip(queries, found, strict=True)]
+    for label, _, hits in results:
+        show(label, hits, rows)
+    if arguments.html:
+        write_atomic(arguments.html, render(results, rows, manifest))
+        print(f"page: {arguments.html}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The encoder: batches by tokens, the same bytes for any ranks and workers, resumable, no other model's vectors."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_data import GOLDEN, cases, checkpoint, item
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.numpy import load_file
+
+from b3 import Embedder
+from b3.cache import EmbeddingCache
+from b3.data.records import Item
+from b3.encode import Encoder, token_batches
+from b3.errors import DataError, RunError
+
+ROOT = Path(__file__).parents[1]
+ITEMS = [item(case) for case in cases()]
+EXPECTED = load_file(GOLDEN / "embed_expected.safetensors")["base/raw"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("golden"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Embedder:
+    return Embedder.from_pretrained(folder, dtype="float32")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 400), st.none() | st.integers(1, 5))
+def test_batches_cover_each_item_once_within_the_budget(lengths: list[int], budget: int, most: int | None) -> None:
+    batches = token_batches(lengths, budget, most)
+    assert sorted(np.concatenate(batches).tolist() if batches else []) == list(range(len(lengths)))
+    for batch in batches:
+        assert sum(lengths[i] for i in batch) <= budget or len(batch) == 1
+        assert most is None or len(batch) <= most
+    order = [lengths[i] for batch in batches for i in batch]
+    assert order == sorted(order, reverse=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_change_no_byte(model: Embedder, workers: int) -> None:
+    one = Encoder(model, batch_tokens=512).encode(ITEMS)
+    assert np.array_equal(Encoder(model, batch_tokens=512, workers=workers).encode(ITEMS), one)
+    assert np.abs(one - EXPECTED).max() < 1e-4
+
+
+def test_equal_pictures_under_other_names_are_encoded_once(model: Embedder, tmp_path: Path) -> None:
+    source = GOLDEN / "images" / "photo2.png"
+    (tmp_path / "copy.png").write_bytes(source.read_bytes())
+    text = "<|image_1|>\nRepresent the given image.\n"
+    encoder = Encoder(model)
+    vectors = encoder.encode([Item(text, source), Item(text, tmp_path / "copy.png"), Item("other")])
+    assert encoder.num_encoded == 2
+    assert np.array_equal(vectors[0], vectors[1])
+
+
+FACTS = {"model": "a", "dtype": "float32"}
+
+
+def test_an_interrupted_run_continues_with_the_same_bytes(model: Embedder, tmp_path: Path) -> None:
+    whole = Encoder(model, batch_tokens=256).encode(ITEMS)
+    forward, calls = model.forward, []
+
+    def stopping(batch: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return forward(batch, **options)  # type: ignore[arg-type]
+
+    model.forward = stopping  # type: ignore[assignment, method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Encoder(model, batch_tokens=256, cache=EmbeddingCache(tmp_path, FACTS)).encode(ITEMS)
+    finally:
+        model.forward = forward  # type: ignore[method-assign]
+    again = Encoder(model, batch_tokens=256, cache=EmbeddingCache(tmp_path, FACTS))
+    assert np.array_equal(again.encode(ITEMS), whole)
+    assert 0 < again.num_encoded < len(ITEMS)
+    third = Encoder(model, batch_tokens=256, cache=EmbeddingCache(tmp_path, FACTS))
+    assert np.array_equal(third.encode(ITEMS), whole)
+    assert third.num_encoded == 0
+
+
+def test_another_model_or_flag_meets_an_empty_cache(model: Embedder, tmp_path: Path) -> None:
+    Encoder(model, cache=EmbeddingCache(tmp_path, FACTS)).encode(ITEMS[:3])
+    for change in ({"model": "b"}, {"dtype": "bfloat16"}):
+        other = Encoder(model, cache=EmbeddingCache(tmp_path, {**FACTS, **change}))
+        other.encode(ITEMS[:3])
+        assert other.num_encoded == 3
+
+
+def test_a_changed_picture_is_encoded_again(model: Embedder, tmp_path: Path) -> None:
+    path, text = tmp_path / "x.png", "<|image_1|>\nRepresent the given image.\n"
+    Image.new("RGB", (64, 64), "red").save(path)
+    red = Encoder(model, cache=EmbeddingCache(tmp_path, FACTS)).encode([Item(text, path)])
+    Image.new("RGB", (64, 64), "blue").save(path)
+    blue = Encoder(model, cache=EmbeddingCache(tmp_path, FACTS)).encode([Item(text, path)])
+    assert np.abs(red - blue).max() > 1e-3
+
+
+def test_half_written_and_damaged_shards_are_never_read(model: Embedder, tmp_path: Path) -> None:
+    cache = EmbeddingCache(tmp_path, FACTS)
+    vectors = Encoder(model, cache=cache).encode(ITEMS[:4])
+    shard = next(cache.folder.glob("shard-*.safetensors"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2])
+    (cache.folder / ".shard-x.safetensors.1.tmp").write_bytes(data)
+    again = Encoder(model, cache=EmbeddingCache(tmp_path, FACTS))
+    assert np.array_equal(again.encode(ITEMS[:4]), vectors)
+    assert again.num_encoded == 4
+
+
+def test_a_full_disk_is_one_clear_line(model: Embedder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = EmbeddingCache(tmp_path, FACTS)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        Encoder(model, cache=cache).encode(ITEMS[:2])
+    assert not list(cache.folder.glob("*.safetensors")) and not list(cache.folder.glob(".*.tmp"))
+
+
+def broken(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((90, 90), 50).save(buffer, "PNG")
+    return {"empty": b"", "text": b"hello", "torn": buffer.getvalue()[:2000]}[kind]
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "torn"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_fails_or_is_skipped(model: Embedder, tmp_path: Path, kind: str, workers: int) -> None:
+    (tmp_path / "bad.png").write_bytes(broken(kind))
+    items = [*ITEMS[:3], Item("<|image_1|>\nx", tmp_path / "bad.png"), *ITEMS[3:6]]
+    with pytest.raises(DataError, match=r"bad\.png does not decode"):
+        Encoder(model, workers=workers).encode(items)
+    encoder = Encoder(model, workers=workers, on_error="skip")
+    vectors = encoder.encode(items)
+    assert np.isnan(vectors[3]).all() and not np.isnan(np.delete(vectors, 3, axis=0)).any()
+    assert len(encoder.skipped) == 1 and "bad.png" in next(iter(encoder.skipped.values()))
+
+
+SCRIPT = """
+import json, sys
+import numpy as np
+from pathlib import Path
+from b3 import Embedder, distributed
+from b3.data.records import Item
+from b3.encode import Encoder
+from golden_data import cases, item
+distributed.start()
+model = Embedder.from_pretrained(sys.argv[1], dtype="float32")
+vectors = Encoder(model, batch_tokens=256).encode([item(case) for case in cases()])
+np.save(f"{sys.argv[2]}-{distributed.rank()}.npy", vectors)
+distributed.stop()
+"""
+
+
+def test_ranks_change_no_byte(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "encode.py").write_text(SCRIPT)
+    results = []
+    for ranks in (1, 2, 3):
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={29560 + ranks}"]
+        subprocess.run(
+            [sys.executable, *launcher, str(tmp_path / "encode.py"), str(folder), str(tmp_path / f"v{ranks}")],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+            check=True, capture_output=True, timeout=180,
+        )  # fmt: skip
+        results += [np.load(tmp_path / f"v{ranks}-{r}.npy") for r in range(ranks)]
+    assert all(np.array_equal(results[0], other) for other in results[1:])
+
+
+def test_evaluation_over_ranks_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
+    data = GOLDEN / "mmeb-eval"
+    for ranks in (1, 2):
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={29570 + ranks}"]
+        command = [
+            str(ROOT / "eval_mmeb.py"), "--model_name", str(folder), "--normalize", "True", "--dataset_name", str(data),
+            "--subset_name", "all", "--image_dir", str(data / "eval_images"), "--dataloader_num_workers", "1",
+            "--encode_output_path", str(tmp_path / str(ranks)),
+        ]  # fmt: skip
+        subprocess.run(
+            [sys.executable, *launcher, *command], check=True, capture_output=True, timeout=180,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    files = sorted(p.name for p in (tmp_path / "1").glob("*_*.*"))
+    assert len(files) == 12
+    for name in files:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    one, two = (json.loads((tmp_path / r / "summary.json").read_text()) for r in "12")
+    assert one["subsets"] == two["subsets"] and one["items"] == two["items"]
