@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from b3.errors import command
-from b3.eval.flags import build_parser, check, ignored, parse
+from b3.eval.flags import RESOLUTIONS, build_parser, check, ignored, parse
 
 
 @command
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         min_pixels=arguments.resize_min_pixels,
         max_pixels=arguments.resize_max_pixels,
         max_length=arguments.max_len,
+        square=None if arguments.image_resolution is None else RESOLUTIONS[arguments.image_resolution],
         on_error=arguments.on_error,
     )
     subsets = expand(arguments.subset_name, list_subsets(spec.source, spec.split))

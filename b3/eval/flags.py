@@ -27,6 +27,7 @@ IGNORED_SWITCHES = (
 ).split()
 
 
+RESOLUTIONS = {"high": 1344, "mid": 672, "low": 128}
 LORA_FLAGS = {
     "lora_r": "r",
     "lora_alpha": "lora_alpha",
@@ -74,6 +75,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     _switch(parser, "tgt_prefix_mod", "put the target prefixes of B3 before the targets (not for VLM2Vec checkpoints)")
     add("--resize_min_pixels", type=int, default=MIN_PIXELS, help="smallest picture, pixels")
     add("--resize_max_pixels", type=int, default=MAX_PIXELS, help="largest picture, pixels")
+    add("--image_resolution", choices=tuple(RESOLUTIONS), help="square every picture: 1344, 672 or 128 pixels a side")
     add("--per_device_eval_batch_size", type=int, help="upper bound on the items of one forward pass")
     _switch(parser, "bf16", "bfloat16 weights; otherwise float32")
     add("--dataloader_num_workers", type=int, default=None, help="processes that read and resize pictures ahead")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 # What decides a vector beside the item itself; prompts and prefixes are part of the item.
-CACHE_FACTS = ("model", "adapter", "dtype", "numerics", "positions", "min_pixels", "max_pixels", "max_length")
+CACHE_FACTS = ("model", "adapter", "dtype", "numerics", "positions", "min_pixels", "max_pixels", "max_length", "square")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class EvalSpec:
     min_pixels: int = 3136
     max_pixels: int = 1003520
     max_length: int | None = None
+    square: int | None = None
     on_error: str = "fail"
 
     def load(self) -> Embedder:
@@ -62,6 +63,7 @@ class EvalSpec:
             min_pixels=self.min_pixels,
             max_pixels=self.max_pixels,
             max_length=self.max_length,
+            square=self.square,
         )
 
     @property

@@ -55,7 +55,20 @@ def family_of(subset: str) -> str:
 
 
 def expand(names: list[str], available: list[str]) -> list[str]:
-    """Subset names from the command line: 'all' means all that the source lists, or MMEB's 36 if it lists none."""
-    if names == ["all"]:
-        return available or [task.name for task in MMEB]
-    return list(dict.fromkeys(names))
+    """Subset names from the command line, each once.
+
+    'all' means all that the source lists, or MMEB's 36 if it cannot list them; a family ('vqa', 'Visual grounding',
+    'visual-grounding') means its subsets among those.
+    """
+    everything = available or [task.name for task in MMEB]
+    families = {family.lower().replace(" ", "-"): family for family in FAMILIES}
+    result: list[str] = []
+    for name in names:
+        family = families.get(name.lower().replace(" ", "-"))
+        if name == "all":
+            result += everything
+        elif family is not None and name not in everything:
+            result += [subset for subset in everything if family_of(subset) == family]
+        else:
+            result.append(name)
+    return list(dict.fromkeys(result))

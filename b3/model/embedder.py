@@ -127,6 +127,7 @@ class Embedder(nn.Module):
         max_length: int | None = None,
         positions: str = "1d",
         numerics: str = "clean",
+        square: int | None = None,
     ) -> Embedder:
         """Load a checkpoint, merging the adapter (if any) into its weights in float32.
 
@@ -139,6 +140,7 @@ class Embedder(nn.Module):
             attention: "auto", "flash_attention_2" or "sdpa".
             max_length: cut text-only items to this many tokens.
             positions: "1d" or "mrope".
+            square: resize every picture to this many pixels a side first.
             numerics: "clean", or "reference" to round rotary frequencies as the reference's evaluation does.
 
         Raises:
@@ -156,7 +158,9 @@ class Embedder(nn.Module):
         backbone = load_backbone(base, torch_dtype, target, choose_attention(attention, target, torch_dtype))
         if adapter_folder is not None:
             adapters.merge_adapter(backbone, adapter_folder)
-        processor = Processor.from_pretrained(base, min_pixels=min_pixels, max_pixels=max_pixels, max_length=max_length)
+        processor = Processor.from_pretrained(
+            base, min_pixels=min_pixels, max_pixels=max_pixels, max_length=max_length, square=square
+        )
         model = cls(
             backbone, processor, {"base": str(base), "adapter": adapter_folder and str(adapter_folder)}, positions
         )

@@ -109,6 +109,7 @@ class Processor:
         min_pixels, max_pixels: image budget in pixels; overrides what the checkpoint says (reference).
         max_length: cuts text-only items on the right; items with a picture are never cut. None: no limit.
         image_token: the backbone's image token.
+        square: first resize every picture to this many pixels a side, aspect ratio lost (VLM2Vec V1 evaluations).
     """
 
     tokenizer: Any
@@ -116,6 +117,7 @@ class Processor:
     max_pixels: int = MAX_PIXELS
     max_length: int | None = None
     image_token: str = IMAGE_TOKEN
+    square: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.min_pixels <= self.max_pixels:
@@ -156,6 +158,8 @@ class Processor:
 
     def tokens_of_image(self, width: int, height: int) -> int:
         """How many image tokens a picture of this size takes; reads no pixels."""
+        if self.square is not None:
+            width = height = self.square
         if min(width, height) < FACTOR:
             width = height = 2 * FACTOR
         rows, columns = target_size(height, width, self.min_pixels, self.max_pixels)
@@ -163,6 +167,8 @@ class Processor:
 
     def process_image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         """Patches (P, 1176) float32 in the backbone's order and the grid (rows, columns) with P = rows * columns."""
+        if self.square is not None:
+            image = _resize(to_rgb(image), self.square, self.square)
         if min(image.size) < FACTOR:
             image = _resize(image, 2 * FACTOR, 2 * FACTOR)
         image = to_rgb(image)

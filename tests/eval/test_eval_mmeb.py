@@ -170,3 +170,47 @@ def test_rows_with_unequal_lists_are_named(folder: Path, tmp_path: Path, capsys:
     command[command.index("--dataset_name") + 1] = str(tmp_path)
     assert eval_mmeb.main(command) == 2
     assert "row 1: tgt_text and tgt_img_path must be lists of equal length" in capsys.readouterr().err
+
+
+def test_skipping_keeps_the_denominator_and_says_so(folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(DATA, data)
+    rows = pq.read_table(next((data / "WebQA").glob("*.parquet"))).to_pylist()
+    broken = rows[0]["tgt_img_path"][0]
+    (data / "eval_images" / broken).write_bytes(b"")
+    command = flags(folder, tmp_path / "out", "--on_error", "skip", subsets=["WebQA"])
+    command[command.index("--dataset_name") + 1] = str(data)
+    command[command.index("--image_dir") + 1] = str(data / "eval_images")
+    assert eval_mmeb.main(command) == 0
+    score = json.loads((tmp_path / "out" / "WebQA_score.json").read_text())
+    assert score["num_data"] == score["num_pred"] == len(rows)
+    assert score["num_incomplete"] == sum(broken in row["tgt_img_path"] for row in rows)
+    assert any(broken in reason for reason in score["skipped"].values())
+    positives = [row["tgt_img_path"][0] for row in rows]
+    predictions = (tmp_path / "out" / "WebQA_pred.txt").read_text().splitlines()
+    assert not any(broken in line for line, path in zip(predictions, positives, strict=True) if path == broken)
+
+
+def test_the_published_command_on_an_adapter_repository(folder: Path, tmp_path: Path) -> None:
+    """The command of the release's README, word for word but for the names and the places of model and data."""
+    repository = tmp_path / "B3_Qwen2_7B"
+    shutil.copytree(GOLDEN / "adapter-dora", repository)
+    config = json.loads((repository / "adapter_config.json").read_text())
+    (repository / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(folder)}))
+    command = (
+        f"--model_name {repository} --encode_output_path {tmp_path / 'out'} --pooling eos --normalize True --lora"
+        f" --lora_r 8 --bf16 --dataset_name {DATA} --subset_name MSCOCO_i2t --dataset_split test"
+        f" --per_device_eval_batch_size 4 --image_dir {DATA / 'eval_images'} --tgt_prefix_mod"
+    )
+    assert eval_mmeb.main(command.split()) == 0
+    reference = GOLDEN / "mmeb-eval-results" / "dora_bf16_prefix" / "MSCOCO_i2t_score.json"
+    ours = json.loads((tmp_path / "out" / "MSCOCO_i2t_score.json").read_text())
+    assert abs(ours["num_correct"] - json.loads(reference.read_text())["num_correct"]) <= 2  # bfloat16
+
+
+def test_a_family_explained_and_squared(folder: Path, tmp_path: Path) -> None:
+    more = ["--explain", "3", "--image_resolution", "low"]
+    assert eval_mmeb.main(flags(folder, tmp_path, *more, subsets=["vqa"])) == 0
+    assert (tmp_path / "OK-VQA_errors.html").exists()
+    assert (tmp_path / "leaderboard.json").exists()
+    assert not (tmp_path / "WebQA_score.json").exists()

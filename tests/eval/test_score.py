@@ -50,3 +50,5 @@ def test_all_expands_to_what_is_there() -> None:
     assert expand(["all"], ["x", "y"]) == ["x", "y"]
     assert len(expand(["all"], [])) == 36
     assert expand(["a", "a", "b"], []) == ["a", "b"]
+    assert len(expand(["vqa", "Visual grounding"], [])) == 14
+    assert expand(["classification", "x"], ["x", "emoji_cls", "emoji_vqa"]) == ["emoji_cls", "x"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,3 +73,28 @@ def test_an_empty_text_is_refused(processor: Processor) -> None:
 def test_impossible_budget_is_refused() -> None:
     with pytest.raises(InputError, match="min_pixels"):
         Processor(None, min_pixels=100, max_pixels=10)
+
+
+def test_an_animation_is_its_first_frame(processor: Processor, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "y.gif")
+    moving, still = (processor(Item("<|image_1|>", tmp_path / name)).pixels for name in ("x.gif", "y.gif"))
+    assert np.array_equal(moving, still)
+
+
+def test_a_decompression_bomb_is_refused_by_its_header(
+    processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("L", (300, 300)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10000)
+    for use in (processor, processor.measure):
+        with pytest.raises(DataError, match=r"x\.png is too large"):
+            use(Item("<|image_1|>", tmp_path / "x.png"))
+
+
+def test_squared_pictures(processor: Processor) -> None:
+    squared = Processor(processor.tokenizer, square=672)
+    pixels, grid = squared.process_image(Image.new("RGB", (100, 400)))
+    assert grid == (48, 48)
+    assert squared.tokens_of_image(100, 400) == len(pixels) // 4 == 576
