@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from b3.model.embedder import Batch, Embedder
     from b3.model.processing import Processor
 
-BATCH_TOKENS = 8192
+# Tokens of one forward pass: enough to fill a GPU; on a CPU, more than fits its caches is slower.
+BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 def unique_items(items: Iterable[Item]) -> tuple[list[Item], np.ndarray]:
@@ -85,7 +86,7 @@ class Encoder:
 
     Args:
         embedder: the model; put into eval mode while encoding.
-        batch_tokens: upper bound on the tokens of one forward pass.
+        batch_tokens: upper bound on the tokens of one forward pass; None: what suits the device.
         max_items: upper bound on the items of one forward pass.
         workers: processes that decode and tokenise ahead; 0: the main process does it.
         cache: vectors on disk, or None.
@@ -93,7 +94,7 @@ class Encoder:
     """
 
     embedder: Embedder
-    batch_tokens: int = BATCH_TOKENS
+    batch_tokens: int | None = None
     max_items: int | None = None
     workers: int = 0
     cache: EmbeddingCache | None = None
@@ -117,6 +118,11 @@ class Encoder:
         self._run([named[i] for i in distinct], [measured[i] for i in distinct], vectors, progress)
         rows = np.asarray([position[m.digest] for m in measured], dtype=np.int64)
         return vectors[rows[of_input]]
+
+    def _budget(self) -> int:
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        return BATCH_TOKENS.get(self.embedder.device.type, BATCH_TOKENS["cuda"])
 
     def _note(self, item: Item, problem: str | None) -> None:
         if problem is None:
@@ -145,7 +151,7 @@ class Encoder:
         wanted = np.asarray([m.problem is None for m in measured], dtype=bool) & ~other
         rows = np.flatnonzero(wanted)
         lengths = [measured[row].num_tokens for row in rows]
-        batches = [rows[batch] for batch in token_batches(lengths, self.batch_tokens, self.max_items)]
+        batches = [rows[batch] for batch in token_batches(lengths, self._budget(), self.max_items)]
         todo = [batch for batch in batches if not own[batch].all()]
         mine = todo[distributed.rank() :: distributed.world_size()]
         done, problems = self._encode_batches(items, digests, tag, mine, label, sum(map(len, todo)))
@@ -258,7 +264,7 @@ def encode_items(
     embedder: Embedder,
     items: Sequence[Item | dict[str, Any] | str],
     normalize: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     max_items: int | None = None,
     workers: int = 0,
     progress: str | None = None,

@@ -18,7 +18,6 @@ from typing import Any
 
 from b3.data.own import Columns, OwnData, read_rows
 from b3.data.own_index import describe_checkpoint, identity_of, is_done, save_index
-from b3.encode import BATCH_TOKENS
 from b3.errors import command
 
 
@@ -34,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     model.add_argument("--min-pixels", type=int, help="image budget, as in training")
     model.add_argument("--max-pixels", type=int)
-    model.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="tokens of one forward pass")
+    model.add_argument("--batch-tokens", type=int, help="tokens of one forward pass")
     model.add_argument("--workers", type=int, default=0, help="processes that decode images ahead")
     model.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help="unit length")
     return parser
@@ -101,7 +100,7 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.batch_tokens < 1:
+    if arguments.batch_tokens is not None and arguments.batch_tokens < 1:
         parser.error(f"--batch-tokens {arguments.batch_tokens} must be positive")
     columns = columns_of(arguments)
     data = read_rows(arguments.input, columns, arguments.image_dir, arguments.instruction)

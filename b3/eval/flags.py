@@ -101,7 +101,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         help="skip: an unreadable item is counted and reported, its row stays in the denominator",
     )
     own.add_argument("--explain", type=int, default=0, help="write a page of so many wrong predictions a subset")
-    own.add_argument("--batch_tokens", type=int, default=8192, help="upper bound on the tokens of one forward pass")
+    own.add_argument("--batch_tokens", type=int, help="upper bound on the tokens of one forward pass")
     for name in IGNORED_VALUES:
         add(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=None, dest=name, help=argparse.SUPPRESS)
     for name in IGNORED_SWITCHES:

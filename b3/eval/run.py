@@ -15,7 +15,7 @@ from b3 import distributed
 from b3.cache import EmbeddingCache
 from b3.data.records import EvalDataset
 from b3.data.sources import load_eval
-from b3.encode import BATCH_TOKENS, Encoder, unique_items, unit
+from b3.encode import Encoder, unique_items, unit
 from b3.errors import RunError
 from b3.eval.explain import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
@@ -129,7 +129,7 @@ def evaluate(
     *,
     max_items: int | None = None,
     workers: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     explain: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:

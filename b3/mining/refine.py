@@ -122,7 +122,7 @@ def _find_candidates(state, order, turn, row):  # type: ignore[no-untyped-def]
     if state.copies[row] == 0:
         return num
     for k in range(1, 9):  # away from a copy, a community without an edge may do: try some
-        part = order[(turn + k) % order.size]
+        part = order[(turn + (k if order.size < 10 else k * k * 7919)) % order.size]  # where few: each of them
         fresh = part != home and state.linked[part] == 0
         for q in range(num):
             fresh = fresh and state.candidates[q] != part

@@ -1,9 +1,9 @@
 """Attention over packed sequences without FlashAttention: no padding outside the attention itself.
 
 Sequences lie end to end in one row of T tokens. FlashAttention takes that as it is. Here, for PyTorch's own kernel, the
-causal language model's queries, keys and values are laid out as rows padded on the right (where causal attention needs
-no mask), and the vision tower's pictures, which attend in both directions, are grouped by equal size. All other layers
-run on the T real tokens.
+causal language model's queries, keys and values of similarly long sequences are laid out as rows padded on the right
+(where causal attention needs no mask), and the vision tower's pictures, which attend in both directions, are grouped by
+equal size. All other layers run on the T real tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,27 +19,54 @@ from torch import Tensor
 NAME = "b3_packed_flash"
 
 
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """Where each of T packed tokens lies. `rows`, `columns`: (T,) int64; `lengths`: (B,) int64."""
+BUCKET = 1.25  # sequences whose lengths differ by less share one padded call
 
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sequences of similar length.
+
+    tokens: (t,) int64, their places among the packed tokens. rows, columns: (t,) int64, their places in a rectangle of
+    count x longest.
+    """
+
+    tokens: Tensor
     rows: Tensor
     columns: Tensor
-    lengths: Tensor
+    count: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """Where packed sequences begin and end.
+
+    columns: (T,) int64, each token's place in its own sequence. boundaries: (B + 1,) int32 cumulative lengths.
+    buckets: every sequence in exactly one.
+    """
+
+    columns: Tensor
+    boundaries: Tensor
+    buckets: list[Bucket]
     longest: int
 
     @classmethod
-    def of(cls, lengths: Tensor, longest: int) -> Packing:
-        count = len(lengths)
-        rows = torch.repeat_interleave(torch.arange(count, device=lengths.device), lengths)
-        starts = torch.cumsum(lengths, 0) - lengths
-        columns = torch.arange(len(rows), device=lengths.device) - starts[rows]
-        return cls(rows, columns, lengths, longest)
-
-    @property
-    def boundaries(self) -> Tensor:
-        """(B + 1,) int32 cumulative lengths, as FlashAttention wants them."""
-        return torch.nn.functional.pad(torch.cumsum(self.lengths, 0), (1, 0)).to(torch.int32)
+    def of(cls, lengths: list[int], device: torch.device) -> Packing:
+        sizes = np.asarray(lengths, dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        rows = np.repeat(np.arange(len(sizes)), sizes)
+        columns = np.arange(starts[-1]) - starts[rows]
+        kinds = np.floor(np.log(sizes) / np.log(BUCKET)).astype(np.int64)
+        buckets = []
+        for kind in np.unique(kinds):
+            members = np.flatnonzero(kinds == kind)
+            place = np.full(len(sizes), -1)
+            place[members] = np.arange(len(members))
+            tokens = np.flatnonzero(place[rows] >= 0)
+            where = [torch.from_numpy(x).to(device) for x in (tokens, place[rows[tokens]], columns[tokens])]
+            buckets.append(Bucket(where[0], where[1], where[2], len(members), int(sizes[members].max())))
+        boundaries = torch.from_numpy(starts.astype(np.int32)).to(device)
+        return cls(torch.from_numpy(columns).to(device), boundaries, buckets, int(sizes.max()))
 
 
 def packed_attention(
@@ -66,16 +94,23 @@ def _sdpa(module: Any, parts: list[Tensor], causal: bool, scaling: float | None,
 def _causal(
     module: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, dropout: float
 ) -> Tensor:
-    rows, columns = packing.rows, packing.columns
+    pieces = []
+    for bucket in packing.buckets:
+        parts = [_spread(part, bucket) for part in (query, key, value)]
+        pieces.append(_sdpa(module, parts, True, scaling, dropout)[bucket.rows, bucket.columns])
+    if len(pieces) == 1:
+        return pieces[0][None]
+    places = torch.cat([bucket.tokens for bucket in packing.buckets])
+    joined = torch.cat(pieces)
+    return torch.empty_like(joined).index_copy(0, places, joined)[None]
 
-    def spread(packed: Tensor) -> Tensor:
-        _, heads, _, width = packed.shape
-        padded = packed.new_zeros(len(packing.lengths), packing.longest, heads, width)
-        padded[rows, columns] = packed[0].transpose(0, 1)
-        return padded.transpose(1, 2)
 
-    result = _sdpa(module, [spread(query), spread(key), spread(value)], True, scaling, dropout)
-    return result[rows, columns][None]
+def _spread(packed: Tensor, bucket: Bucket) -> Tensor:
+    """(1, H, T, D) packed to (count, H, longest, D), padded on the right."""
+    _, heads, _, width = packed.shape
+    padded = packed.new_zeros(bucket.count, bucket.longest, heads, width)
+    padded[bucket.rows, bucket.columns] = packed[0].transpose(0, 1)[bucket.tokens]
+    return padded.transpose(1, 2)
 
 
 def _pictures(

@@ -31,21 +31,18 @@ from b3.model.backbones import choose_attention, choose_device, choose_dtype, fe
 from b3.model.processing import MAX_PIXELS, MIN_PIXELS, Processed, Processor
 from b3.model.rotary import mrope_positions, round_frequencies
 
-BATCH_TOKENS = 8192
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Processed items, packed end to end without padding.
 
-    input_ids: (T,) int64. lengths: (B,) int64, tokens of each item, T in all; longest: the largest of them.
+    input_ids: (T,) int64. lengths: tokens of each of the B items, T in all.
     pixels: (P, 1176) float32 patches of all pictures in item order, or None. grids: (pictures, 3) int64 (1, rows,
     columns). slots: (S,) int64, positions of the tokens that stand for the pictures' features, in the same order.
     """
 
     input_ids: Tensor
-    lengths: Tensor
-    longest: int
+    lengths: list[int]
     pixels: Tensor | None = None
     grids: Tensor | None = None
     slots: Tensor | None = None
@@ -61,7 +58,7 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         pixels, grids, slots = (None if t is None else change(t) for t in (self.pixels, self.grids, self.slots))
-        return Batch(change(self.input_ids), change(self.lengths), self.longest, pixels, grids, slots)
+        return Batch(change(self.input_ids), self.lengths, pixels, grids, slots)
 
 
 def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
@@ -79,13 +76,11 @@ def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
             grids.append((1, *item.grid))
             slots.append(start + np.flatnonzero(item.input_ids == image_token_id))
         start += length
-    counts = torch.tensor(lengths, dtype=torch.int64)
     if not pixels:
-        return Batch(input_ids, counts, max(lengths))
+        return Batch(input_ids, lengths)
     return Batch(
         input_ids,
-        counts,
-        max(lengths),
+        lengths,
         torch.from_numpy(np.concatenate(pixels)),
         torch.tensor(grids, dtype=torch.int64),
         torch.from_numpy(np.concatenate(slots)),
@@ -197,7 +192,7 @@ class Embedder(nn.Module):
             features = core.visual(batch.pixels.to(self.dtype), grid_thw=batch.grids).pooler_output
             assert batch.slots is not None
             embeds = embeds.index_copy(0, batch.slots, features.to(embeds.dtype))
-        packing = Packing.of(batch.lengths, batch.longest)
+        packing = Packing.of(batch.lengths, embeds.device)
         hidden = core.language_model(
             inputs_embeds=embeds[None],
             position_ids=self._positions(batch, packing)[:, None],
@@ -205,7 +200,7 @@ class Embedder(nn.Module):
             use_cache=False,
             **self._boundaries(packing),
         ).last_hidden_state[0]
-        pooled = hidden[torch.cumsum(batch.lengths, 0) - 1].float()
+        pooled = hidden[packing.boundaries[1:].long() - 1].float()
         return l2_normalize(pooled, dim=-1) if normalize else pooled
 
     def _positions(self, batch: Batch, packing: Packing) -> Tensor:
@@ -233,7 +228,7 @@ class Embedder(nn.Module):
         self,
         items: Sequence[Item | dict[str, Any] | str],
         normalize: bool = True,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         max_items: int | None = None,
         workers: int = 0,
         progress: str | None = None,

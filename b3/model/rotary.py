@@ -31,13 +31,13 @@ def _rounded_products(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tenso
     return self.recomposition_frequencies(cos), self.recomposition_frequencies(sin)
 
 
-def mrope_positions(core: Any, input_ids: Tensor, lengths: Tensor, slots: Tensor, grids: Tensor | None) -> Tensor:
+def mrope_positions(core: Any, input_ids: Tensor, lengths: list[int], slots: Tensor, grids: Tensor | None) -> Tensor:
     """(3, T) int64 temporal, height and width positions of packed rows, by upstream's own rule.
 
-    input_ids: (T,) packed. lengths: (B,). slots: (T,) bool, tokens that stand for a picture. grids: (pictures, 3).
+    input_ids: (T,) packed. lengths: of the B rows. slots: (T,) bool, tokens of pictures. grids: (pictures, 3).
     """
     parts, picture, start = [], 0, 0
-    for length in lengths.tolist():
+    for length in lengths:
         span = slice(start, start + length)
         has_picture = bool(slots[span].any())
         grid = None if not has_picture or grids is None else grids[picture : picture + 1]

@@ -56,6 +56,7 @@ def make_tiny_model(
     heads: int = 4,
     vision_layers: int = 2,
     vocab_size: int = 2048,
+    embedding_rows: int | None = None,
     seed: int = 0,
 ) -> Path:
     """Create a random-weight checkpoint in `folder` with the file layout of the real ones.
@@ -63,6 +64,8 @@ def make_tiny_model(
     Args:
         texts: what the tokenizer is trained on.
         hidden: width of the language model and of the vision tower; a multiple of 4 `heads`.
+        vocab_size: of the tokenizer.
+        embedding_rows: of the embedding and the language head; default: as many as the tokenizer has ids.
         seed: of the weights.
     """
     import torch
@@ -82,7 +85,7 @@ def make_tiny_model(
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": size,
+            "vocab_size": embedding_rows or size,
             "hidden_size": hidden,
             "intermediate_size": 2 * hidden,
             "num_hidden_layers": layers,
