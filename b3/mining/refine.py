@@ -10,7 +10,9 @@ import numpy as np
 from b3.mining.graph import Graph
 from b3.mining.hashing import seeded_order
 
-DUPLICATE_COST = 4  # twice the best edge: rows with equal targets stay apart wherever a swap allows
+# Four times the best edge: rows with equal targets stay apart wherever a swap allows. At 4, labels of the embedded data
+# met more often than by chance (0.144 against about 0.07 a query at K = 8); at 8, 0.032, for 5 % fewer hard negatives.
+DUPLICATE_COST = 8
 
 
 def objective(graph: Graph, labels: np.ndarray, targets: np.ndarray) -> int:

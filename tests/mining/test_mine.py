@@ -1,0 +1,258 @@
+"""`mine` as a whole: invariants, determinism, measures against a plain reference, decided edge cases, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mining import reference
+
+from b3.errors import InputError
+from b3.mining import BatchPlan, mine
+from b3.mining.report import quality
+from b3.mining.vectors import unit_rows
+
+
+def check(plan: BatchPlan, rows: int, size: int) -> None:
+    assert plan.communities.shape == (rows // size, size) and plan.communities.dtype == np.int64
+    assert plan.remainder.shape == (rows % size,) and plan.remainder.dtype == np.int64
+    used = np.concatenate([plan.communities.ravel(), plan.remainder])
+    assert np.array_equal(np.sort(used), np.arange(rows))
+    json.dumps([plan.report, plan.manifest], allow_nan=False)
+
+
+def same(a: BatchPlan, b: BatchPlan) -> bool:
+    pairs = [(a.communities, b.communities), (a.remainder, b.remainder), (a.hard_negatives, b.hard_negatives)]
+    measured = [{k: v for k, v in plan.report.items() if k not in ("seconds", "peak_memory_bytes")} for plan in (a, b)]
+    return all(np.array_equal(x, y) for x, y in pairs) and measured[0] == measured[1]  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 60),
+    st.integers(1, 70),
+    st.integers(0, 40),
+    st.integers(1, 60),
+    st.sampled_from([None, 2, 5, 20]),
+    st.sampled_from(["metis", "paper", "random"]),
+    st.integers(0, 2**31),
+)
+def test_every_row_is_in_exactly_one_place(
+    rows: int, size: int, p: int, m: int, labels: int | None, partitioner: str, seed: int
+) -> None:
+    queries, targets = reference.clustered(rows, dim=5, labels=labels, seed=seed)
+    num_targets = reference.distinct_of(targets).max() + 1
+    options: dict[str, Any] = {"p": p, "m": m, "community_size": size, "seed": seed, "partitioner": partitioner}
+    if size > rows or p >= num_targets - 1:
+        with pytest.raises(InputError):
+            mine(queries, targets, **options)
+        return
+    plan = mine(queries, targets, hard_negatives=2, **options)
+    check(plan, rows, size)
+    assert plan.report["window"] == [p, min(num_targets, p + m)]
+    assert 0 <= plan.report["teacher_mass_captured"] <= 1
+
+
+@pytest.mark.parametrize("labels", [None, 60])
+@pytest.mark.parametrize("partitioner", ["metis", "random"])
+def test_the_report_equals_a_plain_count(labels: int | None, partitioner: str) -> None:
+    queries, targets = reference.clustered(130, labels=labels)
+    p, m, size = 4, 20, 8
+    plan = mine(queries, targets, p=p, m=m, community_size=size, partitioner=partitioner)
+    number, orders = reference.distinct_of(targets), reference.ranking(queries, targets)
+    hits, above = reference.window_hits(orders, number, p, m), reference.skipped(orders, number, p)
+    scores = unit_rows(queries, "queries").astype(float) @ unit_rows(targets, "targets").astype(float).T
+    found: dict[str, list[float]] = {"hits": [], "above": [], "copies": [], "mass": []}
+    for members in plan.communities:
+        for i in members:
+            others = members[members != i]
+            found["hits"].append(hits[i, others].sum())
+            found["above"].append(above[i, others].sum())
+            found["copies"].append((number[others] == number[i]).sum())
+            first = {int(number[j]): scores[i, j] for j in others if number[j] != number[i] and not above[i, j]}
+            best = [scores[i, np.flatnonzero(number == u)[0]] for u in orders[i][p:] if u != number[i]][: size - 1]
+            found["mass"].append(np.exp(np.array([*first.values()]) / 0.02).sum() / np.exp(np.array(best) / 0.02).sum())
+    report = plan.report
+    assert report["mined_negatives_per_query"] == pytest.approx(np.mean(found["hits"]), rel=1e-12)
+    assert report["skipped_ranks_per_query"] == pytest.approx(np.mean(found["above"]), rel=1e-12)
+    assert report["duplicate_targets_in_community"] == pytest.approx(np.mean(found["copies"]), rel=1e-12)
+    assert report["teacher_mass_captured"] == pytest.approx(np.mean(found["mass"]), rel=1e-9)
+    share = (size - 1) / 129
+    assert report["random_mined_negatives_per_query"] == pytest.approx(hits.sum(axis=1).mean() * share)
+    assert report["random_skipped_ranks_per_query"] == pytest.approx(above.sum(axis=1).mean() * share)
+    assert sum(report["histogram"]["positive"]) == plan.communities.size
+    members = plan.communities[report["examples"][1]["community"]]
+    assert report["examples"][1]["rows"] == members.tolist()
+    assert report["examples"][1]["mined_negatives"] == [int(hits[i, members].sum()) for i in members]
+
+
+def test_the_expectation_for_random_communities_is_what_they_have() -> None:
+    queries, targets = reference.clustered(2000, clusters=20)
+    report = mine(queries, targets, community_size=20, partitioner="random").report
+    assert report["mined_negatives_per_query"] == pytest.approx(report["random_mined_negatives_per_query"], rel=0.1)
+
+
+def test_metis_beats_the_paper_recipe_beats_random() -> None:
+    queries, targets = reference.clustered(3000, dim=64, clusters=75)
+    found = {
+        name: mine(queries, targets, community_size=32, partitioner=name).report["mined_negatives_per_query"]
+        for name in ("metis", "paper", "random")
+    }
+    assert found["metis"] > 1.3 * found["paper"]
+    assert found["paper"] > 1.3 * found["random"]
+
+
+def test_labels_are_kept_apart_and_still_give_hard_negatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, targets = reference.clustered(1200, labels=60)
+    report = mine(queries, targets, p=3, m=15, community_size=8).report
+    assert report["num_distinct_targets"] == len(np.unique(reference.distinct_of(targets)))
+    assert report["mined_negatives_per_query"] > 1.5 * report["random_mined_negatives_per_query"]
+    monkeypatch.setattr("b3.mining.refine.DUPLICATE_COST", 0)
+    careless = mine(queries, targets, p=3, m=15, community_size=8).report
+    assert report["duplicate_targets_in_community"] < 0.6 * careless["duplicate_targets_in_community"]
+
+
+@pytest.mark.parametrize("labels", [None, 50])
+def test_a_plan_depends_on_neither_blocks_threads_types_nor_memory_order(labels: int | None, tmp_path: Path) -> None:
+    queries, targets = (a.astype(np.float16).astype(np.float64) for a in reference.clustered(500, labels=labels))
+    options: dict[str, Any] = {"p": 3, "m": 20, "community_size": 12, "seed": 3}
+    first = mine(queries, targets, **options)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    np.save(tmp_path / "queries.npy", queries.astype(np.float16))
+    mapped = np.load(tmp_path / "queries.npy", mmap_mode="r")
+    assert same(first, mine(mapped, np.asfortranarray(targets, dtype=np.float32), **options, block_rows=37))
+    torch.set_num_threads(threads)
+    assert not same(first, mine(queries, targets, **{**options, "seed": 4}))
+
+
+def test_progress_names_the_stages() -> None:
+    seen: list[tuple[str, int, int]] = []
+    queries, targets = reference.clustered(60)
+    mine(queries, targets, p=2, m=10, community_size=4, progress=lambda *a: seen.append(a))
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["normalise", "rank", "graph", "partition", "refine", "negatives", "report"]
+    assert all(0 <= done <= total for _, done, total in seen)
+    assert ("rank", 60, 60) in seen
+
+
+@pytest.mark.parametrize(("rows", "size"), [(40, 1), (40, 40), (41, 40), (2, 2), (2, 1), (5, 2)])
+@pytest.mark.parametrize("partitioner", ["metis", "paper", "random"])
+def test_extreme_sizes(rows: int, size: int, partitioner: str) -> None:
+    queries, targets = reference.clustered(rows)
+    plan = mine(queries, targets, p=0, m=5, community_size=size, hard_negatives=1, partitioner=partitioner)
+    check(plan, rows, size)
+    assert plan.report["size_min"] == plan.report["size_max"] == size
+
+
+def test_a_graph_without_edges_still_gives_a_plan() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.eye(2)[np.arange(40) % 2]
+    # p = 0 and a window of 1: every query's window is its own target, so no row has an edge
+    plan = mine(labels + 0.01 * rng.random((40, 2)), labels, p=0, m=1, community_size=7, hard_negatives=2)
+    check(plan, 40, 7)
+    assert plan.report["edges"] == 0 and plan.report["isolated_rows"] == 40
+    assert plan.report["mined_negatives_per_query"] == 0
+    assert (plan.hard_negatives == -1).all() and plan.report["hard_negatives_missing"] == 80
+
+
+def test_separate_components() -> None:
+    blocks = [reference.clustered(24, dim=6, seed=s) for s in range(4)]
+    queries, targets = (
+        np.concatenate([np.pad(b[side], ((0, 0), (6 * i, 18 - 6 * i))) for i, b in enumerate(blocks)])
+        for side in range(2)
+    )
+    plan = mine(queries, targets, p=1, m=8, community_size=12, hard_negatives=0)
+    assert plan.hard_negatives is None
+    assert (np.ptp(plan.communities // 24, axis=1) == 0).mean() >= 0.75  # communities follow the components
+
+
+def test_a_window_beyond_the_last_rank_is_clipped_and_reported() -> None:
+    queries, targets = reference.clustered(50)
+    plan = mine(queries, targets, p=10, m=1000, community_size=5)
+    assert plan.report["window"] == [10, 50] and plan.manifest["m"] == 1000
+
+
+def test_two_targets_only() -> None:
+    labels = np.eye(2)[np.random.default_rng(0).integers(0, 2, 60)]
+    queries = labels + np.random.default_rng(1).normal(size=(60, 2))
+    plan = mine(queries, labels, p=0, m=100, community_size=6)
+    check(plan, 60, 6)
+    mixed = labels[plan.communities].argmax(axis=2).mean(axis=1)
+    assert (mixed > 0).all() and (mixed < 1).all(), "both labels meet in every community"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"community_size": 51}, "community_size 51 exceeds the 50 rows; give at most 50"),
+        ({"community_size": 0}, "community_size is 0; give an integer of at least 1"),
+        ({"community_size": 2.0}, "community_size is 2.0"),
+        ({"p": -1}, "p is -1; give an integer of at least 0"),
+        ({"p": 49}, "p 49 leaves no ranks: there are 50 distinct targets; give at most 48"),
+        ({"m": 0}, "m is 0"),
+        ({"hard_negatives": -1}, "hard_negatives is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"refine_passes": -1}, "refine_passes is -1"),
+        ({"edges": "both"}, "edges is 'both'; choose from union, mutual"),
+        ({"partitioner": "spectral"}, "partitioner is 'spectral'; choose from metis, paper, random"),
+        ({"partitioner": "paper", "edges": "union"}, "partitioner paper works on mutual edges"),
+    ],
+)
+def test_bad_parameters(change: dict[str, Any], message: str) -> None:
+    queries, targets = reference.clustered(50)
+    with pytest.raises(InputError, match=message) as caught:
+        mine(queries, targets, **{"p": 2, "m": 10, "community_size": 5, **change})
+    assert "\n" not in str(caught.value)
+
+
+def spoiled(row: int, value: float) -> np.ndarray:
+    array = np.ones((50, 4), dtype=np.float32)
+    array[row, 2 if value else slice(None)] = value
+    return array
+
+
+GOOD = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("queries", "targets", "message"),
+    [
+        (GOOD[:49], GOOD, "49 queries but 50 targets"),
+        (GOOD[:, :3], GOOD, "queries have 3 dimensions, targets 4"),
+        (GOOD[0], GOOD, r"queries have shape \(4,\)"),
+        (GOOD, GOOD[:, :0], r"targets have shape \(50, 0\)"),
+        (GOOD.astype(np.int64), GOOD, "queries have type int64"),
+        (GOOD.astype(complex), GOOD, "queries have type complex128"),
+        (GOOD[:0], GOOD[:0], "no rows to mine"),
+        (spoiled(7, np.nan), GOOD, "row 7 of the queries has NaN"),
+        (GOOD, spoiled(8, np.inf), "row 8 of the targets has NaN or infinite"),
+        (spoiled(9, 0.0), GOOD, "row 9 of the queries is a zero vector"),
+        (GOOD, np.ones((50, 4)), "all rows have the same target"),
+        (GOOD[:1], GOOD[:1], "all rows have the same target"),
+    ],
+)
+def test_bad_arrays(queries: np.ndarray, targets: np.ndarray, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        mine(queries, targets, p=2, m=10, community_size=min(5, max(1, len(queries))))
+
+
+def test_large_communities_are_measured_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    from b3.mining.rank import rank_targets
+    from b3.mining.vectors import distinct_targets
+
+    queries, targets = reference.clustered(120, labels=70)
+    units, distinct = unit_rows(queries, "queries"), distinct_targets(unit_rows(targets, "targets"))
+    ranks = rank_targets(units, distinct, 3, 20, 39)
+    communities = np.random.default_rng(0).permutation(120).reshape(3, 40)
+    whole = quality(units, ranks, distinct, communities)
+    monkeypatch.setattr("b3.mining.report.BLOCK_VALUES", 300)
+    parts = quality(units, ranks, distinct, communities)
+    assert parts.pop("teacher_mass_captured") == pytest.approx(whole.pop("teacher_mass_captured"), rel=1e-12)
+    assert all(np.array_equal(whole[key], parts[key]) for key in whole)

@@ -1,0 +1,135 @@
+"""Trim, METIS, repair and refinement on random graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mining import reference
+
+from b3.mining.graph import Graph
+from b3.mining.partition import (
+    choose_remainder,
+    communities_of,
+    metis_labels,
+    random_labels,
+    reference_repair,
+    repair,
+)
+from b3.mining.refine import DUPLICATE_COST, objective, refine
+
+
+def random_graph(rows: int, edges: int, seed: int) -> Graph:
+    """A symmetric graph with weights 1 and 2; rows may be isolated."""
+    rng = np.random.default_rng(seed)
+    matrix = np.zeros((rows, rows), dtype=np.int64)
+    a, b = rng.integers(0, rows, size=(2, edges))
+    matrix[a, b] = rng.integers(1, 3, size=edges)
+    matrix = np.maximum(matrix, matrix.T)
+    np.fill_diagonal(matrix, 0)
+    sources, indices = np.nonzero(matrix)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(sources, minlength=rows))])
+    return Graph(indptr.astype(np.int64), indices.astype(np.int64), matrix[sources, indices])
+
+
+def plain_objective(graph: Graph, labels: np.ndarray, targets: np.ndarray) -> int:
+    matrix, total = reference.dense(graph), 0
+    for i in range(len(labels)):
+        for j in range(i):
+            if labels[i] == labels[j]:
+                total += matrix[i, j] - DUPLICATE_COST * (targets[i] == targets[j])
+    return int(total)
+
+
+sizes = st.tuples(st.integers(1, 9), st.integers(1, 9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(0, 300), st.integers(0, 2**31), st.integers(1, 40))
+def test_refinement_keeps_sizes_and_never_lowers_the_objective(
+    shape: tuple[int, int], edges: int, seed: int, num_targets: int
+) -> None:
+    parts, size = shape
+    rows = parts * size
+    graph = random_graph(rows, edges, seed)
+    targets = np.random.default_rng(seed).integers(0, num_targets, rows)
+    before = random_labels(rows, size, seed)
+    start = before.copy()
+    after, gains = refine(graph, before, targets, size, 5, seed)
+    assert np.array_equal(start, before)
+    assert (np.bincount(after, minlength=parts) == size).all()
+    assert min(gains, default=0) >= 0
+    assert objective(graph, after, targets) == objective(graph, before, targets) + sum(gains)
+    assert objective(graph, after, targets) == plain_objective(graph, after, targets)
+
+
+def test_refinement_ends_where_no_swap_gains() -> None:
+    graph = random_graph(24, 90, 3)
+    targets = np.arange(24)
+    labels, gains = refine(graph, random_labels(24, 6, 0), targets, 6, 50, 0)
+    assert gains[-1] == 0
+    best = plain_objective(graph, labels, targets)
+    for i in range(24):
+        for j in range(i):
+            swapped = labels.copy()
+            swapped[[i, j]] = swapped[[j, i]]
+            assert plain_objective(graph, swapped, targets) <= best
+
+
+def test_refinement_separates_equal_targets() -> None:
+    graph = random_graph(40, 0, 0)
+    targets = np.repeat(np.arange(8), 5)
+    labels, _ = refine(graph, np.repeat(np.arange(5), 8), targets, 8, 30, 0)  # begins with them together
+    assert len(np.unique(np.stack([labels, targets]), axis=1).T) == 40
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes, st.integers(0, 200), st.integers(0, 2**31))
+def test_both_repairs_give_exact_sizes(shape: tuple[int, int], edges: int, seed: int) -> None:
+    parts, size = shape
+    graph = random_graph(parts * size, edges, seed)
+    labels = np.random.default_rng(seed).integers(0, parts, parts * size)
+    for repaired in (repair(graph, labels, parts, size, seed), reference_repair(labels, parts, size)):
+        assert (np.bincount(repaired, minlength=parts) == size).all()
+        full = np.bincount(labels, minlength=parts) <= size
+        assert (repaired[full[labels]] == labels[full[labels]]).all()  # only over-full parts give up rows
+
+
+def test_repair_evicts_the_least_connected_row_to_its_neighbours() -> None:
+    # 0, 1, 2 are a triangle with 3 attached to 4 and 5; all but 4, 5 lie in part 0.
+    pairs = [(0, 1), (1, 2), (0, 2), (3, 4), (3, 5), (4, 5)]
+    matrix = np.zeros((6, 6), dtype=np.int64)
+    for a, b in pairs:
+        matrix[a, b] = matrix[b, a] = 1
+    sources, indices = np.nonzero(matrix)
+    graph = Graph(
+        np.concatenate([[0], np.cumsum(np.bincount(sources, minlength=6))]), indices, matrix[sources, indices]
+    )
+    assert repair(graph, np.array([0, 0, 0, 0, 1, 1]), 2, 3, 0).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("recursive", [True, False])
+@pytest.mark.parametrize("edges", [0, 3, 200])
+@pytest.mark.parametrize(("parts", "size"), [(1, 12), (12, 1), (2, 2), (6, 5), (20, 4)])
+def test_metis_takes_any_graph(parts: int, size: int, edges: int, recursive: bool) -> None:
+    graph = random_graph(parts * size, edges, 1)
+    labels = metis_labels(graph, parts, 7, recursive)
+    assert labels.shape == (parts * size,) and labels.min() >= 0 and labels.max() < parts
+    assert np.array_equal(labels, metis_labels(graph, parts, 7, recursive))
+
+
+def test_the_remainder_is_the_least_connected_rows() -> None:
+    graph = random_graph(23, 60, 0)
+    left = choose_remainder(graph, 23, 5, 0)
+    assert left.shape == (3,) and (np.diff(left) > 0).all()
+    rest = np.setdiff1d(np.arange(23), left)
+    assert graph.degrees()[left].max() <= graph.degrees()[rest].min()
+    assert choose_remainder(None, 20, 5, 0).shape == (0,)
+
+
+def test_communities_are_canonical() -> None:
+    rows = np.array([2, 3, 5, 7, 8, 9])
+    assert communities_of(np.array([1, 0, 1, 0, 2, 2]), rows, 2).tolist() == [[2, 5], [3, 7], [8, 9]]
+    with pytest.raises(AssertionError, match="communities of 1 to 3 rows"):
+        communities_of(np.array([0, 0, 0, 1, 2, 2]), rows, 2)
