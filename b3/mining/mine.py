@@ -118,9 +118,14 @@ def mine(
     """
     queries, targets = _check_arrays(queries, targets)
     edges = edges or ("mutual" if partitioner == "paper" else "union")
+    # Integers of numpy overflow, and json does not take them.
+    p, m, community_size, hard_negatives, seed, refine_passes = (
+        int(value) if isinstance(value, np.integer) else value
+        for value in (p, m, community_size, hard_negatives, seed, refine_passes)
+    )
     used = refine_passes if partitioner == "metis" else 0
-    chosen = _Parameters(p, m, community_size, hard_negatives, edges, veto, partitioner, used, seed)
-    _check_parameters(chosen, len(queries), refine_passes)
+    chosen = _Parameters(p, m, community_size, hard_negatives, edges, bool(veto), partitioner, used, seed)
+    _check_parameters(chosen, len(queries), refine_passes, block_rows)
     clock = _Clock(progress)
     with clock.stage("normalise"):
         fingerprint = embeddings_fingerprint(queries, targets)
@@ -206,15 +211,14 @@ def _check_arrays(queries: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     return queries, targets
 
 
-def _check_parameters(chosen: _Parameters, count: int, refine_passes: int) -> None:
-    least = {"p": 0, "m": 1, "K": 1, "h": 0, "seed": 0}
+def _check_parameters(chosen: _Parameters, count: int, refine_passes: int, block_rows: int | None) -> None:
+    least = {"p": 0, "m": 1, "K": 1, "h": 0, "seed": 0, "refine_passes": 0, "block_rows": 1}
+    given = asdict(chosen) | {"refine_passes": refine_passes, "block_rows": 1 if block_rows is None else block_rows}
     names = {"K": "community_size", "h": "hard_negatives"}
     for key, low in least.items():
-        value = getattr(chosen, key)
+        value = given[key]
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
             raise InputError(f"{names.get(key, key)} is {value!r}; give an integer of at least {low}")
-    if refine_passes < 0:
-        raise InputError(f"refine_passes is {refine_passes}; give 0 or more")
     if count < chosen.K:
         raise InputError(f"community_size {chosen.K} exceeds the {count} rows; give at most {count}")
     if chosen.edges not in EDGES:
