@@ -174,7 +174,8 @@ def evaluate(
         {name: score["acc"] for name, score in scores.items()},
         {name: (score["num_correct"], score["num_data"]) for name, score in scores.items()},
     )
-    summary |= {"seconds": round(time.perf_counter() - started, 2), "items": num_items}
+    seconds = time.perf_counter() - started
+    summary |= {"seconds": round(seconds, 2), "items": num_items, "items_per_second": round(num_items / seconds, 2)}
     if distributed.rank() == 0:
         write_summary(folder, summary, spec.model)
     return summary

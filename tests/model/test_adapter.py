@@ -74,6 +74,19 @@ def test_an_adapter_repository_brings_its_base(folder: Path, tmp_path: Path) -> 
     assert np.array_equal(Embedder.from_pretrained(repository, dtype="float32").encode(ITEMS), direct.encode(ITEMS))
 
 
+def test_a_pickled_adapter_is_read_as_weights_only(folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "bin"
+    shutil.copytree(GOLDEN / "adapter-dora", repository)
+    torch.save(load_file(repository / "adapter_model.safetensors"), repository / "adapter_model.bin")
+    (repository / "adapter_model.safetensors").unlink()
+    ours = Embedder.from_pretrained(folder, adapter=repository, dtype="float32").encode(ITEMS)
+    theirs = Embedder.from_pretrained(folder, adapter=GOLDEN / "adapter-dora", dtype="float32").encode(ITEMS)
+    assert np.array_equal(ours, theirs)
+    torch.save({"x": Path("/")}, repository / "adapter_model.bin")  # an object, not a tensor: refused, not executed
+    with pytest.raises(InputError, match="cannot be read"):
+        Embedder.from_pretrained(folder, adapter=repository, dtype="float32")
+
+
 def broken(tmp_path: Path, change: str) -> Path:
     root = tmp_path / change
     shutil.copytree(GOLDEN / "adapter-dora", root)
