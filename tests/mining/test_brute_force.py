@@ -269,3 +269,13 @@ def test_no_single_swap_improves_a_refined_plan(kind: str) -> None:
             a, b = labels[i], labels[j]
             gain = towards[i, b] + towards[j, a] - towards[i, a] - towards[j, b] - 2 * dense[i, j]
             assert a == b or gain <= 0
+
+
+@both
+@pytest.mark.parametrize(("partitioner", "edges"), [("metis", "union"), ("metis", "mutual"), ("paper", "mutual")])
+def test_the_rows_left_out_are_the_least_connected(kind: str, distinct: bool, partitioner: str, edges: str) -> None:
+    queries, targets = data(kind, distinct)
+    degrees = weights(plain(queries, targets, 3, 10), edges, True).sum(axis=1)
+    plan = mine(queries, targets, p=3, m=10, community_size=8, hard_negatives=0, partitioner=partitioner, edges=edges)
+    assert plan.remainder.size == 5
+    assert np.array_equal(np.sort(degrees[plan.remainder]), np.sort(degrees)[:5])
