@@ -104,9 +104,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch-tokens {arguments.batch_tokens} must be positive")
     columns = columns_of(arguments)
     data = read_rows(arguments.input, columns, arguments.image_dir, arguments.instruction)
-    from b3.model.backbones import fetch
+    from b3.model.backbones import adapter_key, checkpoint_key
 
-    checkpoints = {name: describe_checkpoint(getattr(arguments, name), fetch) for name in ("model", "adapter")}
+    checkpoints = {
+        "model": describe_checkpoint(arguments.model, checkpoint_key),
+        "adapter": describe_checkpoint(arguments.adapter, adapter_key),
+    }
     options = {
         name: getattr(arguments, name) for name in ("dtype", "min_pixels", "max_pixels", "normalize", "instruction")
     }

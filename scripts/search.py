@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from b3.data.own import Columns, prompt, read_rows
-from b3.data.own_index import checkpoint_key, load_index
+from b3.data.own_index import load_index
 from b3.data.records import Item
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_atomic
@@ -74,14 +74,14 @@ def read_queries(arguments: argparse.Namespace) -> list[tuple[str, Item]]:
 
 def embed_queries(arguments: argparse.Namespace, items: Sequence[Item], manifest: dict[str, Any]) -> np.ndarray:
     """(Q, D) vectors by the model of the index. Raises `RunError` if that is not there any more."""
-    from b3.model.backbones import fetch
+    from b3.model.backbones import adapter_key, checkpoint_key
 
-    for part in ("model", "adapter"):
+    for part, key_of in (("model", checkpoint_key), ("adapter", adapter_key)):
         if getattr(arguments, part):
             if manifest[part] is None:
                 raise RunError(f"{arguments.index} was made without an {part}; leave out --{part}")
             manifest[part]["name"] = getattr(arguments, part)
-        if manifest[part] and checkpoint_key(fetch(manifest[part]["name"])) != manifest[part]["key"]:
+        if manifest[part] and key_of(manifest[part]["name"]) != manifest[part]["key"]:
             raise RunError(
                 f"{part} {manifest[part]['name']} is not the one that made {arguments.index}; embed the rows again,"
                 f" or give --{part}"

@@ -6,7 +6,6 @@ decided the vectors, that is the checkpoints, the rows and the options.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import numpy as np
 
 from b3.data.own import Columns, OwnData
 from b3.errors import InputError, RunError
-from b3.files import write_atomic
+from b3.files import sha256, write_atomic
 
 KIND = "b3 embeddings"
 FILES = ("embeddings.npy", "ids.json", "rows.jsonl", "manifest.json")
@@ -26,36 +25,12 @@ FILES = ("embeddings.npy", "ids.json", "rows.jsonl", "manifest.json")
 IDENTITY = ("kind", "model", "adapter", "input", "options")
 
 
-def sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def checkpoint_key(folder: Path) -> str:
-    """A short key of a checkpoint: names and sizes of its files, and the first and last 4 MiB of each."""
-    digest, part = hashlib.sha256(), 4 << 20
-    for file in sorted(
-        [*folder.glob("*.safetensors"), *folder.glob("adapter_model.bin"), *folder.glob("*config.json")]
-    ):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\n".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(part))
-            opened.seek(max(0, size - part))
-            digest.update(opened.read(part))
-    return digest.hexdigest()
-
-
-def describe_checkpoint(name: str | None, fetch: Callable[[str], Path]) -> dict[str, str] | None:
+def describe_checkpoint(name: str | None, key_of: Callable[[str], str]) -> dict[str, str] | None:
     """{"name", "key"} of a checkpoint for the manifest; a folder's name becomes absolute. None for None."""
     if name is None:
         return None
     folder = Path(name).expanduser()
-    return {"name": str(folder.resolve()) if folder.is_dir() else name, "key": checkpoint_key(fetch(name))}
+    return {"name": str(folder.resolve()) if folder.is_dir() else name, "key": key_of(name)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

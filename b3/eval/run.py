@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from b3.eval.explain import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
 from b3.files import write_atomic
-from b3.model.backbones import fetch
+from b3.model.backbones import adapter_key, checkpoint_key
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder
@@ -85,20 +84,6 @@ def evaluate_subset(dataset: EvalDataset, encoder: Encoder, spec: EvalSpec, prog
     return score_subset(dataset, vectors, index[: len(dataset)], parts, spec.round_targets)
 
 
-def weights_fingerprint(folder: str | Path | None) -> str | None:
-    """SHA-256 over the weight and configuration files of a checkpoint folder."""
-    if folder is None:
-        return None
-    digest = hashlib.sha256()
-    names = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer.json", "adapter_model.bin")
-    for file in sorted({f for pattern in names for f in Path(folder).glob(pattern)}):
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            while block := handle.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def _claim(folder: Path, facts: dict[str, Any], names: dict[str, Any]) -> None:
     """Write the manifest, or check that the folder holds the same evaluation. Raises `RunError` naming a difference.
 
@@ -148,8 +133,8 @@ def evaluate(
         for name in subsets
     ]
     facts = asdict(spec) | {
-        "model": weights_fingerprint(fetch(spec.model)),
-        "adapter": None if spec.adapter is None else weights_fingerprint(fetch(spec.adapter)),
+        "model": checkpoint_key(spec.model),
+        "adapter": None if spec.adapter is None else adapter_key(spec.adapter),
     }
     if distributed.rank() == 0:
         _claim(folder, facts, {"model": spec.model, "adapter": spec.adapter})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from b3.errors import InputError
+from b3.files import sha256
 
 FORMAT_VERSION = 1
 ARRAYS = ("communities", "remainder", "hard_negatives")
@@ -93,7 +93,7 @@ class BatchPlan:
             array = getattr(self, name)
             if array is not None:
                 _write_array(folder / f"{name}.npy", array)
-                checksums[f"{name}.npy"] = _sha256(folder / f"{name}.npy")
+                checksums[f"{name}.npy"] = sha256(folder / f"{name}.npy")
         _write_text(folder / "report.json", json.dumps(self.report, indent=1, allow_nan=False) + "\n")
         write_report_html(folder / "report.html", [Section(self)])
         manifest = {**self.manifest, "format_version": FORMAT_VERSION, "sha256": checksums}
@@ -157,7 +157,7 @@ def _read_array(folder: Path, name: str, checksums: Mapping[str, str]) -> np.nda
     file = folder / name
     if not file.exists():
         raise InputError(f"{file} is missing; mine the plan again")
-    if _sha256(file) != checksums[name]:
+    if sha256(file) != checksums[name]:
         raise InputError(f"{file} differs from its checksum in manifest.json (torn or edited); mine the plan again")
     array: np.ndarray = np.load(file, allow_pickle=False)
     return array
@@ -175,14 +175,6 @@ def _write_text(file: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(folder: Path) -> None:

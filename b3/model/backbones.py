@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.errors import InputError
+from b3.files import sha256
 from b3.model.attention import use_packed_attention
 
 if TYPE_CHECKING:
@@ -46,6 +48,33 @@ def read_json(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} does not exist; {file.parent} is not a complete checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid JSON ({error})") from None
+
+
+def checkpoint_key(name: str | Path) -> str:
+    """SHA-256 over the weights, configuration and tokenizer of a checkpoint; equal content, equal key.
+
+    An adapter repository includes the base that it names: the same adapter on another base is another model.
+    """
+    folder = fetch(name)
+    digest = hashlib.sha256(_content_key(folder).encode())
+    config = folder / "adapter_config.json"
+    if config.is_file() and not list(folder.glob("model*.safetensors")):
+        base = read_json(config).get("base_model_name_or_path")
+        digest.update(checkpoint_key(base).encode() if base else b"")
+    return digest.hexdigest()
+
+
+def adapter_key(name: str | Path) -> str:
+    """As `checkpoint_key`, of an adapter that is laid on a base of the caller's choice: its own files only."""
+    return _content_key(fetch(name))
+
+
+def _content_key(folder: Path) -> str:
+    digest = hashlib.sha256()
+    patterns = ("*.safetensors", "adapter_model.bin", "config.json", "adapter_config.json", "tokenizer.json")
+    for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
+        digest.update(f"{file.name}\0{sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

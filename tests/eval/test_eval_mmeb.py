@@ -214,3 +214,19 @@ def test_a_family_explained_and_squared(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "OK-VQA_errors.html").exists()
     assert (tmp_path / "leaderboard.json").exists()
     assert not (tmp_path / "WebQA_score.json").exists()
+
+
+def test_another_base_under_the_same_adapter_is_another_model(folder: Path, tmp_path: Path) -> None:
+    from b3.model.backbones import adapter_key, checkpoint_key
+
+    base, repository = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(folder, base)
+    shutil.copytree(GOLDEN / "adapter-dora", repository)
+    config = json.loads((repository / "adapter_config.json").read_text())
+    (repository / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
+    before, alone = checkpoint_key(repository), adapter_key(repository)
+    weights = bytearray((base / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1  # one bit, same size
+    (base / "model.safetensors").write_bytes(weights)
+    assert checkpoint_key(repository) != before
+    assert adapter_key(repository) == alone
