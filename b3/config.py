@@ -138,11 +138,31 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
     temperature: float = Field(0.02, gt=0, description="of InfoNCE")
+    learn_temperature: bool = Field(False, description="train log(1 / temperature), as CLIP; needs temperature >= 0.01")
+    symmetric: bool = Field(False, description="mean of query to target and target to query, as CLIP")
     mask: Literal["none", "duplicates"] = Field(
         "duplicates",
         description="duplicates: a target equal to the positive, or belonging to an equal query, is no negative",
     )
+    mask_margin: float | None = Field(
+        None,
+        ge=0,
+        description="a target scored above the positive by more than this cosine is no negative; Qwen3-Embedding: 0.1",
+    )
+    mask_teacher_margin: float | None = Field(
+        None,
+        ge=0,
+        description="a target whose teacher score exceeds the positive's less this is no negative; GISTEmbed: 0",
+    )
+    hardness_weight: float = Field(0.0, ge=0, description="beta: a negative weighs exp(beta cosine); LLaVE: 9; 0: off")
     chunk_tokens: int = Field(8192, gt=0, description="tokens of one forward pass; bounds memory at any batch size")
+    vision_cache_mib: int = Field(
+        4096, ge=0, description="picture features kept between the two passes if the vision tower is frozen; 0: none"
+    )
+    share_duplicates: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="encode equal items of a rank once; auto: if adapter.dropout is 0 (else they share a dropout mask)",
+    )
     bf16: bool = Field(False, description="bfloat16 autocast")
     workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead of the step")
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
@@ -153,6 +173,14 @@ class TrainConfig(Section):
     def _warmup(self) -> TrainConfig:
         if self.warmup_steps > self.steps:
             raise ValueError(f"train.warmup_steps {self.warmup_steps} exceeds train.steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _temperature(self) -> TrainConfig:
+        if self.learn_temperature and self.temperature < 0.01:
+            raise ValueError(
+                f"train.temperature {self.temperature} is below 0.01, the least that train.learn_temperature allows"
+            )
         return self
 
 

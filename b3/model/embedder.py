@@ -184,12 +184,26 @@ class Embedder(nn.Module):
         """Length of a vector."""
         return int(self.core.language_model.config.hidden_size)
 
-    def forward(self, batch: Batch, normalize: bool = True) -> Tensor:
-        """Vectors (B, D) float32 of a batch: final hidden state of each item's last token, L2-normalised if asked."""
+    def picture_features(self, pixels: Tensor, grids: Tensor) -> Tensor:
+        """What the language model sees of pictures: (S, D), the features of their image tokens, in order.
+
+        Args:
+            pixels: (P, 1176) patches of all pictures.
+            grids: (pictures, 3) int64, as in `Batch`.
+        """
+        return self.core.visual(pixels.to(self.dtype), grid_thw=grids).pooler_output
+
+    def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
+        """Vectors (B, D) float32 of a batch: final hidden state of each item's last token, L2-normalised if asked.
+
+        `features` (S, D), if given, stand for the pictures in place of `batch.pixels`.
+        """
         core = self.core
         embeds = core.language_model.embed_tokens(batch.input_ids)
-        if batch.pixels is not None:
-            features = core.visual(batch.pixels.to(self.dtype), grid_thw=batch.grids).pooler_output
+        if features is None and batch.pixels is not None:
+            assert batch.grids is not None
+            features = self.picture_features(batch.pixels, batch.grids)
+        if features is not None:
             assert batch.slots is not None
             embeds = embeds.index_copy(0, batch.slots, features.to(embeds.dtype))
         packing = Packing.of(batch.lengths, embeds.device)

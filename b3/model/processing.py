@@ -146,14 +146,14 @@ class Processor:
         return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
 
     @cached_property
-    def _normalised(self) -> np.ndarray:
+    def byte_values(self) -> np.ndarray:
         """(256, 3) float32: the value of each byte in each channel, by the stock formula in its own precision."""
         scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
         mean, std = np.asarray(MEAN, dtype=np.float32), np.asarray(STD, dtype=np.float32)
         return (scaled[:, None] - mean) / std
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_normalised", "image_token_id")
+        hidden = ("byte_values", "image_token_id")
         return {k: v for k, v in self.__dict__.items() if k not in hidden}
 
     def tokens_of_image(self, width: int, height: int) -> int:
@@ -167,6 +167,14 @@ class Processor:
 
     def process_image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         """Patches (P, 1176) float32 in the backbone's order and the grid (rows, columns) with P = rows * columns."""
+        patches, grid = self.patch_bytes(image)
+        pixels = np.empty((len(patches), 3, TEMPORAL, PATCH * PATCH), dtype=np.float32)
+        for channel in range(3):
+            pixels[:, channel] = self.byte_values[:, channel][patches[:, channel, None]]
+        return pixels.reshape(len(patches), -1), grid
+
+    def patch_bytes(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+        """As `process_image` before normalisation and without the repeated frame: (P, 3, 196) uint8, an eighth."""
         if self.square is not None:
             image = _resize(to_rgb(image), self.square, self.square)
         if min(image.size) < FACTOR:
@@ -179,11 +187,7 @@ class Processor:
         rows, columns = height // PATCH, width // PATCH
         blocks = values.reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
         blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # (h/2, w/2, 2, 2, C, 14, 14)
-        pixels = np.empty((rows * columns, 3, TEMPORAL, PATCH, PATCH), dtype=np.float32)
-        flat = blocks.reshape(rows * columns, 3, 1, PATCH, PATCH)
-        for channel in range(3):
-            pixels[:, channel] = self._normalised[:, channel][flat[:, channel]]
-        return pixels.reshape(rows * columns, -1), (rows, columns)
+        return blocks.reshape(rows * columns, 3, PATCH * PATCH), (rows, columns)
 
     def measure(self, item: Item) -> tuple[bytes, int]:
         """(digest of the content, number of tokens) of an item, without decoding its picture.
@@ -210,15 +214,23 @@ class Processor:
 
     def __call__(self, item: Item) -> Processed:
         """Process one item. Raises `DataError` naming the item for an empty text or a misplaced image token."""
-        text = to_backbone(item.text, self.image_token)
         image = item.open_image()
         if image is None:
-            ids = self._tokenize(text, item)
-            return Processed(ids if self.max_length is None else ids[: self.max_length])
-        self._check_placeholder(text, item)
+            return Processed(self.token_ids(item, None))
+        self._check_placeholder(to_backbone(item.text, self.image_token), item)
         pixels, grid = self.process_image(image)
-        ids = self._tokenize(text, item)
-        return Processed(self._expand(ids, len(pixels) // (MERGE * MERGE)), pixels, grid)
+        return Processed(self.token_ids(item, grid), pixels, grid)
+
+    def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
+        """(L,) int64 ids of an item whose picture has this grid of patches (None: no picture); reads no pixels.
+
+        Raises `DataError` as `__call__` does.
+        """
+        text = to_backbone(item.text, self.image_token)
+        if grid is None:
+            return self._tokenize(text, item)[: self.max_length]
+        self._check_placeholder(text, item)
+        return self._expand(self._tokenize(text, item), grid[0] * grid[1] // (MERGE * MERGE))
 
     def _tokenize(self, text: str, item: Item) -> np.ndarray:
         # the backend's own call: unlike the wrapper's it may run in several threads at once

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from b3.data.records import Item, PairDataset
 from b3.encode import token_batches, unique_items
 from b3.errors import DataError
-from b3.model.embedder import collate
-from b3.model.processing import Processed, Processor
-from b3.train.gradcache import Chunk, StepInputs
+from b3.model.processing import Processor
+from b3.train.inputs import Pictures, StepInputs
+from b3.train.teacher import TeacherVectors
 
 
 class Rows(torch.utils.data.Dataset[tuple[int, int]]):
@@ -36,6 +37,25 @@ def item_id(item: Item) -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
+@dataclass
+class _Packed:
+    """Processed items of a batch: each distinct picture once."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    picture_of: list[int] = field(default_factory=list)
+    patches: list[np.ndarray] = field(default_factory=list)
+    grids: list[tuple[int, int]] = field(default_factory=list)
+
+    def pictures(self, table: np.ndarray) -> Pictures | None:
+        if not self.grids:
+            return None
+        return Pictures(
+            torch.from_numpy(np.concatenate(self.patches)),
+            torch.tensor([(1, *grid) for grid in self.grids], dtype=torch.int64),
+            torch.from_numpy(table),
+        )
+
+
 @dataclass(frozen=True)
 class StepCollator:
     """Builds `StepInputs` from (data set, row) pairs.
@@ -45,7 +65,8 @@ class StepCollator:
         processor: items to inputs.
         chunk_tokens: tokens a chunk may hold.
         hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None.
-        share_duplicates: encode equal items of a rank once (right only without dropout).
+        share_duplicates: encode equal items of a rank once. With dropout they then share one random mask.
+        teachers: per data set a teacher's vectors of its rows, for `mask_teacher_margin`; None: not needed.
     """
 
     datasets: list[PairDataset]
@@ -53,45 +74,76 @@ class StepCollator:
     chunk_tokens: int
     hard_negatives: list[np.ndarray] | None = None
     share_duplicates: bool = True
+    teachers: list[TeacherVectors] | None = None
 
     def __call__(self, rows: list[tuple[int, int]]) -> StepInputs:
         queries = [self.datasets[d].query(row) for d, row in rows]
-        targets: list[Item] = []
-        valid: list[bool] = []
-        for dataset, row in rows:
-            for item, real in self._targets(dataset, row):
-                targets.append(item)
-                valid.append(real)
+        columns = [column for d, row in rows for column in self._columns(d, row)]
+        targets = [self.datasets[d].target(row) for d, row, _ in columns]
         items = queries + targets
         distinct, index = unique_items(items) if self.share_duplicates else (items, np.arange(len(items)))
-        processed = [self._process(item) for item in distinct]
-        groups = token_batches([p.num_tokens for p in processed], self.chunk_tokens)
-        token = self.processor.image_token_id
-        chunks = [
-            Chunk(collate([processed[i] for i in group], token), torch.from_numpy(group.copy())) for group in groups
-        ]
+        packed = self._process(distinct)
+        lengths = [len(ids) for ids in packed.ids]
+        teacher_queries, teacher_targets = self._teacher(rows, columns)
         return StepInputs(
-            chunks,
+            torch.from_numpy(np.concatenate(packed.ids)),
+            lengths,
+            packed.picture_of,
+            packed.pictures(self.processor.byte_values),
+            token_batches(lengths, self.chunk_tokens),
+            self.processor.image_token_id,
             torch.from_numpy(index[: len(queries)]),
             torch.from_numpy(index[len(queries) :]),
             torch.tensor([item_id(item) for item in queries], dtype=torch.int64),
             torch.tensor([item_id(item) for item in targets], dtype=torch.int64),
-            torch.tensor(valid, dtype=torch.bool),
-            num_tokens=sum(p.num_tokens for p in processed),
+            torch.tensor([real for _, _, real in columns], dtype=torch.bool),
+            teacher_queries,
+            teacher_targets,
         )
 
-    def _targets(self, dataset: int, row: int) -> list[tuple[Item, bool]]:
-        """The positive and the hard negatives of a row; a missing negative is a copy of the positive, not valid."""
-        pairs = self.datasets[dataset]
-        positive = pairs.target(row)
-        result = [(positive, True)]
+    def _columns(self, dataset: int, row: int) -> list[tuple[int, int, bool]]:
+        """(data set, row of the target, valid) of a row's positive and its hard negatives.
+
+        A missing negative is a copy of the positive, not valid.
+        """
+        result = [(dataset, row, True)]
         if self.hard_negatives is not None:
             for negative in self.hard_negatives[dataset][row]:
-                result.append((pairs.target(int(negative)), True) if negative >= 0 else (positive, False))
+                result.append((dataset, int(negative), True) if negative >= 0 else (dataset, row, False))
         return result
 
-    def _process(self, item: Item) -> Processed:
-        try:
-            return self.processor(item)
-        except DataError as error:
-            raise DataError(f"training row: {error}") from None
+    def _teacher(
+        self, rows: list[tuple[int, int]], columns: list[tuple[int, int, bool]]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self.teachers is None:
+            return None, None
+        queries = np.stack([self.teachers[d].queries[row] for d, row in rows])
+        targets = np.stack([self.teachers[d].targets[row] for d, row, _ in columns])
+        return torch.from_numpy(queries), torch.from_numpy(targets)
+
+    def _process(self, items: list[Item]) -> _Packed:
+        """Raises `DataError` naming the item that cannot be used."""
+        packed, seen = _Packed(), dict[str, int]()
+        for item in items:
+            try:
+                number = self._picture(item, packed, seen)
+                ids = self.processor.token_ids(item, None if number < 0 else packed.grids[number])
+            except DataError as error:
+                raise DataError(f"training row: {error}") from None
+            packed.ids.append(ids)
+            packed.picture_of.append(number)
+        return packed
+
+    def _picture(self, item: Item, packed: _Packed, seen: dict[str, int]) -> int:
+        """Number of the item's picture, decoding it when it is new; -1 without."""
+        if item.image is None:
+            return -1
+        key = item.image_key
+        if key not in seen:
+            image = item.open_image()
+            assert image is not None
+            patches, grid = self.processor.patch_bytes(image)
+            seen[key] = len(packed.grids)
+            packed.patches.append(patches)
+            packed.grids.append(grid)
+        return seen[key]

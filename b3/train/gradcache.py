@@ -4,7 +4,8 @@
 respect to each vector. 3. Every chunk is embedded again with a graph, and its vectors pull their cached gradient back
 into the parameters. The random state of a chunk is a function of (seed, step, rank, chunk), so dropout is the same in
 both passes and after a resume. (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
-Setup"; the step is the authors' `grad_cache`, the distribution is ours.)
+Setup"; the step is the authors' `grad_cache`, the distribution is ours.) A batch that fits into one chunk takes one
+ordinary pass.
 
 Each rank computes its own rows of the logits against all gathered targets. Parameter gradients are summed over ranks
 once a step, after the last chunk, so ranks may hold different numbers of chunks and chunks may touch different
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,61 +24,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from b3.distributed import rank, world_size
-from b3.model.embedder import Batch, Embedder
-from b3.train.loss import BatchStatistics, excluded_columns, info_nce
+from b3.model.embedder import Embedder
+from b3.train.inputs import StepInputs
+from b3.train.loss import ContrastiveLoss
+from b3.train.objective import BLOCK_LOGITS, whole_batch
+from b3.train.vision_cache import VisionCache
 
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Some of a rank's distinct items, as one forward pass takes them.
-
-    rows: (B,) int64 positions among the rank's distinct items.
-    """
-
-    batch: Batch
-    rows: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """One rank's share of a batch: b rows, each with a positive and h hard negatives.
-
-    chunks: cover the rank's distinct items.
-    query_index: (b,) and target_index: (b (1 + h),) int64 positions among them.
-    query_ids: (b,) and target_ids: (b (1 + h),) int64, equal for equal items.
-    valid: (b (1 + h),) bool, False for padding.
-    """
-
-    chunks: Sequence[Chunk]
-    query_index: Tensor
-    target_index: Tensor
-    query_ids: Tensor
-    target_ids: Tensor
-    valid: Tensor
-    num_tokens: int = 0
-
-    @property
-    def num_items(self) -> int:
-        return sum(len(chunk.rows) for chunk in self.chunks)
+REDUCE_ELEMENTS = 2**26  # gradients sent in one message
+VISION_CACHE_MIB = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step reports: means over the queries of all ranks."""
+    """What a step reports: means over the queries of all ranks.
+
+    masked: columns left out of a query's sum. vision_bytes: picture features that this rank kept.
+    """
 
     loss: float
     precision: float
     positive: float
     hardest_negative: float
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, without gradient. Every rank must hold the same shape."""
-    if world_size() == 1:
-        return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    masked: float = 0.0
+    vision_bytes: int = 0
 
 
 def chunk_seed(seed: int, step: int, position: int) -> int:
@@ -91,49 +60,54 @@ class CachedStep:
 
     Args:
         embedder: the model; called directly, never through a DDP wrapper.
-        temperature: of InfoNCE.
-        mask_duplicates: leave columns that are known to be right out of a query's sum, see `excluded_columns`.
+        loss: with its options; a learned temperature receives its gradient as well.
         seed: of dropout.
         autocast: run the backbone under bfloat16 autocast.
+        vision_cache_mib: memory for picture features kept between the passes (frozen vision tower only); 0: none.
+        block_logits: logits held at once.
     """
 
     def __init__(
         self,
         embedder: Embedder,
-        temperature: float = 0.02,
-        mask_duplicates: bool = True,
+        loss: ContrastiveLoss | None = None,
+        *,
         seed: int = 0,
         autocast: bool = False,
+        vision_cache_mib: int = VISION_CACHE_MIB,
+        block_logits: int = BLOCK_LOGITS,
     ) -> None:
         self.embedder = embedder
-        self.temperature = temperature
-        self.mask_duplicates = mask_duplicates
+        self.loss = (ContrastiveLoss() if loss is None else loss).to(embedder.device)
         self.seed = seed
         self.autocast = autocast
+        self.vision_cache_mib = vision_cache_mib
+        self.block_logits = block_logits
 
     def __call__(self, inputs: StepInputs, step: int) -> StepResult:
         """Run one step. `step` only decides the random state of dropout."""
-        device = self.embedder.device
-        single = len(inputs.chunks) == 1
+        self.loss.clamp()
+        single = inputs.num_chunks == 1
+        cache = VisionCache(self.embedder, inputs.pictures, 0 if single else self.vision_cache_mib * 2**20)
         if single:
-            vectors = self._embed(inputs.chunks[0], step, 0)
-            restored = torch.empty_like(vectors.detach())
-            restored[inputs.chunks[0].rows.to(device)] = vectors.detach()
+            rows = inputs.chunk(0).rows.to(self.embedder.device)
+            vectors = self._embed(inputs, 0, step, cache)
+            means, gradient = self._loss(torch.empty_like(vectors).index_copy_(0, rows, vectors.detach()), inputs)
+            _pull(vectors, gradient[rows])
         else:
-            restored = self._embed_without_graph(inputs, step, device)
-        result, gradient = self._loss(restored, inputs, device)
-        for position, chunk in enumerate(inputs.chunks):
-            if not single:
-                vectors = self._embed(chunk, step, position)
-            if vectors.requires_grad:  # a text-only chunk does not touch an adapter that sits in the vision tower
-                torch.autograd.backward(vectors, gradient[chunk.rows.to(device)])
-        reduce_gradients(self.embedder)
-        return result
+            means, gradient = self._loss(self._embed_without_graph(inputs, step, cache), inputs)
+            for position in range(inputs.num_chunks):
+                vectors = self._embed(inputs, position, step, cache)
+                _pull(vectors, gradient[torch.from_numpy(inputs.groups[position]).to(gradient.device)])
+        reduce_gradients([*self.embedder.parameters(), *self.loss.parameters()])
+        loss, precision, positive, hardest, masked = means
+        return StepResult(loss, precision, positive, hardest, masked, cache.kept_bytes)
 
-    def _embed(self, chunk: Chunk, step: int, position: int) -> Tensor:
+    def _embed(self, inputs: StepInputs, position: int, step: int, cache: VisionCache) -> Tensor:
+        chunk = inputs.chunk(position)
         torch.manual_seed(chunk_seed(self.seed, step, position))
         with self._precision():
-            return self.embedder(chunk.batch.to(self.embedder.device))
+            return self.embedder(chunk.batch.to(self.embedder.device), features=cache.features(chunk))
 
     @contextlib.contextmanager
     def _precision(self) -> Iterator[None]:
@@ -141,62 +115,58 @@ class CachedStep:
             yield
 
     @torch.no_grad()
-    def _embed_without_graph(self, inputs: StepInputs, step: int, device: torch.device) -> Tensor:
+    def _embed_without_graph(self, inputs: StepInputs, step: int, cache: VisionCache) -> Tensor:
         """Vectors (distinct items, D) of all chunks, in item order."""
+        device = self.embedder.device
         restored = torch.empty(inputs.num_items, self.embedder.dim, device=device)
-        for position, chunk in enumerate(inputs.chunks):
-            restored[chunk.rows.to(device)] = self._embed(chunk, step, position)
+        for position, group in enumerate(inputs.groups):
+            restored[torch.from_numpy(group).to(device)] = self._embed(inputs, position, step, cache)
         return restored
 
-    def _loss(self, vectors: Tensor, inputs: StepInputs, device: torch.device) -> tuple[StepResult, Tensor]:
-        """Global mean loss and its gradient with respect to this rank's distinct vectors (same shape)."""
-        query_index, target_index = inputs.query_index.to(device), inputs.target_index.to(device)
-        queries = vectors[query_index].requires_grad_(True)
-        targets = gather(vectors[target_index]).requires_grad_(True)
-        stride = len(target_index) // len(query_index)
-        total = len(query_index) * world_size()
-        positives = (rank() * len(query_index) + torch.arange(len(query_index), device=device)) * stride
-        excluded = excluded_columns(
-            positives,
-            gather(inputs.target_ids.to(device)) if self.mask_duplicates else None,
-            gather(inputs.query_ids.to(device)) if self.mask_duplicates else None,
-            gather(inputs.valid.to(device)) if stride > 1 else None,
+    def _loss(self, vectors: Tensor, inputs: StepInputs) -> tuple[list[float], Tensor]:
+        """Means over all queries and the loss's gradient with respect to this rank's distinct vectors (same shape)."""
+        query_index, target_index = inputs.query_index.to(vectors.device), inputs.target_index.to(vectors.device)
+        means, query_grad, target_grad = whole_batch(
+            self.loss, vectors[query_index], vectors[target_index], inputs, self.block_logits
         )
-        loss = (
-            info_nce(queries, targets, self.temperature, positives=positives, excluded=excluded, reduction="sum")
-            / total
-        )
-        loss.backward()
-        assert queries.grad is not None and targets.grad is not None
-        statistics = BatchStatistics.measure(queries, targets, positives, excluded)
-        if world_size() > 1:
-            dist.all_reduce(targets.grad)
-        own = slice(rank() * len(target_index), (rank() + 1) * len(target_index))
         gradient = torch.zeros_like(vectors)
-        gradient.index_add_(0, query_index, queries.grad)
-        gradient.index_add_(0, target_index, targets.grad[own])
-        sums = torch.tensor(
-            [float(loss.detach()) * total, statistics.correct, statistics.positive, statistics.hardest_negative],
-            dtype=torch.float64,
-            device=device,
-        )
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        return StepResult(*(sums / total).tolist()), gradient
+        gradient.index_add_(0, query_index, query_grad)
+        gradient.index_add_(0, target_index, target_grad)
+        return means.tolist(), gradient
 
 
-def reduce_gradients(module: nn.Module) -> None:
-    """Sum the gradients of trainable parameters over ranks, in one flat all-reduce a dtype."""
+def _pull(vectors: Tensor, gradient: Tensor) -> None:
+    if vectors.requires_grad:  # a text-only chunk does not touch an adapter that sits in the vision tower
+        torch.autograd.backward(vectors, gradient)
+
+
+def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients of trainable parameters over ranks, in few messages of one dtype each."""
     if world_size() == 1:
         return
+    trained = {id(p): p for p in parameters if p.requires_grad}  # a shared parameter once
     groups: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for parameter in trained.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
     for gradients in groups.values():
-        flat = torch.cat([g.reshape(-1) for g in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for message in _messages(gradients):
+            flat = torch.cat([g.reshape(-1) for g in message])
+            dist.all_reduce(flat)
+            for gradient, part in zip(message, flat.split([g.numel() for g in message]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def _messages(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut into runs of at most `REDUCE_ELEMENTS` elements (a larger one goes alone), the same on every rank."""
+    message: list[Tensor] = []
+    room = REDUCE_ELEMENTS
+    for gradient in gradients:
+        if message and gradient.numel() > room:
+            yield message
+            message, room = [], REDUCE_ELEMENTS
+        message.append(gradient)
+        room -= gradient.numel()
+    if message:
+        yield message

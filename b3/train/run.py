@@ -173,12 +173,13 @@ def _build_trainer(
         mined = [plan.hard_negatives for plan in plans]
         assert all(rows is not None for rows in mined), "load_plans checks this"
         negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]
+    share = config.train.share_duplicates
     collator = StepCollator(
         datasets,
         embedder.processor,
         config.train.chunk_tokens,
         negatives,
-        share_duplicates=config.adapter.dropout == 0,
+        share_duplicates=share == "always" or (share == "auto" and config.adapter.dropout == 0),
     )
     return ContrastiveTrainer(embedder, config, collator, sampler)
 

@@ -22,7 +22,9 @@ from b3.model.embedder import Embedder
 from b3.progress import bar
 from b3.train.checkpoint import METRICS, checkpoint_step, mark_complete
 from b3.train.collate import Rows, StepCollator
-from b3.train.gradcache import CachedStep, StepInputs, StepResult
+from b3.train.gradcache import CachedStep, StepResult
+from b3.train.inputs import StepInputs
+from b3.train.loss import ContrastiveLoss
 from b3.train.sampler import BatchPlanSampler
 
 
@@ -68,8 +70,11 @@ class ContrastiveTrainer(Trainer):
         self.collator = collator
         self.sampler = sampler
         train = config.train
+        self.loss = ContrastiveLoss.from_config(train)
+        if train.learn_temperature:
+            embedder.add_module("loss", self.loss)  # so that the optimiser, clipping and `zero_grad` find it
         self.step_function = CachedStep(
-            embedder, train.temperature, train.mask == "duplicates", config.seed, autocast=train.bf16
+            embedder, self.loss, seed=config.seed, autocast=train.bf16, vision_cache_mib=train.vision_cache_mib
         )
         self.window = _Window()
         super().__init__(model=embedder, args=training_arguments(config, sampler.world_size))
@@ -124,6 +129,7 @@ class ContrastiveTrainer(Trainer):
         """Adapter, tokenizer and image budget; nothing pickled."""
         folder = Path(output_dir or self.config.output_dir)
         save_adapter(self.embedder, folder)
+        self.loss.save(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.config.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -137,6 +143,7 @@ class ContrastiveTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trainable(self.embedder.backbone, Path(resume_from_checkpoint))
+        self.loss.load(Path(resume_from_checkpoint))
 
     def run(self, checkpoint: Path | None) -> None:
         """Train to the last step, from a checkpoint if given.

@@ -16,7 +16,8 @@ from b3.data.records import Item
 from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable, new_name
 from b3.train.collate import StepCollator
 from b3.train.gradcache import CachedStep
-from b3.train.loss import info_nce
+from b3.train.loss import ContrastiveLoss, info_nce
+from b3.train.vision_cache import VisionCache
 
 PAIRS = json.loads((GOLDEN / "train" / "train.json").read_text())["pairs"]
 
@@ -38,6 +39,7 @@ class GoldenPairs:
         return to_item(PAIRS[row]["pos"] if row < 8 else PAIRS[(row - 8) // 2]["neg"][row % 2])
 
 
+PLAIN = ContrastiveLoss(mask_duplicates=False)
 NEGATIVES = np.array([[8 + 2 * i, 9 + 2 * i] for i in range(8)])
 
 
@@ -75,8 +77,8 @@ def test_step_equals_the_reference(folder: Path, kind: str, negatives: int, chun
     golden = load_file(GOLDEN / "train" / "gradcache_step.safetensors")
     model = embedder(folder, kind)
     inputs = collator(model, chunk_tokens, negatives)([(0, i) for i in range(8)])
-    assert (len(inputs.chunks) > 1) == (chunk_tokens == 64)
-    result = CachedStep(model, 0.02, mask_duplicates=False)(inputs, 0)
+    assert (inputs.num_chunks > 1) == (chunk_tokens == 64)
+    result = CachedStep(model, PLAIN)(inputs, 0)
     prefix = f"{kind}/neg{negatives}"
     assert result.loss == pytest.approx(float(golden[f"{prefix}/loss"][0]), rel=1e-5)
     ours = gradients(model)
@@ -106,7 +108,7 @@ def test_cached_equals_plain_with_repeated_rows(folder: Path, chunk_tokens: int,
     loss, expected = plain(model, rows)
     inputs = collator(model, chunk_tokens, share=share)([(0, i) for i in rows])
     assert inputs.num_items == (len({*rows}) * 2 if share else 16)
-    result = CachedStep(model, 0.02, mask_duplicates=False)(inputs, 0)
+    result = CachedStep(model, PLAIN)(inputs, 0)
     assert result.loss == pytest.approx(loss, rel=1e-5)
     for name, value in gradients(model).items():
         assert relative(value, expected[name]) < 1e-4, name
@@ -116,13 +118,14 @@ def test_dropout_is_the_same_in_both_passes(folder: Path) -> None:
     """With dropout on, a cached step must equal one ordinary pass over the same chunks with the same seeds."""
     model = embedder(folder, "lora", dropout=0.3)
     inputs = collator(model, 64, share=False)([(0, i) for i in range(8)])
-    assert len(inputs.chunks) > 2
-    step = CachedStep(model, 0.02, mask_duplicates=False, seed=3)
+    assert inputs.num_chunks > 2
+    step = CachedStep(model, PLAIN, seed=3)
     result = step(inputs, 7)
     cached = gradients(model)
     vectors = torch.empty(inputs.num_items, model.dim)
-    for position, chunk in enumerate(inputs.chunks):
-        vectors = vectors.index_copy(0, chunk.rows, step._embed(chunk, 7, position))
+    for position in range(inputs.num_chunks):
+        alone = step._embed(inputs, position, 7, VisionCache(model, inputs.pictures, 0))
+        vectors = vectors.index_copy(0, inputs.chunk(position).rows, alone)
     loss = info_nce(vectors[inputs.query_index], vectors[inputs.target_index], 0.02)
     loss.backward()
     assert result.loss == pytest.approx(loss.item(), rel=1e-6)
@@ -135,7 +138,7 @@ def test_missing_hard_negatives_are_no_negatives(folder: Path) -> None:
     model = embedder(folder, "lora")
     data = collator(model, 100000, 2)
     data.hard_negatives[0] = np.full((8, 2), -1)  # type: ignore[index]
-    with_padding = CachedStep(model, 0.02, mask_duplicates=False)(data([(0, i) for i in range(8)]), 0)
+    with_padding = CachedStep(model, PLAIN)(data([(0, i) for i in range(8)]), 0)
     model.zero_grad()
-    without = CachedStep(model, 0.02, mask_duplicates=False)(collator(model, 100000)([(0, i) for i in range(8)]), 0)
+    without = CachedStep(model, PLAIN)(collator(model, 100000)([(0, i) for i in range(8)]), 0)
     assert with_padding.loss == pytest.approx(without.loss, rel=1e-6)

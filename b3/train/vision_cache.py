@@ -1,0 +1,64 @@
+"""Features of a step's pictures: with a frozen vision tower each distinct picture is seen once.
+
+The tower is most of the work of a short prompt with a picture, and its output depends neither on the prompt nor on the
+adapter of the language model. So it is kept between the two passes of a cached step and shared by all items of the
+rank that show the same picture. If any parameter of the tower is trained, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from b3.model.embedder import Embedder
+from b3.model.processing import MERGE
+from b3.train.inputs import Chunk, Pictures
+
+
+def is_vision_frozen(embedder: Embedder) -> bool:
+    """Whether no parameter of the vision tower is trained."""
+    return not any(parameter.requires_grad for parameter in embedder.core.visual.parameters())
+
+
+class VisionCache:
+    """Gives the features of a chunk's pictures, from memory where possible. Lives for one step.
+
+    Args:
+        embedder: the model.
+        pictures: of the step, or None if no item has one.
+        limit_bytes: what may be kept; pictures beyond it are seen again in each pass.
+    """
+
+    def __init__(self, embedder: Embedder, pictures: Pictures | None, limit_bytes: int) -> None:
+        self.embedder = embedder
+        self.pictures = pictures
+        self.frozen = is_vision_frozen(embedder)
+        self.limit_bytes = limit_bytes if self.frozen else 0
+        self.kept_bytes = 0
+        self._kept: dict[int, Tensor] = {}
+
+    def features(self, chunk: Chunk) -> Tensor | None:
+        """(S, D) features of the chunk's image tokens, in order; None without pictures."""
+        if not chunk.pictures:
+            return None
+        wanted = list(dict.fromkeys(chunk.pictures))
+        found = {number: self._kept[number] for number in wanted if number in self._kept}
+        missing = [number for number in wanted if number not in found]
+        if missing:
+            found.update(zip(missing, self._compute(missing), strict=True))
+        return torch.cat([found[number] for number in chunk.pictures])
+
+    def _compute(self, numbers: list[int]) -> list[Tensor]:
+        """Features of some pictures, each (tokens, D); kept as long as there is room."""
+        assert self.pictures is not None
+        pixels, grids = self.pictures.pixels(numbers, self.embedder.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            output = self.embedder.picture_features(pixels, grids)
+        sizes = self.pictures.sizes
+        parts = list(output.split([sizes[number] // (MERGE * MERGE) for number in numbers]))
+        for number, part in zip(numbers, parts, strict=True):
+            size = part.numel() * part.element_size()
+            if self.kept_bytes + size <= self.limit_bytes:
+                self._kept[number] = part.clone()  # a view would hold the whole output
+                self.kept_bytes += size
+        return parts

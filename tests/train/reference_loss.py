@@ -1,0 +1,83 @@
+"""The loss with all its options, written query by query in loops over columns: slow, plain, float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from b3.train.inputs import StepInputs
+
+
+def reference_loss(queries: Tensor, targets: Tensor, facts: dict[str, Any], tau: Tensor, **options: Any) -> Tensor:
+    """Mean loss of a whole batch. `facts`: target_ids, query_ids, valid, teacher_queries, teacher_targets (lists)."""
+    n, stride = len(queries), len(targets) // len(queries)
+    forward = [_row(i, i * stride, queries[i], targets, facts, tau, stride, False, options) for i in range(n)]
+    loss = sum(forward) / n
+    if options.get("symmetric"):
+        positives = targets[::stride]
+        back = [_row(j, j, positives[j], queries, facts, tau, stride, True, options) for j in range(n)]
+        loss = (loss + sum(back) / n) / 2
+    return loss
+
+
+def _cosine(a: Any, b: Any) -> float:
+    a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def _row(row: int, own: int, anchor: Tensor, columns: Tensor, facts: Any, tau: Tensor, stride: int, back: bool, o: Any):
+    terms = [(anchor @ columns[own] / tau).exp()]
+    for c in range(len(columns)):
+        if c == own:
+            continue
+        other_row, target = (c, c * stride) if back else (c // stride, c)
+        own_target = row * stride
+        is_positive = back or c % stride == 0
+        score = anchor @ columns[c]
+        seen, own_seen = float(score.detach()), float((anchor @ columns[own]).detach())
+        if not back and not facts["valid"][c]:
+            continue
+        if o.get("mask_duplicates"):
+            if facts["target_ids"][own_target] == facts["target_ids"][target]:
+                continue
+            if is_positive and facts["query_ids"][row] == facts["query_ids"][other_row]:
+                continue
+        if o.get("mask_margin") is not None and seen > own_seen + o["mask_margin"]:
+            continue
+        if o.get("mask_teacher_margin") is not None:
+            q, t = facts["teacher_queries"], facts["teacher_targets"]
+            other = _cosine(q[other_row], t[own_target]) if back else _cosine(q[row], t[target])
+            if other > _cosine(q[row], t[own_target]) - o["mask_teacher_margin"]:
+                continue
+        weight = torch.exp(o.get("hardness_weight", 0.0) * score.detach())
+        terms.append(weight * (score / tau).exp())
+    return -torch.log(terms[0] / sum(terms))
+
+
+def random_batch(n: int, h: int, seed: int, dim: int = 5) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Unit vectors (n, dim), (n (1 + h), dim) in float64 and facts with a few equal ids and some padding."""
+    g = torch.Generator().manual_seed(seed)
+
+    def unit(rows: int) -> Tensor:
+        return torch.nn.functional.normalize(torch.randn(rows, dim, generator=g, dtype=torch.float64), dim=1)
+
+    queries, targets = unit(n), unit(n * (1 + h))
+    valid = torch.rand(n * (1 + h), generator=g) > 0.2
+    valid[:: 1 + h] = True
+    facts = {
+        "query_ids": torch.randint(0, 2 * n, (n,), generator=g),
+        "target_ids": torch.randint(0, 2 * n, (n * (1 + h),), generator=g),
+        "valid": valid,
+        "teacher_queries": torch.randn(n, 4, generator=g).half(),
+        "teacher_targets": torch.randn(n * (1 + h), 4, generator=g).half(),
+    }
+    return queries, targets, facts
+
+
+def as_inputs(facts: dict[str, Any], rank: int = 0, ranks: int = 1) -> StepInputs:
+    """The part of the inputs that the loss reads, of one rank's equal share."""
+    share = {k: v[rank * len(v) // ranks : (rank + 1) * len(v) // ranks] for k, v in facts.items()}
+    none = torch.empty(0, dtype=torch.int64)
+    return StepInputs(none, [], [], None, [], 0, none, none, **share)

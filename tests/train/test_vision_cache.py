@@ -1,0 +1,136 @@
+"""Pictures are seen once a step when the tower is frozen, and the gradients are those of seeing them every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_data import GOLDEN
+from test_gradcache import checkpoint, embedder, gradients, relative
+
+from b3 import Embedder
+from b3.data.records import Item
+from b3.model.embedder import collate
+from b3.train.collate import StepCollator
+from b3.train.gradcache import CachedStep
+from b3.train.inputs import StepInputs
+from b3.train.loss import info_nce
+
+PICTURES = [str(GOLDEN / "images" / name) for name in ("shapes1.png", "noise.png", "shapes2.png")]
+
+
+class Repeating:
+    """Six questions about three pictures; the answers are texts and, once, a picture that is asked about too."""
+
+    def query(self, row: int) -> Item:
+        return Item(f"<|image_1|>\nquestion {row}", PICTURES[row % 3])
+
+    def target(self, row: int) -> Item:
+        return Item("<|image_1|>\n", PICTURES[0]) if row == 5 else Item(f"answer {row}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("golden"))
+
+
+def inputs_of(model: Embedder, chunk_tokens: int):
+    data = Repeating()
+    return StepCollator([data], model.processor, chunk_tokens)([(0, i) for i in range(6)])  # type: ignore[list-item]
+
+
+def counted(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pictures of each call of the vision tower."""
+    calls: list[int] = []
+    tower = model.picture_features
+    monkeypatch.setattr(model, "picture_features", lambda p, g: calls.append(len(g)) or tower(p, g))
+    return calls
+
+
+def in_chunks(inputs: StepInputs) -> int:
+    """Pictures that differ within a chunk, over all chunks."""
+    return sum(len(set(inputs.chunk(i).pictures)) for i in range(inputs.num_chunks))
+
+
+def plain(model: Embedder) -> dict[str, torch.Tensor]:
+    data, token = Repeating(), model.processor.image_token_id
+    sides = [
+        torch.cat([model(collate([model.processor(side(i))], token)) for i in range(6)])
+        for side in (data.query, data.target)
+    ]
+    info_nce(*sides, 0.02).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("chunk_tokens", [40, 200, 100000])
+@pytest.mark.parametrize("mib", [0, 64])
+def test_gradients_do_not_depend_on_the_cache(folder: Path, kind: str, chunk_tokens: int, mib: int) -> None:
+    model = embedder(folder, kind)
+    expected = plain(model)
+    result = CachedStep(model, vision_cache_mib=mib)(inputs_of(model, chunk_tokens), 0)
+    assert (result.vision_bytes > 0) == (mib > 0 and chunk_tokens < 100000)
+    for name, value in gradients(model).items():
+        assert relative(value, expected[name]) < 1e-4, name
+
+
+def test_each_picture_is_seen_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(folder, "lora")
+    calls = counted(model, monkeypatch)
+    inputs = inputs_of(model, 40)
+    assert inputs.num_chunks > 3 and inputs.pictures is not None and len(inputs.pictures) == 3
+    CachedStep(model)(inputs, 0)
+    assert sum(calls) == 3
+    calls.clear()
+    CachedStep(model, vision_cache_mib=0)(inputs, 0)
+    assert sum(calls) == 2 * in_chunks(inputs)  # once a chunk and pass
+
+
+def test_what_does_not_fit_is_seen_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(folder, "lora")
+    expected = plain(model)
+    calls = counted(model, monkeypatch)
+    step, inputs = CachedStep(model), inputs_of(model, 40)
+    tokens = [size // 4 for size in inputs.pictures.sizes]
+    room = min(tokens) * model.dim * 4
+    step.vision_cache_mib = room / 2**20  # type: ignore[assignment]
+    result = step(inputs, 0)
+    assert 0 < result.vision_bytes <= room
+    assert 3 < sum(calls) < 2 * in_chunks(inputs)
+    for name, value in gradients(model).items():
+        assert relative(value, expected[name]) < 1e-4, name
+
+
+def test_a_trained_tower_is_never_cached(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(folder, "lora")
+    model.core.visual.merger.requires_grad_(True)
+    expected = plain(model)
+    calls = counted(model, monkeypatch)
+    result = CachedStep(model)(inputs_of(model, 40), 0)
+    assert result.vision_bytes == 0 and sum(calls) == 2 * in_chunks(inputs_of(model, 40))
+    found = gradients(model)
+    assert any("visual.merger" in name for name in found)
+    for name, value in found.items():
+        assert relative(value, expected[name]) < 1e-4, name
+
+
+def test_one_chunk_takes_one_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(folder, "lora")
+    calls = counted(model, monkeypatch)
+    forwards = []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    CachedStep(model)(inputs_of(model, 100000), 0)
+    assert calls == [3] and len(forwards) == 1
+
+
+def test_bytes_become_the_processors_pixels(folder: Path) -> None:
+    model = Embedder.from_pretrained(folder, dtype="float32")
+    inputs = inputs_of(model, 200)
+    pixels, grids = inputs.pictures.pixels([2, 0], torch.device("cpu"))
+    expected = [model.processor(Repeating().query(i)) for i in (5, 0)]
+    order = {i: inputs.picture_of[int(inputs.query_index[i])] for i in (5, 0)}
+    assert order == {5: 2, 0: 0}
+    assert np.array_equal(pixels.numpy(), np.concatenate([e.pixels for e in expected]))
+    assert grids.tolist() == [[1, *e.grid] for e in expected]
