@@ -39,6 +39,18 @@ class ModelConfig(Section):
     max_length: int | None = Field(None, gt=0, description="cut text-only items to this many tokens")
     positions: Literal["1d", "mrope"] = Field("1d", description="rotary positions; 1d as all B3 and VLM2Vec models")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    train: Literal["adapter", "full"] = Field("adapter", description="full: all weights, in float32, without adapter")
+    freeze: list[str] = Field([], description="regular expressions; parameters whose name one of them finds stay fixed")
+
+    @model_validator(mode="after")
+    def _full(self) -> ModelConfig:
+        if self.train == "full" and self.init_adapter is not None:
+            raise ValueError(
+                "model.init_adapter has no effect with model.train full; name an adapter repository instead"
+            )
+        if self.train == "full" and self.dtype == "bfloat16":
+            raise ValueError("model.dtype bfloat16 has no effect with model.train full; use float32 and train.bf16")
+        return self
 
 
 class AdapterConfig(Section):
@@ -217,6 +229,9 @@ class Config(Section):
         if self.batch.policy == "b3" and size % k:
             lower = max(k, size // k * k)
             raise ValueError(f"batch.size {size} is not a multiple of mining.k {k}; use {lower} or {lower + k}")
+        if self.model.train == "full" and self.adapter.model_fields_set:
+            key = sorted(self.adapter.model_fields_set)[0]
+            raise ValueError(f"adapter.{key} has no effect with model.train full; remove the section adapter")
         if self.model.min_pixels > self.model.max_pixels:
             raise ValueError(
                 f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}"

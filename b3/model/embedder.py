@@ -214,7 +214,8 @@ class Embedder(nn.Module):
             use_cache=False,
             **self._boundaries(packing),
         ).last_hidden_state[0]
-        pooled = hidden[packing.boundaries[1:].long() - 1].float()
+        pooled = hidden[packing.boundaries[1:].long() - 1]
+        pooled = pooled if pooled.dtype == torch.float64 else pooled.float()
         return l2_normalize(pooled, dim=-1) if normalize else pooled
 
     def _positions(self, batch: Batch, packing: Packing) -> Tensor:

@@ -19,6 +19,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -117,11 +118,9 @@ class CachedStep:
     @torch.no_grad()
     def _embed_without_graph(self, inputs: StepInputs, step: int, cache: VisionCache) -> Tensor:
         """Vectors (distinct items, D) of all chunks, in item order."""
-        device = self.embedder.device
-        restored = torch.empty(inputs.num_items, self.embedder.dim, device=device)
-        for position, group in enumerate(inputs.groups):
-            restored[torch.from_numpy(group).to(device)] = self._embed(inputs, position, step, cache)
-        return restored
+        parts = [self._embed(inputs, position, step, cache) for position in range(inputs.num_chunks)]
+        vectors, rows = torch.cat(parts), torch.from_numpy(np.concatenate(inputs.groups)).to(parts[0].device)
+        return torch.empty_like(vectors).index_copy_(0, rows, vectors)
 
     def _loss(self, vectors: Tensor, inputs: StepInputs) -> tuple[list[float], Tensor]:
         """Means over all queries and the loss's gradient with respect to this rank's distinct vectors (same shape)."""

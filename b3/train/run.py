@@ -65,23 +65,39 @@ def build_sampler(
 
 
 def build_embedder(config: Config) -> Embedder:
-    """The backbone with a fresh (or continued) trainable adapter."""
-    from transformers import set_seed
-
-    from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable
-    from b3.model.backbones import fetch
+    """The backbone with a fresh (or continued) trainable adapter, or with all its weights trainable."""
     from b3.model.embedder import Embedder
+    from b3.model.freeze import freeze_matching, unfreeze_all
 
-    model, spec = config.model, config.adapter
+    model = config.model
     embedder = Embedder.from_pretrained(
         model.name,
-        dtype=model.dtype,
+        dtype="float32" if model.train == "full" else model.dtype,
         attention=model.attention,
         min_pixels=model.min_pixels,
         max_pixels=model.max_pixels,
         max_length=model.max_length,
         positions=model.positions,
     )
+    if model.train == "full":
+        unfreeze_all(embedder.backbone)
+    else:
+        _attach(embedder, config)
+    if model.freeze:
+        freeze_matching(embedder.backbone, model.freeze)
+    if model.gradient_checkpointing:
+        backbone: Any = embedder.backbone
+        backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return embedder
+
+
+def _attach(embedder: Embedder, config: Config) -> None:
+    from transformers import set_seed
+
+    from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable
+    from b3.model.backbones import fetch
+
+    spec = config.adapter
     targets = spec.target_modules
     set_seed(config.seed)  # the adapter's initial values
     embedder.backbone = attach_adapter(
@@ -95,12 +111,8 @@ def build_embedder(config: Config) -> Embedder:
             PAPER_TARGETS if targets is None else targets if isinstance(targets, str) else tuple(targets),
         ),
     )
-    if model.init_adapter is not None:
-        load_trainable(embedder.backbone, fetch(model.init_adapter))
-    if model.gradient_checkpointing:
-        backbone: Any = embedder.backbone
-        backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    return embedder
+    if config.model.init_adapter is not None:
+        load_trainable(embedder.backbone, fetch(config.model.init_adapter))
 
 
 def check_ranks(config: Config) -> None:
@@ -173,13 +185,13 @@ def _build_trainer(
         mined = [plan.hard_negatives for plan in plans]
         assert all(rows is not None for rows in mined), "load_plans checks this"
         negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]
-    share = config.train.share_duplicates
+    share, no_dropout = config.train.share_duplicates, config.model.train == "full" or config.adapter.dropout == 0
     collator = StepCollator(
         datasets,
         embedder.processor,
         config.train.chunk_tokens,
         negatives,
-        share_duplicates=share == "always" or (share == "auto" and config.adapter.dropout == 0),
+        share_duplicates=share == "always" or (share == "auto" and no_dropout),
     )
     return ContrastiveTrainer(embedder, config, collator, sampler)
 

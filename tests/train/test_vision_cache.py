@@ -65,7 +65,7 @@ def plain(model: Embedder) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("chunk_tokens", [40, 200, 100000])
+@pytest.mark.parametrize("chunk_tokens", [20, 60, 100000])
 @pytest.mark.parametrize("mib", [0, 64])
 def test_gradients_do_not_depend_on_the_cache(folder: Path, kind: str, chunk_tokens: int, mib: int) -> None:
     model = embedder(folder, kind)
@@ -79,7 +79,7 @@ def test_gradients_do_not_depend_on_the_cache(folder: Path, kind: str, chunk_tok
 def test_each_picture_is_seen_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = embedder(folder, "lora")
     calls = counted(model, monkeypatch)
-    inputs = inputs_of(model, 40)
+    inputs = inputs_of(model, 20)
     assert inputs.num_chunks > 3 and inputs.pictures is not None and len(inputs.pictures) == 3
     CachedStep(model)(inputs, 0)
     assert sum(calls) == 3
@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_seen_again(folder: Path, monkeypatch: pytest.Monke
     model = embedder(folder, "lora")
     expected = plain(model)
     calls = counted(model, monkeypatch)
-    step, inputs = CachedStep(model), inputs_of(model, 40)
+    step, inputs = CachedStep(model), inputs_of(model, 20)
     tokens = [size // 4 for size in inputs.pictures.sizes]
     room = min(tokens) * model.dim * 4
     step.vision_cache_mib = room / 2**20  # type: ignore[assignment]
@@ -108,8 +108,8 @@ def test_a_trained_tower_is_never_cached(folder: Path, monkeypatch: pytest.Monke
     model.core.visual.merger.requires_grad_(True)
     expected = plain(model)
     calls = counted(model, monkeypatch)
-    result = CachedStep(model)(inputs_of(model, 40), 0)
-    assert result.vision_bytes == 0 and sum(calls) == 2 * in_chunks(inputs_of(model, 40))
+    result = CachedStep(model)(inputs_of(model, 20), 0)
+    assert result.vision_bytes == 0 and sum(calls) == 2 * in_chunks(inputs_of(model, 20))
     found = gradients(model)
     assert any("visual.merger" in name for name in found)
     for name, value in found.items():

@@ -1,0 +1,81 @@
+"""Inputs of a step: every distinct item and picture once, teacher vectors of the right rows."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_gradcache import NEGATIVES, GoldenPairs, checkpoint
+
+from b3.errors import DataError
+from b3.model.processing import Processor
+from b3.train.collate import StepCollator
+from b3.train.teacher import TeacherVectors
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
+    return Processor.from_pretrained(checkpoint(tmp_path_factory.mktemp("golden")))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_chunks_hold_every_item_as_the_processor_makes_it(processor: Processor, share: bool) -> None:
+    data, rows = GoldenPairs(), [0, 3, 3, 7]
+    inputs = StepCollator([data], processor, 100, share_duplicates=share)([(0, r) for r in rows])  # type: ignore[list-item]
+    items = [data.query(r) for r in rows] + [data.target(r) for r in rows]
+    assert inputs.num_items == (len({i.key for i in items}) if share else 8)
+    seen = {}
+    for number in range(inputs.num_chunks):
+        chunk = inputs.chunk(number)
+        parts = chunk.batch.input_ids.split(chunk.batch.lengths)
+        seen.update({int(row): ids for row, ids in zip(chunk.rows, parts, strict=True)})
+        slots = 0 if chunk.batch.slots is None else len(chunk.batch.slots)
+        assert slots == sum(inputs.pictures.sizes[p] // 4 for p in chunk.pictures)
+        if slots:
+            assert (chunk.batch.input_ids[chunk.batch.slots] == processor.image_token_id).all()
+    index = [*inputs.query_index.tolist(), *inputs.target_index.tolist()]
+    for position, item in zip(index, items, strict=True):
+        assert np.array_equal(seen[position].numpy(), processor(item).input_ids)
+
+
+def test_a_stray_image_token_is_no_slot(processor: Processor) -> None:
+    class Stray(GoldenPairs):
+        def query(self, row: int):
+            return type(super().query(0))(f"{processor.image_token} alone {row}")
+
+    inputs = StepCollator([Stray()], processor, 10**6)([(0, r) for r in range(4)])  # type: ignore[list-item]
+    chunk = inputs.chunk(0)
+    with_picture = 0 if inputs.pictures is None else sum(inputs.pictures.sizes) // 4
+    assert (0 if chunk.batch.slots is None else len(chunk.batch.slots)) == with_picture
+
+
+def write_teacher(folder: Path, rows: int = 24, dtype: str = "float16") -> tuple[Path, Path]:
+    vectors = np.arange(rows * 3, dtype=dtype).reshape(rows, 3)
+    files = folder / "q.npy", folder / "t.npy"
+    np.save(files[0], vectors)
+    np.save(files[1], -vectors)
+    return files
+
+
+def test_teacher_vectors_follow_rows_and_negatives(processor: Processor, tmp_path: Path) -> None:
+    teacher = pickle.loads(pickle.dumps(TeacherVectors.open(*write_teacher(tmp_path), 24)))
+    negatives = NEGATIVES.copy()
+    negatives[2, 1] = -1
+    collator = StepCollator([GoldenPairs()], processor, 10**6, [negatives], teachers=[teacher])  # type: ignore[list-item]
+    inputs = collator([(0, 5), (0, 2)])
+    assert inputs.teacher_queries[:, 0].tolist() == [15, 6]
+    assert inputs.teacher_targets[:, 0].tolist() == [-15, -3 * 18, -3 * 19, -6, -3 * 12, -6]
+    assert inputs.valid.tolist() == [True] * 5 + [False]
+
+
+def test_teacher_vectors_of_other_data_are_refused(tmp_path: Path) -> None:
+    files = write_teacher(tmp_path)
+    with pytest.raises(DataError, match="expected floats, 25 rows"):
+        TeacherVectors.open(*files, 25)
+    with pytest.raises(DataError, match="cannot be read"):
+        TeacherVectors.open(files[0], tmp_path / "none.npy", 24)
+    np.save(files[1], np.zeros((24, 2), np.float16))
+    with pytest.raises(DataError, match="differ in length"):
+        TeacherVectors.open(*files, 24)
