@@ -1,0 +1,238 @@
+"""Pairs per second and peak memory of a training step: ours, sentence-transformers' cached loss, the plain recipe.
+
+    python benchmarks/train_step.py [--size tiny|100m] [--sizes 64,256,1024] [--rounds 3] [--arms ours,st,recipe]
+
+One step on each of three batches of |B| pairs: pictures to captions (a quarter of the pictures come twice, as in
+caption data sets), captions to pictures, and pictures to class labels (one label for four pictures). The same random
+weights, the same LoRA adapter on the language model (dropout 0), the same pictures and texts; loss and gradients, no
+optimiser. Inputs are prepared before the clock starts, as workers do. Ours and sentence-transformers take chunks of at
+most `--chunk-tokens`; the recipe takes chunks of `--chunk-items`. Each measurement is a process of its own, the arms
+take turns, ratios are of medians. sentence-transformers computes upstream's 3-D positions, hence another loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from benchmarks.encode import SIZES, WORDS
+
+PICTURES = ((112, 112), (224, 168), (224, 224), (320, 240))
+QUESTION = "<|image_1|>\nRepresent the given image for classification\n"
+CAPTION = "<|image_1|>\nFind an image caption describing the given everyday image.\n"
+WANTED = "Find me an everyday image that matches the given caption.\n"
+Side = dict[str, Any]
+Batch = tuple[list[Side], list[Side]]
+Prepare = Callable[[Batch], Callable[[], float]]  # inputs of a batch, then one step on them
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")  # the paper's
+
+
+def make_batches(folder: Path, size: int) -> list[Batch]:
+    """(queries, targets) of {text, image} of the three tasks; pictures are written to `folder`."""
+    from PIL import Image
+
+    rng = np.random.default_rng(size)
+
+    def picture(name: str) -> str:
+        file = folder / f"{name}.jpg"
+        width, height = PICTURES[int(rng.integers(len(PICTURES)))]
+        noise = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((width, height)).save(file, quality=90)
+        return str(file)
+
+    def text(number: int) -> str:
+        return " ".join(rng.choice(WORDS, int(rng.choice([8, 12, 20, 40])))) + f" {number}"
+
+    captions: list[Side] = [{"text": text(i), "image": None} for i in range(size)]
+    shown = [picture(f"c{i}") for i in range(size * 3 // 4)]
+    shown += shown[: size - len(shown)]
+    found = [picture(f"r{i}") for i in range(size)]
+    labels: list[Side] = [
+        {"text": f"{WORDS[i % len(WORDS)]} {i % max(1, size // 4)}", "image": None} for i in range(size)
+    ]
+    return [
+        ([{"text": CAPTION, "image": name} for name in shown], captions),
+        ([{**c, "text": WANTED + c["text"]} for c in captions], [{"text": "<|image_1|>\n", "image": n} for n in found]),
+        ([{"text": QUESTION, "image": picture(f"l{i}")} for i in range(size)], labels),
+    ]
+
+
+def ours(model: Path, options: Any) -> Prepare:
+    from b3 import Embedder
+    from b3.data.records import Item
+    from b3.model.adapter import AdapterSpec, attach_adapter
+    from b3.train.collate import StepCollator
+    from b3.train.gradcache import CachedStep
+    from b3.train.loss import ContrastiveLoss
+
+    class Pairs:
+        def __init__(self, batch: Batch) -> None:
+            self.batch = batch
+
+        def query(self, row: int) -> Item:
+            return Item(**self.batch[0][row])
+
+        def target(self, row: int) -> Item:
+            return Item(**self.batch[1][row])
+
+    embedder = Embedder.from_pretrained(model, dtype="float32", device="cpu")
+    embedder.backbone = attach_adapter(
+        embedder.backbone, AdapterSpec(dropout=0.0, use_dora=False, target_modules=TARGETS)
+    )
+    embedder.train()
+    step = CachedStep(embedder, ContrastiveLoss(mask_duplicates=False))
+
+    def prepare(batch: Batch) -> Callable[[], float]:
+        collator = StepCollator([Pairs(batch)], embedder.processor, options.chunk_tokens)  # type: ignore[list-item]
+        inputs = collator([(0, row) for row in range(len(batch[0]))])
+        return lambda: step(inputs, 0).loss
+
+    return prepare
+
+
+def _inject(backbone: Any) -> None:
+    """The same adapter on the language model inside someone else's module."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    backbone.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=64, target_modules=list(TARGETS)), backbone)
+    backbone.train()
+
+
+def st(model: Path, options: Any) -> Prepare:
+    from PIL import Image
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    from benchmarks.st_backbone import load
+
+    encoder = load(model)
+    _inject(encoder[0].model)
+    loss = CachedMultipleNegativesRankingLoss(encoder, scale=50.0, mini_batch_num_tokens=options.chunk_tokens)
+
+    def features(side: list[Side]) -> dict[str, Any]:
+        if side[0]["image"] is None:
+            return encoder.preprocess([one["text"] for one in side])
+        text = [one["text"].replace("<|image_1|>", "<|image_pad|>") for one in side]
+        return encoder.preprocess(
+            [{"text": t, "image": Image.open(s["image"])} for t, s in zip(text, side, strict=True)]
+        )
+
+    def prepare(batch: Batch) -> Callable[[], float]:
+        columns = [features(side) for side in batch]
+
+        def run() -> float:
+            value = loss([dict(column) for column in columns], None)
+            value.backward()
+            return float(value)
+
+        return run
+
+    return prepare
+
+
+def recipe(model: Path, options: Any) -> Prepare:
+    import torch
+    from transformers import Qwen2VLForConditionalGeneration
+
+    from b3.data.records import Item
+    from b3.model.processing import Processor
+    from benchmarks import gradcache_recipe
+
+    network = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).model
+    _inject(network)
+    processor = Processor.from_pretrained(model)
+
+    def prepare(batch: Batch) -> Callable[[], float]:
+        sides = [gradcache_recipe.padded([processor(Item(**one)) for one in side]) for side in batch]
+        return lambda: gradcache_recipe.step(network, sides, options.chunk_items)
+
+    return prepare
+
+
+ARMS = {"ours": ours, "st": st, "recipe": recipe}
+
+
+def measure(arm: str, size: int, folder: Path, options: Any) -> None:
+    """Run one arm in this process and print a JSON line."""
+    batches = json.loads((folder / f"{size}.json").read_text())
+    prepare = ARMS[arm](folder / "model", options)
+    for queries, targets in batches:  # pages in weights and kernels
+        prepare((queries[:4], targets[:4]))()
+    seconds, losses = 0.0, []
+    for batch in batches:
+        run = prepare(batch)
+        started = time.perf_counter()
+        losses.append(run())
+        seconds += time.perf_counter() - started
+        del run  # one batch in memory at a time
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"pairs_per_second": size * len(batches) / seconds, "peak_gib": peak, "losses": losses}))
+
+
+def collect(arguments: argparse.Namespace, folder: Path) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    """Results by (|B|, arm), one a round."""
+    results: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    budget = ["--chunk-tokens", str(arguments.chunk_tokens), "--chunk-items", str(arguments.chunk_items)]
+    for size in map(int, arguments.sizes.split(",")):
+        (folder / str(size)).mkdir()
+        (folder / f"{size}.json").write_text(json.dumps(make_batches(folder / str(size), size)))
+        for _ in range(arguments.rounds):
+            for arm in arguments.arms.split(","):
+                command = [sys.executable, __file__, "--measure", arm, str(size), str(folder), *budget]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{arm} failed at |B| = {size}:\n{done.stderr[-3000:]}")
+                found = json.loads(done.stdout.splitlines()[-1])
+                results.setdefault((size, arm), []).append(found)
+                print(f"|B| {size} {arm}: {found}", file=sys.stderr, flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="100m", help="of the model")
+    parser.add_argument("--sizes", default="64,256,1024", help="batches |B|")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arms", default="ours,st,recipe")
+    parser.add_argument("--chunk-tokens", type=int, default=1024)
+    parser.add_argument("--chunk-items", type=int, default=8)
+    parser.add_argument("--measure", nargs=3, metavar=("ARM", "B", "FOLDER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        arm, size, name = arguments.measure
+        measure(arm, int(size), Path(name), arguments)
+        return
+    from b3.model.tiny import make_tiny_model
+
+    with tempfile.TemporaryDirectory() as name:
+        texts = [" ".join(WORDS), QUESTION + CAPTION + WANTED + "0123456789"]
+        make_tiny_model(Path(name) / "model", texts, **SIZES[arguments.size])
+        results = collect(arguments, Path(name))
+    print(
+        f"{arguments.size}, {arguments.rounds} rounds, float32, chunks of {arguments.chunk_tokens} tokens"
+        f" (recipe: {arguments.chunk_items} items)\n"
+        "| batch | arm | pairs/s | ratio of ours | peak GiB | losses |\n|---:|---|---:|---:|---:|---|"
+    )
+    speed = {key: statistics.median(r["pairs_per_second"] for r in rounds) for key, rounds in results.items()}
+    for (size, arm), rounds in results.items():
+        ratio = speed[size, "ours"] / speed[size, arm] if (size, "ours") in speed else float("nan")
+        losses = ", ".join(f"{value:.3f}" for value in rounds[0]["losses"])
+        peak = max(r["peak_gib"] for r in rounds)
+        print(f"| {size} | {arm} | {speed[size, arm]:.2f} | {ratio:.2f} | {peak:.2f} | {losses} |")
+
+
+if __name__ == "__main__":
+    main()
