@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from b3.distributed import rank, world_size
 from b3.model.embedder import Embedder
+from b3.train.dora import norms_once
 from b3.train.inputs import StepInputs
 from b3.train.loss import ContrastiveLoss
 from b3.train.objective import BLOCK_LOGITS, whole_batch
@@ -90,19 +91,25 @@ class CachedStep:
         self.loss.clamp()
         single = inputs.num_chunks == 1
         cache = VisionCache(self.embedder, inputs.pictures, 0 if single else self.vision_cache_mib * 2**20)
-        if single:
-            rows = inputs.chunk(0).rows.to(self.embedder.device)
-            vectors = self._embed(inputs, 0, step, cache)
-            means, gradient = self._loss(torch.empty_like(vectors).index_copy_(0, rows, vectors.detach()), inputs)
-            _pull(vectors, gradient[rows])
-        else:
-            means, gradient = self._loss(self._embed_without_graph(inputs, step, cache), inputs)
-            for position in range(inputs.num_chunks):
-                vectors = self._embed(inputs, position, step, cache)
-                _pull(vectors, gradient[torch.from_numpy(inputs.groups[position]).to(gradient.device)])
+        with norms_once(self.embedder.backbone):
+            means = (self._one_pass if single else self._two_passes)(inputs, step, cache)
         reduce_gradients([*self.embedder.parameters(), *self.loss.parameters()])
         loss, precision, positive, hardest, masked = means
         return StepResult(loss, precision, positive, hardest, masked, cache.kept_bytes)
+
+    def _one_pass(self, inputs: StepInputs, step: int, cache: VisionCache) -> list[float]:
+        rows = inputs.chunk(0).rows.to(self.embedder.device)
+        vectors = self._embed(inputs, 0, step, cache)
+        means, gradient = self._loss(torch.empty_like(vectors).index_copy_(0, rows, vectors.detach()), inputs)
+        _pull(vectors, gradient[rows])
+        return means
+
+    def _two_passes(self, inputs: StepInputs, step: int, cache: VisionCache) -> list[float]:
+        means, gradient = self._loss(self._embed_without_graph(inputs, step, cache), inputs)
+        for position, group in enumerate(inputs.groups):
+            vectors = self._embed(inputs, position, step, cache)
+            _pull(vectors, gradient[torch.from_numpy(group).to(gradient.device)])
+        return means
 
     def _embed(self, inputs: StepInputs, position: int, step: int, cache: VisionCache) -> Tensor:
         chunk = inputs.chunk(position)
