@@ -14,7 +14,6 @@ from b3.encode import token_batches, unique_items
 from b3.errors import DataError
 from b3.model.processing import Processor
 from b3.train.inputs import Pictures, StepInputs
-from b3.train.teacher import TeacherVectors
 
 
 class Rows(torch.utils.data.Dataset[tuple[int, int]]):
@@ -66,7 +65,7 @@ class StepCollator:
         chunk_tokens: tokens a chunk may hold.
         hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None.
         share_duplicates: encode equal items of a rank once. With dropout they then share one random mask.
-        teachers: per data set a teacher's vectors of its rows, for `mask_teacher_margin`; None: not needed.
+        teachers: per data set a teacher's (queries, targets), each (N, D) floats; None: no mask reads them.
     """
 
     datasets: list[PairDataset]
@@ -74,7 +73,7 @@ class StepCollator:
     chunk_tokens: int
     hard_negatives: list[np.ndarray] | None = None
     share_duplicates: bool = True
-    teachers: list[TeacherVectors] | None = None
+    teachers: list[tuple[np.ndarray, np.ndarray]] | None = None
 
     def __call__(self, rows: list[tuple[int, int]]) -> StepInputs:
         queries = [self.datasets[d].query(row) for d, row in rows]
@@ -117,8 +116,8 @@ class StepCollator:
     ) -> tuple[Tensor | None, Tensor | None]:
         if self.teachers is None:
             return None, None
-        queries = np.stack([self.teachers[d].queries[row] for d, row in rows])
-        targets = np.stack([self.teachers[d].targets[row] for d, row, _ in columns])
+        queries = np.stack([self.teachers[d][0][row] for d, row in rows])
+        targets = np.stack([self.teachers[d][1][row] for d, row, _ in columns])
         return torch.from_numpy(queries), torch.from_numpy(targets)
 
     def _process(self, items: list[Item]) -> _Packed:

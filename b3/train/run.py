@@ -174,10 +174,12 @@ def _build_trainer(
 ) -> Any:
     from b3.train.checkpoint import checkpoint_step
     from b3.train.collate import StepCollator
+    from b3.train.teacher import open_teachers
     from b3.train.trainer import ContrastiveTrainer
 
     start = 0 if checkpoint is None else checkpoint_step(checkpoint)
     sampler = build_sampler(config, datasets, plans, start)
+    teachers = open_teachers(config, datasets)
     embedder = build_embedder(config)
     negatives = None
     if config.negatives.per_query:
@@ -192,6 +194,7 @@ def _build_trainer(
         config.train.chunk_tokens,
         negatives,
         share_duplicates=share == "always" or (share == "auto" and no_dropout),
+        teachers=teachers,
     )
     return ContrastiveTrainer(embedder, config, collator, sampler)
 

@@ -1,51 +1,35 @@
-"""A teacher's vectors of a data set, read row by row while training."""
+"""A teacher's vectors of the training rows, for the mask that reads its scores."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
+from b3.config import Config
+from b3.errors import RunError
 
-from b3.errors import DataError
+if TYPE_CHECKING:
+    import numpy as np
+
+    from b3.data.records import PairDataset
 
 
-@dataclass(frozen=True)
-class TeacherVectors:
-    """Two memory-mapped .npy files: `queries` (N, D) and `targets` (N, D) of the same rows, any float type.
+def open_teachers(config: Config, datasets: list[PairDataset]) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """(queries, targets), each (N, D) and memory-mapped, of every data set; None if no option reads them.
 
-    float16 is enough and halves what is read. Only the paths travel to worker processes.
+    Raises:
+        RunError: the recipe's teacher is a checkpoint, not vectors.
+        DataError: a file is missing or does not fit its data set.
     """
+    from b3.mining.recipe import teacher_embeddings
 
-    query_file: Path
-    target_file: Path
-
-    @classmethod
-    def open(cls, query_file: str | Path, target_file: str | Path, num_rows: int) -> TeacherVectors:
-        """Raises `DataError` if a file is missing, no (N, D) array of numbers, or of another number of rows."""
-        found = cls(Path(query_file), Path(target_file))
-        for file in (found.query_file, found.target_file):
-            try:
-                array = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise DataError(f"teacher vectors {file} cannot be read ({error}); encode the data set again") from None
-            if array.ndim != 2 or array.dtype.kind != "f" or len(array) != num_rows:
-                raise DataError(
-                    f"teacher vectors {file} are {array.dtype} of shape {array.shape}; expected floats, {num_rows} rows"
-                )
-        if found.queries.shape != found.targets.shape:
-            raise DataError(f"teacher vectors {query_file} and {target_file} differ in length")
-        return found
-
-    @cached_property
-    def queries(self) -> np.ndarray:
-        return np.load(self.query_file, mmap_mode="r", allow_pickle=False)
-
-    @cached_property
-    def targets(self) -> np.ndarray:
-        return np.load(self.target_file, mmap_mode="r", allow_pickle=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"query_file": self.query_file, "target_file": self.target_file}
+    if config.train.mask_teacher_margin is None:
+        return None
+    teacher = config.mining.teacher
+    if teacher != "embedded" and (not Path(teacher).is_dir() or (Path(teacher) / "config.json").exists()):
+        raise RunError(
+            f"train.mask_teacher_margin reads vectors while training, but mining.teacher {teacher} is a checkpoint;"
+            " encode the data sets with scripts/embed.py and give the folder of SUBSET_queries.npy, SUBSET_targets.npy"
+        )
+    pairs = zip(config.data.datasets, datasets, strict=True)
+    return [teacher_embeddings(config, entry, dataset, None) for entry, dataset in pairs]

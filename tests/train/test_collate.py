@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
-from pathlib import Path
-
 import numpy as np
 import pytest
 from test_gradcache import NEGATIVES, GoldenPairs, checkpoint
 
-from b3.errors import DataError
 from b3.model.processing import Processor
 from b3.train.collate import StepCollator
-from b3.train.teacher import TeacherVectors
 
 
 @pytest.fixture(scope="module")
@@ -51,31 +46,12 @@ def test_a_stray_image_token_is_no_slot(processor: Processor) -> None:
     assert (0 if chunk.batch.slots is None else len(chunk.batch.slots)) == with_picture
 
 
-def write_teacher(folder: Path, rows: int = 24, dtype: str = "float16") -> tuple[Path, Path]:
-    vectors = np.arange(rows * 3, dtype=dtype).reshape(rows, 3)
-    files = folder / "q.npy", folder / "t.npy"
-    np.save(files[0], vectors)
-    np.save(files[1], -vectors)
-    return files
-
-
-def test_teacher_vectors_follow_rows_and_negatives(processor: Processor, tmp_path: Path) -> None:
-    teacher = pickle.loads(pickle.dumps(TeacherVectors.open(*write_teacher(tmp_path), 24)))
+def test_teacher_vectors_follow_rows_and_negatives(processor: Processor) -> None:
+    vectors = np.arange(24 * 3, dtype=np.float16).reshape(24, 3)
     negatives = NEGATIVES.copy()
     negatives[2, 1] = -1
-    collator = StepCollator([GoldenPairs()], processor, 10**6, [negatives], teachers=[teacher])  # type: ignore[list-item]
+    collator = StepCollator([GoldenPairs()], processor, 10**6, [negatives], teachers=[(vectors, -vectors)])  # type: ignore[list-item]
     inputs = collator([(0, 5), (0, 2)])
     assert inputs.teacher_queries[:, 0].tolist() == [15, 6]
     assert inputs.teacher_targets[:, 0].tolist() == [-15, -3 * 18, -3 * 19, -6, -3 * 12, -6]
     assert inputs.valid.tolist() == [True] * 5 + [False]
-
-
-def test_teacher_vectors_of_other_data_are_refused(tmp_path: Path) -> None:
-    files = write_teacher(tmp_path)
-    with pytest.raises(DataError, match="expected floats, 25 rows"):
-        TeacherVectors.open(*files, 25)
-    with pytest.raises(DataError, match="cannot be read"):
-        TeacherVectors.open(files[0], tmp_path / "none.npy", 24)
-    np.save(files[1], np.zeros((24, 2), np.float16))
-    with pytest.raises(DataError, match="differ in length"):
-        TeacherVectors.open(*files, 24)

@@ -1,0 +1,76 @@
+"""A run with the loss's options: a learned temperature is trained, saved and resumed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.torch import load_file
+from test_run import metrics, start, without_times
+
+from b3.config import load_config
+from b3.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    tiny.write_data(folder / "data")
+    tiny.write_model(folder / "model")
+    tiny.write_recipe(folder)
+    return folder
+
+
+def test_a_learned_temperature_survives_a_restart(root: Path) -> None:
+    options = [
+        "train.learn_temperature=true",
+        "train.symmetric=true",
+        "train.mask_margin=0.1",
+        "train.temperature=0.05",
+        "train.steps=4",
+    ]
+    whole = start(root, "whole", *options)
+    assert whole.returncode == 0, whole.stderr
+    learned = load_file(root / "whole" / "checkpoint-4" / "loss.safetensors")["log_scale"]
+    assert 0 < abs(float(learned) - 2.9957) < 1
+    torn = root / "torn"
+    shutil.copytree(root / "whole", torn)
+    for name in ("result.json", "checkpoint-4/complete.json"):
+        (torn / name).unlink()
+    text = (torn / "config.yaml").read_text()
+    (torn / "config.yaml").write_text(text.replace(str(root / "whole"), str(torn)))
+    again = start(root, "torn", *options)
+    assert again.returncode == 0, again.stderr
+    assert without_times(metrics(torn)) == without_times(metrics(root / "whole"))
+    assert (load_file(torn / "checkpoint-4" / "loss.safetensors")["log_scale"] == learned).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.learn_temperature=true", "train.temperature=0.005"], "below 0.01"),
+        (["train.mask_margin=-0.1"], "train.mask_margin"),
+        (["model.train=full"], "adapter.alpha has no effect with model.train full"),
+        (["model.train=full", "model.init_adapter=x"], "init_adapter has no effect"),
+        (["train.share_duplicates=sometimes"], "train.share_duplicates"),
+    ],
+)
+def test_options_that_cannot_be_meant(root: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(root / "recipe.yaml", overrides)
+
+
+def test_a_teachers_scores_mask_negatives(root: Path) -> None:
+    options = ["train.steps=2", "train.mask_teacher_margin=0"]
+    missing = start(root, "missing", *options)
+    assert missing.returncode == 2 and "mining.teacher" in missing.stderr and missing.stderr.count("\n") == 1
+    (root / "teacher").mkdir()
+    for seed, side in enumerate(("queries", "targets")):  # unrelated: about half of all targets outscore the positive
+        for subset in ("pictures", "words"):
+            np.save(root / "teacher" / f"{subset}_{side}.npy", np.random.default_rng(seed).normal(size=(96, 4)))
+    guided, plain = start(root, "guided", *options), start(root, "plain", *options[:1])
+    assert guided.returncode == plain.returncode == 0, guided.stderr + plain.stderr
+    assert metrics(root / "guided")[0]["loss"] < metrics(root / "plain")[0]["loss"]
