@@ -19,6 +19,7 @@ from b3.config import Config
 from b3.errors import DataError, InputError, RunError
 from b3.model.adapter import load_trainable
 from b3.model.embedder import Embedder
+from b3.model.weights import load_full, save_full
 from b3.progress import bar
 from b3.train.checkpoint import METRICS, checkpoint_step, mark_complete
 from b3.train.collate import Rows, StepCollator
@@ -142,7 +143,8 @@ class ContrastiveTrainer(Trainer):
             mark_complete(folder, {"step": self.state.global_step, "world_size": self.args.world_size})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        load_trainable(self.embedder.backbone, Path(resume_from_checkpoint))
+        load = load_full if self.config.model.train == "full" else load_trainable
+        load(self.embedder.backbone, Path(resume_from_checkpoint))
         self.loss.load(Path(resume_from_checkpoint))
 
     def run(self, checkpoint: Path | None) -> None:
@@ -240,9 +242,15 @@ class _Progress(TrainerCallback):
 
 
 def save_adapter(embedder: Embedder, folder: Path) -> None:
-    """Write the adapter in peft's layout, with tokenizer, image budget and the backbone's config beside it."""
+    """Write the adapter in peft's layout, with tokenizer, image budget and the backbone's config beside it.
+
+    Without an adapter all weights are written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     backbone: Any = embedder.backbone
+    if not hasattr(backbone, "get_base_model"):
+        save_full(embedder, folder)
+        return
     backbone.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
     embedder.processor.save_pretrained(folder)

@@ -99,7 +99,7 @@ def test_learned_temperature_is_kept_below_100_and_saved(tmp_path) -> None:
     with torch.no_grad():
         loss.log_scale.fill_(10.0)
     loss.clamp()
-    assert float(loss.scale()) == pytest.approx(100.0)
+    assert loss.scale().item() == pytest.approx(100.0)
     loss.save(tmp_path)
     other = ContrastiveLoss(0.02, learn_temperature=True)
     other.load(tmp_path)

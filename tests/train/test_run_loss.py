@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import yaml
 from safetensors.torch import load_file
-from test_run import metrics, start, without_times
+from test_run import ROOT, environment, metrics, start, without_times
 
 from b3.config import load_config
 from b3.errors import ConfigError
@@ -74,3 +77,26 @@ def test_a_teachers_scores_mask_negatives(root: Path) -> None:
     guided, plain = start(root, "guided", *options), start(root, "plain", *options[:1])
     assert guided.returncode == plain.returncode == 0, guided.stderr + plain.stderr
     assert metrics(root / "guided")[0]["loss"] < metrics(root / "plain")[0]["loss"]
+
+
+def test_all_weights_but_the_frozen_are_trained_saved_and_resumed(root: Path) -> None:
+    recipe = tiny.recipe(root, model={"train": "full", "freeze": [r"\.visual\."]}, train={"steps": 4, "lr": 1e-3})
+    del recipe["adapter"]
+    (root / "full.yaml").write_text(yaml.safe_dump(recipe))
+
+    def run() -> None:
+        command = [sys.executable, str(ROOT / "train.py"), str(root / "full.yaml"), f"output_dir={root / 'full'}"]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+    run()
+    base, whole = (load_file(folder / "model.safetensors") for folder in (root / "model", root / "full"))
+    assert whole.keys() == base.keys()
+    assert all(bool((whole[n] == base[n]).all()) == ("visual" in n) for n in base)
+    lines = metrics(root / "full")
+    for name in ("result.json", "checkpoint-4/complete.json"):
+        (root / "full" / name).unlink()
+    run()
+    assert without_times(metrics(root / "full")) == without_times(lines)
+    again = load_file(root / "full" / "model.safetensors")
+    assert all((again[n] == whole[n]).all() for n in whole)
