@@ -140,7 +140,11 @@ def mine(
             negatives = draw_negatives(ranks, distinct, communities, remainder, hard_negatives, seed)
             facts["hard_negatives_missing"] = int((negatives < 0).sum())
     with clock.stage("report"):
-        report = make_report(units, ranks, distinct, communities, seed) | facts
+        budget = max(m, SPARE_EDGES // len(units))
+        report = make_report(
+            units, ranks, distinct, communities, seed, negatives=negatives, partitioner=partitioner, budget=budget
+        )
+        report |= facts
     report |= {"seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
     manifest = {
         "data_fingerprint": data_fingerprint,
