@@ -16,7 +16,7 @@ from b3.mining.vectors import DistinctTargets
 
 BLOCK_VALUES = 1 << 22
 BIN = 0.01
-MASS_BINS = 20
+MASS_BINS = 50
 PAPER_ROWS = 2_000_000  # above, the paper's recipe takes too long to be run for comparison only
 
 
@@ -37,7 +37,7 @@ def quality(queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, commun
         sum of exp(s / 0.02) over the distinct targets of the community that the query ranks at p or below, its own
         excluded; H is the same sum over the K - 1 largest such terms of the whole data set. In [0, 1]; 0 for K = 1.
     teacher_mass_captured: mean of `mass`.
-    mass_histogram: (20,) int64, queries by `mass` in bins of 0.05.
+    mass_histogram: (50,) int64, queries by `mass` in bins of 0.02.
     histogram: (200,) int64, scores of queries with the other members' targets, own target left out, in bins of 0.01.
     """
     sums = {"skipped": 0, "copies": 0, "above": 0, "queries": 0}

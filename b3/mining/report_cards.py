@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 THUMBNAIL = 72
 MOST_MEMBERS = 36
 SAMPLE = 64
-JPEG_SHARE = 0.6  # flat drawings keep their sharp edges unless that costs much
+PNG_BYTES = 3000  # drawings, which stay below, keep their sharp edges
 
 
 class Cards:
@@ -40,6 +40,11 @@ class Cards:
             items = [getattr(records, side)(row) for row in sorted(looked)]
             self.shared[side] = shared_words(plain_text(item.text) for item in items)
             self.pictures |= any(item.image is not None for item in items)
+
+    @property
+    def layout(self) -> str:
+        """Further class of grids: texts need wider cells than pictures."""
+        return "" if self.pictures else " texts"
 
     def show(self, side: str, row: int) -> str:
         """Picture and text of the "query" or "target" of a row."""
@@ -84,26 +89,29 @@ def _sheet(cards: Cards, example: dict[str, Any], size: int) -> str:
     return (
         f"<h4>Community at the {example['percentile']}th percentile of hardness{more}"
         f" <small>{example['mined_negatives_per_query']:.1f} hard negatives a query</small></h4>"
-        f'<div class="sheet{"" if cards.pictures else " texts"}">' + "".join(shown) + "</div>"
+        f'<div class="sheet{cards.layout}">' + "".join(shown) + "</div>"
     )
 
 
-def false_negative_table(cards: Cards, pairs: list[dict[str, Any]]) -> str:
-    """One line a pair: query, own target, and the other member's target that the teacher prefers."""
+def false_negative_table(cards: Cards, pairs: list[dict[str, Any]], depth: int) -> str:
+    """One line a pair: query, own target, and the other member's target that the teacher prefers.
+
+    `depth`: ranks below it are known (p + m).
+    """
     lines = []
     for pair in pairs:
-        own = _scored(cards.show("target", pair["row"]), pair["positive_score"], pair["positive_rank"])
-        other = _scored(cards.show("target", pair["other_row"]), pair["negative_score"], pair["negative_rank"])
+        own = _scored(cards.show("target", pair["row"]), pair["positive_score"], pair["positive_rank"], depth)
+        other = _scored(cards.show("target", pair["other_row"]), pair["negative_score"], pair["negative_rank"], depth)
         lines.append(
             f'<div class="side">{cards.show("query", pair["row"])}</div><div class="side target">{own}</div>'
             f'<div class="side doubt">{other}</div>'
         )
     head = "<b>query</b><b>its own target</b><b>target of another member</b>"
-    return f'<div class="triples">{head}{"".join(lines)}</div>' if lines else ""
+    return f'<div class="triples{cards.layout}">{head}{"".join(lines)}</div>' if lines else ""
 
 
-def _scored(shown: str, score: float, rank: int | None) -> str:
-    place = "outside the ranks looked at" if rank is None else f"rank {rank}"
+def _scored(shown: str, score: float, rank: int | None, depth: int) -> str:
+    place = f"beyond rank {depth - 1}" if rank is None else f"rank {rank}"
     return f"{shown}<small>similarity {score:.2f}, {place}</small>"
 
 
@@ -117,7 +125,7 @@ def duplicate_table(cards: Cards, examples: list[dict[str, Any]]) -> str:
         for example in examples
     ]
     head = "<b>query</b><b>query of another member</b><b>the target of both</b>"
-    return f'<div class="triples">{head}{"".join(lines)}</div>' if lines else ""
+    return f'<div class="triples{cards.layout}">{head}{"".join(lines)}</div>' if lines else ""
 
 
 def hub_cards(cards: Cards, targets: list[dict[str, Any]], num_rows: int) -> str:
@@ -129,7 +137,7 @@ def hub_cards(cards: Cards, targets: list[dict[str, Any]], num_rows: int) -> str
             f'<div class="card"><div class="side target">{cards.show("target", target["row"])}</div>'
             f'<div class="hits">{target["windows"]:,} windows ({target["windows"] / num_rows:.1%}){drawn}</div></div>'
         )
-    return f'<div class="sheet{"" if cards.pictures else " texts"}">' + "".join(shown) + "</div>"
+    return f'<div class="sheet{cards.layout} hubs">' + "".join(shown) + "</div>"
 
 
 def _picture(item: Any) -> str:
@@ -160,12 +168,12 @@ def thumbnail(image: Image.Image) -> bytes:
 
 
 def smallest(image: Image.Image) -> tuple[str, bytes]:
-    """The same as ("png", bytes), or as ("jpeg", bytes) where that is much smaller, as for photographs."""
+    """The same as ("png", bytes), or as ("jpeg", bytes) where that is smaller and the other is large."""
     small = _small(image)
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=75, optimize=True)
     png, jpeg = _png(small), buffer.getvalue()
-    return ("jpeg", jpeg) if len(jpeg) < JPEG_SHARE * len(png) else ("png", png)
+    return ("png", png) if len(png) <= max(PNG_BYTES, len(jpeg)) else ("jpeg", jpeg)
 
 
 def _small(image: Image.Image) -> Image.Image:

@@ -48,33 +48,40 @@ def mass_figure(h: dict[str, Any], reading: str) -> str:
     """Share of queries (height) that capture at least x of their teacher mass, from ``teacher_mass_histogram``."""
     groups = [group for group in MASS if any(h.get(group[0], ()))]
     shapes, labels = [], []
+    counts = np.array([h[key] for key, _, _ in groups], dtype=float)
+    least = counts[:, ::-1].cumsum(axis=1)[:, ::-1] / counts.sum(axis=1, keepdims=True)
+    seen = np.flatnonzero((least > 2e-3).any(axis=0))
+    high = min(counts.shape[1], max(5, int(seen[-1]) + 2))  # nothing to see further right
     for level in (0.5, 1.0):
         y = HEIGHT - level * (HEIGHT - 24)
         shapes.append(f'<line x1="0" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e7eb"/>'
                       f'<text class="left" x="{WIDTH}" y="{y - 4:.1f}">{level:.0%} of queries</text>')  # fmt: skip
-    for key, name, colour in groups:
-        counts = np.array(h[key], dtype=float)
-        least = np.concatenate([counts[::-1].cumsum()[::-1], [0]]) / counts.sum()
-        x = np.linspace(0, WIDTH, len(least))
-        points = " ".join(f"{a:.1f},{HEIGHT - b * (HEIGHT - 24):.1f}" for a, b in zip(x, least, strict=True))
+    x = np.linspace(0, WIDTH, high + 1)
+    for row, (_, name, colour) in zip(least, groups, strict=True):
+        heights = HEIGHT - np.append(row, 0)[: high + 1] * (HEIGHT - 24)
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, heights, strict=True))
         shapes.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
         labels.append((name, colour))
-    marks = [(share * WIDTH, f"{share:.0%}") for share in (0.2, 0.4, 0.6, 0.8)]
+    end = high * h["bin"]
+    step = next(s for s in (0.02, 0.05, 0.1, 0.2) if end / s <= 7)
+    marks = [(share / end * WIDTH, f"{share:.0%}") for share in np.arange(step, end, step)]
     return _figure("Queries with at least so much teacher mass in their community", shapes, marks, labels, reading)
 
 
 def hub_figure(counts: Sequence[int], reading: str) -> str:
     """Targets by the number of windows they are in; `counts` over [0, 1), [1, 2), [2, 4), [4, 8), ..."""
-    wide = WIDTH / max(8, len(counts))
+    first = next(number for number, count in enumerate(counts) if count)
+    wide = WIDTH / max(8, len(counts) - first)
     peak = max(counts)
     shapes, marks = [], []
-    for number, count in enumerate(counts):
+    for number, count in enumerate(counts[first:], first):
         height = count / peak * (HEIGHT - 24)
-        x = number * wide
+        x = (number - first) * wide
         shapes.append(f'<rect x="{x + 1:.1f}" y="{HEIGHT - height:.1f}" width="{wide - 2:.1f}" height="{height:.1f}"'
                       f' fill="{COMMUNITY}" fill-opacity=".45"/>')  # fmt: skip
         shapes.append(f'<text x="{x + wide / 2:.1f}" y="{HEIGHT - height - 4:.1f}">{_short(count)}</text>')
-        marks.append((x + wide / 2, "0" if number == 0 else f"{1 << (number - 1)}" + ("" if number == 1 else "+")))
+        least = (1 << number) >> 1  # of the bar: 0, 1, 2, 4, 8, ...
+        marks.append((x + wide / 2, f"{least >> 10}k+" if least >= 1024 else f"{least}+" if least > 1 else str(least)))
     return _figure("Targets by the number of windows they are in", shapes, marks, [], reading)
 
 

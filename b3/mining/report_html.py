@@ -103,7 +103,7 @@ def _section(section: Section, number: int, alone: bool) -> str:
         f"{r['n']:,} rows, {r['num_distinct_targets']:,} distinct targets",
         f"{r['num_communities']:,} communities of {r['community_size']}",
         f"window: ranks {_window(r)}",
-        f"{plan.manifest.get('partitioner')} on {plan.manifest.get('edges')} edges",
+        f"partitioner {plan.manifest.get('partitioner')}, {plan.manifest.get('edges')} edges",
         f"teacher {plan.manifest['teacher']}" if plan.manifest.get("teacher") else None,
     ]
     top = "" if alone else f'<h2>{escape(section.title)} <a class="up" href="#top">back to the top</a></h2>'
@@ -131,7 +131,7 @@ def _numbers(r: dict[str, Any], partitioner: str | None) -> str:
         ("Likely false negatives: ranked above the window", "fewer is better", "skipped_ranks_per_query", "{:.2f}", 1),
         ("Likely false negatives: scored above the own target", "fewer is better",
          "negatives_above_positive_per_query", "{:.2f}", 1),
-        ("Queries with at least one of these", "fewer is better", "queries_with_negatives_above_positive",
+        ("Queries with a target scored above their own", "fewer is better", "queries_with_negatives_above_positive",
          "{:.1f} %", 100),
         ("Others with the same target", "fewer is better", "duplicate_targets_in_community", "{:.3f}", 1),
     ]  # fmt: skip
@@ -205,7 +205,7 @@ def _doubts(r: dict[str, Any], cards: Cards | None) -> str:
         pairs, copies = r["likely_false_negatives"], r["duplicate_examples"]
         if pairs:
             parts.append(f"<p>The {len(pairs)} largest differences, each query and each target once:</p>")
-            parts.append(false_negative_table(cards, pairs))
+            parts.append(false_negative_table(cards, pairs, r["window"][1]))
         if copies:
             parts.append("<p>Members with the same target; training does not count them as each other's negatives:</p>")
             parts.append(duplicate_table(cards, copies))
@@ -225,10 +225,14 @@ def _hubs(r: dict[str, Any], cards: Cards | None) -> str:
     )
     if "drawn_top_share" in h:
         text += f" Of the hard negatives drawn for single queries, {h['drawn_top_share']:.1%} are such hubs."
-    reading = "A long tail on the right means that a few targets serve as negatives everywhere, and teach little."
+    reading = (
+        "Height: number of targets. The further a tail reaches to the right, the more often the same few targets"
+        " serve as negatives, whatever the query."
+    )
+
     parts = [f"<h3>Hubs</h3><p>{text}</p>", hub_figure(h["histogram"], reading)]
     if cards is not None:
-        parts.append(f"<p>The {len(h['targets'])} targets in most windows:</p>")
+        parts.append(f"<p>The {len(h['targets'])} targets in most windows, with their share of all queries:</p>")
         parts.append(hub_cards(cards, h["targets"], r["n"]))
     return "\n".join(parts)
 

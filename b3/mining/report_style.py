@@ -18,7 +18,8 @@ members have the best-ranked targets from the start of the window on (100 %); ne
 ones. The higher it is, the closer training on the batch is to training on all rows at once
 (arXiv 2505.11293, Theorem 1).</dd></dl>
 <p><b>Good</b> is: many more hard negatives and much more teacher mass than in random communities and than by the
-paper's recipe (mutual edges, METIS with its defaults), while likely false negatives stay few.</p></div>"""
+paper's recipe (mutual edges, METIS with its defaults), while likely false negatives stay few
+(harder communities always hold somewhat more of them).</p></div>"""
 
 STYLE = """
 :root{color-scheme:light}*{box-sizing:border-box}
@@ -49,16 +50,18 @@ figcaption{font-size:12.5px;color:#616e7c}figcaption b{color:#1f2933;font-size:1
 font-size:12px;line-height:1.35}
 .side{padding:7px 8px;display:flex;flex-direction:column;align-items:center;gap:4px;text-align:center;
 overflow-wrap:anywhere}
-.side img{max-width:72px;max-height:72px}.side small{color:#616e7c}
+.side img{max-width:78px;max-height:78px;padding:3px;background:#fff;border-radius:4px}.side small{color:#616e7c}
 .target{background:#f1f7f4}.doubt{background:#fdf4ee}
 .card .target{flex:1;justify-content:center}
 .card .side:not(.target){min-height:40px;justify-content:center}
-.texts{grid-template-columns:repeat(auto-fill,minmax(240px,1fr))}
+.sheet.texts{grid-template-columns:repeat(auto-fill,minmax(240px,1fr))}
 .texts .side{text-align:left;align-items:flex-start;padding:6px 10px}
-.texts .card .side:not(.target){font-weight:600;min-height:0}
+.texts .card .target{justify-content:flex-start}.texts .card .side:not(.target){font-weight:600;min-height:0}
+.sheet.hubs{grid-template-columns:repeat(auto-fill,minmax(190px,1fr))}
 .triples{display:grid;grid-template-columns:repeat(3,1fr);gap:1px;background:#e4e7eb;border:1px solid #e4e7eb;
 border-radius:6px;overflow:hidden;font-size:12.5px;line-height:1.4;max-width:920px;margin:0 0 14px}
 .triples>*{background:#fff;justify-content:center}.triples>b{padding:5px 10px;font-weight:600;text-align:center}
+.triples.texts>.side{text-align:left;align-items:flex-start;padding:7px 12px}
 .triples>.target{background:#f1f7f4}.triples>.doubt{background:#fdf4ee}
 .hits{font-size:11px;color:#9a4a1c;background:#fdf4ee;text-align:center;padding:2px}.bad{color:#9aa5b1}
 """.replace("\n", "")
