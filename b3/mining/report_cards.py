@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from b3.mining.report_text import drop_shared, plain_text, shared_words, shorten
+from b3.mining.report_text import drop_shared, percent, plain_text, shared_words, shorten
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,16 +26,18 @@ class Cards:
     """Shows items of `records`, without the instruction that all of them share.
 
     Args:
-        records: see `b3.mining.report_html.Section`.
+        records: see `b3.mining.report_html.Section`; None: row numbers are shown.
         rows: rows that will be shown; with a sample of the others they tell what is shared.
     """
 
     def __init__(self, records: Any, rows: Iterable[int]) -> None:
         self.records = records
-        looked = {int(row) for row in rows}
-        looked |= {int(row) for row in np.linspace(0, len(records) - 1, min(SAMPLE, len(records)))}
         self.shared: dict[str, tuple[int, int]] = {}
         self.pictures = False
+        if records is None:
+            return
+        looked = {int(row) for row in rows}
+        looked |= {int(row) for row in np.linspace(0, len(records) - 1, min(SAMPLE, len(records)))}
         for side in ("query", "target"):
             items = [getattr(records, side)(row) for row in sorted(looked)]
             self.shared[side] = shared_words(plain_text(item.text) for item in items)
@@ -48,6 +50,8 @@ class Cards:
 
     def show(self, side: str, row: int) -> str:
         """Picture and text of the "query" or "target" of a row."""
+        if self.records is None:
+            return f"<span>{side} of row {row:,}</span>"
         item = getattr(self.records, side)(row)
         full = plain_text(item.text)
         text = drop_shared(full, self.shared[side])
@@ -132,10 +136,11 @@ def hub_cards(cards: Cards, targets: list[dict[str, Any]], num_rows: int) -> str
     """The most frequent hard negatives."""
     shown = []
     for target in targets:
-        drawn = "" if target["drawn"] is None else f"; drawn {target['drawn']:,} times"
+        drawn = "" if target["drawn"] is None else f", drawn {target['drawn']:,}×"
         shown.append(
             f'<div class="card"><div class="side target">{cards.show("target", target["row"])}</div>'
-            f'<div class="hits">{target["windows"]:,} windows ({target["windows"] / num_rows:.1%}){drawn}</div></div>'
+            f'<div class="hits">{target["windows"]:,} windows'
+            f" ({percent(target['windows'] / num_rows)}){drawn}</div></div>"
         )
     return f'<div class="sheet{cards.layout} hubs">' + "".join(shown) + "</div>"
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from b3.mining.report_text import percent
+
 POSITIVE, COMMUNITY, PAPER, RANDOM = "#1f7a5c", "#c2501a", "#5b5fc7", "#7b8794"
 SIMILARITY = (("positive", "own target", POSITIVE), ("community", "in the community", COMMUNITY),
               ("paper", "paper's recipe", PAPER), ("random", "random community", RANDOM))  # fmt: skip
@@ -54,8 +56,9 @@ def mass_figure(h: dict[str, Any], reading: str) -> str:
     high = min(counts.shape[1], max(5, int(seen[-1]) + 2))  # nothing to see further right
     for level in (0.5, 1.0):
         y = HEIGHT - level * (HEIGHT - 24)
+        text = f"{percent(level, 0)} of queries"
         shapes.append(f'<line x1="0" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e7eb"/>'
-                      f'<text class="left" x="{WIDTH}" y="{y - 4:.1f}">{level:.0%} of queries</text>')  # fmt: skip
+                      f'<text class="end" x="{WIDTH}" y="{y - 4:.1f}">{text}</text>')  # fmt: skip
     x = np.linspace(0, WIDTH, high + 1)
     for row, (_, name, colour) in zip(least, groups, strict=True):
         heights = HEIGHT - np.append(row, 0)[: high + 1] * (HEIGHT - 24)
@@ -64,7 +67,7 @@ def mass_figure(h: dict[str, Any], reading: str) -> str:
         labels.append((name, colour))
     end = high * h["bin"]
     step = next(s for s in (0.02, 0.05, 0.1, 0.2) if end / s <= 7)
-    marks = [(share / end * WIDTH, f"{share:.0%}") for share in np.arange(step, end, step)]
+    marks = [(share / end * WIDTH, percent(share, 0)) for share in np.arange(step, end, step)]
     return _figure("Queries with at least so much teacher mass in their community", shapes, marks, labels, reading)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,6 +15,7 @@ from b3.mining.report_cards import Cards, contact_sheets, duplicate_table, false
 from b3.mining.report_cards import thumbnail as thumbnail
 from b3.mining.report_figures import hub_figure, mass_figure, similarity_figure
 from b3.mining.report_style import INTRODUCTION, STYLE
+from b3.mining.report_text import percent
 
 if TYPE_CHECKING:
     from b3.mining.plan import BatchPlan
@@ -27,7 +28,7 @@ class Section:
     Attributes:
         plan: its batch plan; `plan.report` must be complete.
         records: object with `query(i)` and `target(i)` returning items with `.text` and `.image` (None, or something
-            with `open()`), and `__len__`; `name` and `family` are shown if present. None: numbers only.
+            with `open()`), and `__len__`; `name` and `family` are shown if present. None: numbers and row numbers only.
         name: heading; default: the name of the records.
     """
 
@@ -72,9 +73,9 @@ def _contents(sections: Sequence[Section]) -> str:
             str(r["community_size"]),
             _window(r),
             f"<b>{r['mined_negatives_per_query']:.2f}</b>",
-            _number(r, "paper_mined_negatives_per_query", "{:.2f}"),
+            _number(r, "paper_mined_negatives_per_query", _two),
             f"{r['random_mined_negatives_per_query']:.2f}",
-            f"{100 * r['teacher_mass_captured']:.1f} %",
+            percent(r["teacher_mass_captured"]),
             f"{r['skipped_ranks_per_query']:.2f}",
         ]
         link = f'<a href="#d{number}">{escape(section.title)}</a>'
@@ -91,9 +92,13 @@ def _window(r: dict[str, Any]) -> str:
     return f"{r['window'][0]} to {r['window'][1] - 1}"
 
 
-def _number(r: dict[str, Any], key: str, form: str, factor: float = 1) -> str:
+def _two(number: float) -> str:
+    return f"{number:.2f}"
+
+
+def _number(r: dict[str, Any], key: str, form: Callable[[float], str]) -> str:
     """A number of the report, or a dash if this plan's report has none."""
-    return form.format(r[key] * factor) if key in r else "–"
+    return form(r[key]) if key in r else "–"
 
 
 def _section(section: Section, number: int, alone: bool) -> str:
@@ -107,7 +112,7 @@ def _section(section: Section, number: int, alone: bool) -> str:
         f"teacher {plan.manifest['teacher']}" if plan.manifest.get("teacher") else None,
     ]
     top = "" if alone else f'<h2>{escape(section.title)} <a class="up" href="#top">back to the top</a></h2>'
-    cards = None if section.records is None else Cards(section.records, shown_rows(r))
+    cards = Cards(section.records, shown_rows(r))
     return "\n".join(
         [
             f'<section id="d{number}">{top}',
@@ -117,7 +122,7 @@ def _section(section: Section, number: int, alone: bool) -> str:
             _figures(r),
             _doubts(r, cards),
             _hubs(r, cards),
-            "" if cards is None else _communities(r, cards),
+            "" if section.records is None else _communities(r, cards),
             "</section>",
         ]
     )
@@ -125,25 +130,23 @@ def _section(section: Section, number: int, alone: bool) -> str:
 
 def _numbers(r: dict[str, Any], partitioner: str | None) -> str:
     most = r["community_size"] - 1
-    lines = [
-        (f"Hard negatives a query, of {most} others", "more is better", "mined_negatives_per_query", "{:.2f}", 1),
-        ("Teacher mass captured", "more is better", "teacher_mass_captured", "{:.2f} %", 100),
-        ("Likely false negatives: ranked above the window", "fewer is better", "skipped_ranks_per_query", "{:.2f}", 1),
-        ("Likely false negatives: scored above the own target", "fewer is better",
-         "negatives_above_positive_per_query", "{:.2f}", 1),
-        ("Queries with a target scored above their own", "fewer is better", "queries_with_negatives_above_positive",
-         "{:.1f} %", 100),
-        ("Others with the same target", "fewer is better", "duplicate_targets_in_community", "{:.3f}", 1),
-    ]  # fmt: skip
+    more, fewer = "more is better", "fewer is better"
+    lines: list[tuple[str, str, str, Callable[[float], str]]] = [
+        (f"Hard negatives a query, of {most} others", more, "mined_negatives_per_query", _two),
+        ("Teacher mass captured", more, "teacher_mass_captured", lambda share: percent(share, 2)),
+        ("Likely false negatives: ranked above the window", fewer, "skipped_ranks_per_query", _two),
+        ("Likely false negatives: scored above the own target", fewer, "negatives_above_positive_per_query", _two),
+        ("Queries with a target scored above their own", fewer, "queries_with_negatives_above_positive", percent),
+        ("Others with the same target", fewer, "duplicate_targets_in_community", lambda number: f"{number:.3f}"),
+    ]
     compared = {"paper": "paper's recipe", "random": "random"}
     if "paper_teacher_mass_captured" not in r or partitioner == "paper":
         del compared["paper"]
     rows = []
-    for label, hint, key, form, factor in lines:
+    for label, hint, key, form in lines:
         if key not in r:
             continue
-        cells = [f"<b>{form.format(r[key] * factor)}</b>"]
-        cells += [_number(r, f"{name}_{key}", form, factor) for name in compared]
+        cells = [f"<b>{form(r[key])}</b>", *(_number(r, f"{name}_{key}", form) for name in compared)]
         rows.append(f"<tr><th>{label} <small>{hint}</small></th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     head = ["In a community of this plan", "mined", *compared.values()]
     return (
@@ -177,24 +180,24 @@ def _figures(r: dict[str, Any]) -> str:
     )
     mass = ""
     if "teacher_mass_histogram" in r:
-        paper = f", the paper's recipe {_number(r, 'paper_teacher_mass_captured', '{:.1f} %', 100)}"
+        paper = f", the paper's recipe {_number(r, 'paper_teacher_mass_captured', percent)}"
         mass = mass_figure(
             r["teacher_mass_histogram"],
             f"The higher a curve stays towards the right, the better. On average a query meets"
-            f" {100 * r['teacher_mass_captured']:.1f} % of the teacher mass of its {r['community_size'] - 1} hardest"
+            f" {percent(r['teacher_mass_captured'])} of the teacher mass of its {r['community_size'] - 1} hardest"
             f" negatives{paper if 'paper_teacher_mass_captured' in r else ''},"
-            f" random communities {100 * r['random_teacher_mass_captured']:.1f} %.",
+            f" a random community {percent(r['random_teacher_mass_captured'])}.",
         )
     return f'<div class="pair">{similarity}{mass}</div>'
 
 
-def _doubts(r: dict[str, Any], cards: Cards | None) -> str:
+def _doubts(r: dict[str, Any], cards: Cards) -> str:
     """Likely false negatives and duplicates."""
     if "likely_false_negatives" not in r:
         return ""
     share, by = r["queries_with_negatives_above_positive"], r["negatives_above_positive_by"]
     text = (
-        f"For {share:.1%} of the queries the teacher scores at least one other target of the community above the"
+        f"For {percent(share)} of the queries the teacher scores at least one other target of the community above the"
         f" query's own, by {by:.2f} on average. Some are right answers that the data does not list; others are pairs"
         " whose own target the teacher does not understand, or that are wrong in the data."
         if share
@@ -212,29 +215,32 @@ def _doubts(r: dict[str, Any], cards: Cards | None) -> str:
     return "\n".join(parts)
 
 
-def _hubs(r: dict[str, Any], cards: Cards | None) -> str:
+def _hubs(r: dict[str, Any], cards: Cards) -> str:
     if "hubs" not in r:
         return ""
     h = r["hubs"]
     few = max(1, -(-r["num_distinct_targets"] // 100))
-    name = "most frequent target takes" if few == 1 else f"{few:,} most frequent targets (1 %) take"
+    name = "most frequent target takes" if few == 1 else f"{few:,} most frequent targets (1\u00a0%) take"
     text = (
-        f"Hubs are targets that are hard negatives of very many queries. Here the {name} {h['top_share']:.1%} of all"
-        f" places in windows; a target is in {h['mean']:.1f} windows on average, at most in {h['max']:,};"
-        f" {h['unused']:.1%} are in none."
+        f"Hubs are targets that are hard negatives of very many queries. Here the {name} {percent(h['top_share'])} of"
+        f" all places in windows. A target is in {h['mean']:.1f} windows on average, 99\u00a0% of them are in at most"
+        f" {h['p99']:,.0f}, the most frequent one is in {h['max']:,}; {percent(h['unused'])} are in none."
     )
     if "drawn_top_share" in h:
-        text += f" Of the hard negatives drawn for single queries, {h['drawn_top_share']:.1%} are such hubs."
+        text += f" Of the hard negatives drawn for single queries, {percent(h['drawn_top_share'])} are such hubs."
     reading = (
         "Height: number of targets. The further a tail reaches to the right, the more often the same few targets"
         " serve as negatives, whatever the query."
     )
 
-    parts = [f"<h3>Hubs</h3><p>{text}</p>", hub_figure(h["histogram"], reading)]
-    if cards is not None:
-        parts.append(f"<p>The {len(h['targets'])} targets in most windows, with their share of all queries:</p>")
-        parts.append(hub_cards(cards, h["targets"], r["n"]))
-    return "\n".join(parts)
+    return "\n".join(
+        [
+            f"<h3>Hubs</h3><p>{text}</p>",
+            hub_figure(h["histogram"], reading),
+            f"<p>The {len(h['targets'])} targets in most windows, with their share of all queries:</p>",
+            hub_cards(cards, h["targets"], r["n"]),
+        ]
+    )
 
 
 def _communities(r: dict[str, Any], cards: Cards) -> str:

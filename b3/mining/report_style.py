@@ -41,7 +41,7 @@ th small{color:#9aa5b1;margin-left:6px}
 .contents{width:100%}.contents th,.contents td{padding-right:12px}
 .pair{display:flex;flex-wrap:wrap;gap:20px 48px;align-items:flex-start;margin:18px 0 10px}
 figure{margin:0;flex:1 1 380px;max-width:500px}svg{width:100%;height:auto;display:block;margin:2px 0}
-svg text{font-size:11px;fill:#616e7c;text-anchor:middle}svg .left{text-anchor:end}
+svg text{font-size:11px;fill:#616e7c;text-anchor:middle}svg .end{text-anchor:end}
 figcaption{font-size:12.5px;color:#616e7c}figcaption b{color:#1f2933;font-size:13.5px}
 .legend span{margin-right:12px;white-space:nowrap}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:4px}

@@ -71,6 +71,10 @@ def test_texts_lose_placeholder_and_shared_instruction(plan: BatchPlan) -> None:
 def test_without_records_there_are_numbers_only(plan: BatchPlan) -> None:
     page = render([Section(plan)])
     assert "<svg" in page and "<img" not in page and "percentile of hardness" not in page
+    pair = plan.report["likely_false_negatives"][0]
+    rows = [f"query of row {pair['row']}", f"target of row {pair['row']}", f"target of row {pair['other_row']}"]
+    shown = [f">{row}<" in page for row in rows]
+    assert all(shown) and f"target of row {plan.report['hubs']['targets'][0]['row']}" in page
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "LA", "1"])
@@ -157,10 +161,10 @@ def test_likely_false_negatives_and_hubs_are_shown() -> None:
         assert f"{own} {other}" in seen, "without the word that all targets start with"
     assert seen.count("rows with another member") == len(copies)
     for hub in plan.report["hubs"]["targets"]:
-        assert f"{hub['windows']} windows ({hub['windows'] / 60:.1%}); drawn {hub['drawn']} times" in seen
-    assert f"{plan.report['hubs']['drawn_top_share']:.1%} are such hubs" in seen
+        assert f"{hub['windows']} windows ({hub['windows'] / 0.6:.1f} %), drawn {hub['drawn']}×" in seen
+    assert f"{100 * plan.report['hubs']['drawn_top_share']:.1f} % are such hubs" in seen
     share = plan.report["queries_with_negatives_above_positive"]
-    assert f"For {share:.1%} of the queries" in seen
+    assert f"For {100 * share:.1f} % of the queries" in seen
 
 
 def test_reports_of_earlier_plans_still_render(plan: BatchPlan) -> None:
