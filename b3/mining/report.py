@@ -40,7 +40,7 @@ def quality(queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, commun
     mass_histogram: (50,) int64, queries by `mass` in bins of 0.02.
     histogram: (200,) int64, scores of queries with the other members' targets, own target left out, in bins of 0.01.
     """
-    sums = {"skipped": 0, "copies": 0, "above": 0, "queries": 0}
+    sums = {"skipped": 0, "copies": 0, "above": 0}
     hits, nearest = np.zeros(len(ranks.own), dtype=np.int64), np.full(len(ranks.own), -1, dtype=np.int64)
     mass, above_by, excess = np.zeros(len(hits)), np.zeros(len(hits)), np.full(len(hits), -np.inf)
     histogram = np.zeros(200, dtype=np.int64)
@@ -56,12 +56,11 @@ def quality(queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, commun
         mass[rows] = (powers.sum(axis=1) / np.maximum(ranks.mass[rows], 1e-300)).clip(0, 1)
         histogram += bins(scores[other])
         beyond = np.where(other, scores - ranks.positive[rows][:, None], -np.inf)
-        best = beyond.argmax(axis=1)
-        excess[rows] = beyond[np.arange(len(rows)), best]
-        nearest[rows] = np.where(excess[rows] > -np.inf, members[np.arange(len(rows)), best], -1)
+        best = np.arange(len(rows)), beyond.argmax(axis=1)
+        excess[rows] = beyond[best]
+        nearest[rows] = np.where(beyond[best] > -np.inf, members[best], -1)
         above_by[rows] = np.where(beyond > 0, beyond, 0).sum(axis=1)
         sums["above"] += int((beyond > 0).sum())
-        sums["queries"] += int((excess[rows] > 0).sum())
     count, inside = communities.size, np.sort(communities.ravel())
     return {
         "hits": hits,
@@ -73,18 +72,20 @@ def quality(queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, commun
         "skipped_ranks_per_query": sums["skipped"] / count,
         "duplicate_targets_in_community": sums["copies"] / count,
         "negatives_above_positive_per_query": sums["above"] / count,
-        "queries_with_negatives_above_positive": sums["queries"] / count,
+        "queries_with_negatives_above_positive": int((excess > 0).sum()) / count,
         "negatives_above_positive_by": float(above_by[inside].sum()) / max(1, sums["above"]),
         "teacher_mass_captured": min(1.0, float(mass[inside].mean())),
-        "mass_histogram": np.bincount(
-            np.clip(mass[inside] * MASS_BINS, 0, MASS_BINS - 1).astype(np.int64), minlength=MASS_BINS
-        ),
+        "mass_histogram": _mass_bins(mass[inside]),
     }
 
 
 def bins(scores: np.ndarray) -> np.ndarray:
     """(200,) int64: how many scores fall into each bin of 0.01 from -1 to 1."""
     return np.bincount(np.clip((scores + 1) / BIN, 0, 199).astype(np.int64), minlength=200)
+
+
+def _mass_bins(shares: np.ndarray) -> np.ndarray:
+    return np.bincount(np.clip(shares * MASS_BINS, 0, MASS_BINS - 1).astype(np.int64), minlength=MASS_BINS)
 
 
 def _kinds(ranks: Ranks, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -163,9 +164,9 @@ def make_report(
     Of `quality`, numbers without prefix are the plan's; `random_` ones are expected values for the first three counts
     and measured on one draw otherwise; `paper_` ones are measured.
     """
-    size = communities.shape[1]
     found = {"community": quality(queries, ranks, distinct, communities)}
-    mined = found["random"] = found["community"]
+    size, mined = communities.shape[1], found["community"]
+    found["random"] = mined
     if partitioner != "random":
         found["random"] = quality(queries, ranks, distinct, random_communities(len(queries), size, seed + 1))
     if partitioner == "paper":
@@ -173,8 +174,6 @@ def make_report(
     elif compare_paper and len(queries) <= PAPER_ROWS:
         paper = paper_communities(ranks, distinct, size, ranks.m if budget is None else budget, seed)
         found["paper"] = quality(queries, ranks, distinct, paper)
-    numbers = [key for key, value in mined.items() if isinstance(value, float)]
-    masses = {"mined" if name == "community" else name: v["mass_histogram"].tolist() for name, v in found.items()}
     return {
         "n": len(queries),
         "community_size": size,
@@ -182,23 +181,34 @@ def make_report(
         "num_remainder": len(queries) - communities.size,
         "num_distinct_targets": len(distinct),
         "window": [ranks.p, ranks.p + ranks.m],
-        **{key: mined[key] for key in numbers},
-        **{f"random_{key}": found["random"][key] for key in numbers},
-        **{f"random_{key}": value for key, value in random_expectation(ranks, distinct, size).items()},
-        **({f"paper_{key}": found["paper"][key] for key in numbers} if "paper" in found else {}),
+        **_numbers(found, random_expectation(ranks, distinct, size)),
         "size_min": size,
         "size_max": size,
-        "histogram": {
-            "from": -1.0,
-            "bin": BIN,
-            "positive": bins(ranks.positive[np.sort(communities.ravel())]).tolist(),
-            **{name: values["histogram"].tolist() for name, values in found.items()},
-        },
-        "teacher_mass_histogram": {"from": 0.0, "bin": 1 / MASS_BINS, **masses},
+        **_histograms(found, ranks.positive[np.sort(communities.ravel())]),
         **community_examples(communities, mined["hits"]),
         "likely_false_negatives": likely_false_negatives(queries, ranks, mined["excess"], mined["nearest"]),
         "duplicate_examples": duplicate_examples(communities, distinct),
         "hubs": hubs(ranks, distinct, negatives),
+    }
+
+
+def _numbers(found: dict[str, dict[str, Any]], expected: dict[str, float]) -> dict[str, float]:
+    """The means of `quality`, with the prefix of what they were measured on; `expected` goes before a random draw."""
+    numbers: dict[str, float] = {}
+    for name, values in found.items():
+        prefix = "" if name == "community" else f"{name}_"
+        numbers |= {prefix + key: value for key, value in values.items() if isinstance(value, float)}
+    return numbers | {f"random_{key}": value for key, value in expected.items()}
+
+
+def _histograms(found: dict[str, dict[str, Any]], positive: np.ndarray) -> dict[str, Any]:
+    """Histograms of similarities and of teacher mass; `positive`: scores of the own targets."""
+    scores = {name: values["histogram"].tolist() for name, values in found.items()}
+    masses = {name: values["mass_histogram"].tolist() for name, values in found.items()}
+    masses = {"mined": masses.pop("community"), **masses}
+    return {
+        "histogram": {"from": -1.0, "bin": BIN, "positive": bins(positive).tolist(), **scores},
+        "teacher_mass_histogram": {"from": 0.0, "bin": 1 / MASS_BINS, **masses},
     }
 
 
