@@ -122,7 +122,9 @@ class MiningConfig(Section):
         "metis", description="paper: k-way METIS and the authors' repair"
     )
     refine_passes: int = Field(6, ge=0, description="passes of swap refinement after the partition (metis only)")
-    variants: dict[str, MiningVariant] = Field({}, description="further plans by name, for batch.schedule")
+    variants: dict[str, MiningVariant] = Field(
+        {}, description="further plans by name, for batch.schedule; hard negatives stay those of mining itself"
+    )
 
     def variant(self, name: str) -> MiningConfig:
         """The section with a variant's keys in place. Raises `ValueError` where they do not fit together."""

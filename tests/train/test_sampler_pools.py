@@ -240,3 +240,19 @@ def test_batches_are_the_same_everywhere() -> None:
         [24, 25, 26, 0, 3, 13],
         [9, 10, 11, 5, 12, 14],
     ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1, 2, 3])), min_size=2, max_size=4),
+    st.integers(2, 5),
+)
+def test_passes_take_whole_batches_and_no_community_twice(parts: list[tuple[int, float]], group: int) -> None:
+    plans = [plan(count, 2, 0, seed) for seed, (count, _) in enumerate(parts)]
+    options = {"batch_size": 2 * group, "weights": [w for _, w in parts], "pools": [0] * len(parts)}
+    (pool,) = build(plans, options).pools
+    assert (pool.passes <= [count for count, _ in parts]).all()
+    assert (pool.passes.sum(axis=1) % group == 0).all()
+    assert pool.passes.sum() == pool.num_batches * group
+    asked = np.array([count * weight for count, weight in parts])
+    assert np.abs(pool.passes.sum(axis=0) - asked).max() <= group
