@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import example, given, reject, settings
 from hypothesis import strategies as st
 
 from b3.errors import InputError
@@ -244,9 +244,11 @@ def test_batches_are_the_same_everywhere() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1, 2, 3])), min_size=2, max_size=4),
+    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1, 2, 3, 4, 5])), min_size=2, max_size=4),
     st.integers(2, 5),
 )
+@example([(10, 2), (8, 5), (8, 1)], 4)
+@example([(6, 5), (9, 4)], 3)
 def test_passes_take_whole_batches_and_no_community_twice(parts: list[tuple[int, float]], group: int) -> None:
     plans = [plan(count, 2, 0, seed) for seed, (count, _) in enumerate(parts)]
     options = {"batch_size": 2 * group, "weights": [w for _, w in parts], "pools": [0] * len(parts)}
