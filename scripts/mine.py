@@ -1,6 +1,7 @@
 """Mine batch plans.
 
-    python scripts/mine.py CONFIG.yaml [section.key=value ...]          every data set of a recipe
+    python scripts/mine.py CONFIG.yaml [section.key=value ...]          every data set of a recipe, with the
+                                                                    variants that its schedule uses
     python scripts/mine.py --queries q.npy --targets t.npy -p 30 -m 100 -k 32 --hard-negatives 5 --seed 0 --out DIR
 
 A plan directory holds communities.npy, remainder.npy, hard_negatives.npy, manifest.json, report.json and report.html.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from b3.config import Config, DatasetConfig
+from b3.config import BASE, Config, DatasetConfig
 from b3.data.recipe import load_dataset
 from b3.data.records import PairDataset
 from b3.data.sources import embedded_teacher, split_source
@@ -23,20 +23,25 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
-def plan_folder(config: Config, subset: str) -> Path:
-    return Path(config.mining.dir) / subset
+def plan_name(subset: str, variant: str = BASE) -> str:
+    """The folder of a plan in mining.dir: SUBSET, or SUBSET@NAME for a variant."""
+    return subset if variant == BASE else f"{subset}@{variant}"
 
 
-def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset) -> dict[str, Any]:
-    """The manifest entries that a plan of this data set must have."""
-    mining = config.mining
+def plan_folder(config: Config, subset: str, variant: str = BASE) -> Path:
+    return Path(config.mining.dir) / plan_name(subset, variant)
+
+
+def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: str = BASE) -> dict[str, Any]:
+    """The manifest entries that a plan of this data set must have; hard negatives come from the base plan alone."""
+    mining = config.mining_of(variant)
     return {
         "data_fingerprint": dataset.fingerprint(),
         "teacher": teacher_name(config),
         "p": mining.p_of(entry),
         "m": entry.m or mining.m,
         "K": mining.k,
-        "h": config.negatives.per_query,
+        "h": config.negatives.per_query if variant == BASE else 0,
         "edges": mining.edges,
         "veto": mining.veto,
         "partitioner": mining.partitioner,
@@ -50,13 +55,13 @@ def teacher_name(config: Config) -> str:
     return mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
 
 
-def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> BatchPlan:
+def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: str = BASE) -> BatchPlan:
     """The plan of a data set. Raises `RunError` if it is missing or was mined with other data or parameters."""
-    folder = plan_folder(config, entry.subset)
+    folder = plan_folder(config, entry.subset, variant)
     if not (folder / "manifest.json").exists():
         raise RunError(f"no batch plan in {folder}; mine it first: python scripts/mine.py CONFIG.yaml")
     plan = BatchPlan.load(folder)
-    for key, value in wanted(config, entry, dataset).items():
+    for key, value in wanted(config, entry, dataset, variant).items():
         found = plan.manifest.get(key)
         if key == "h" and (found or 0) >= value:
             continue  # fewer hard negatives than were mined are a prefix of them
@@ -142,48 +147,64 @@ def stage_bar(label: str, show: bool) -> Iterator[Progress]:
 
 
 def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchPlan]:
-    """Mine every data set of a recipe that has no plan yet; returns all plans by subset.
+    """Mine every data set of a recipe that has no plan yet; returns all plans by subset, variants by SUBSET@NAME.
 
     Plans are saved one by one, so an interrupted run keeps those that are done. `mining.dir`/report.html shows all.
     Raises `InputError` for data or embeddings that cannot be used and for an existing plan that does not fit.
     """
-    from b3.mining.mine import mine
     from b3.mining.report_html import Section, write_report_html
 
-    mining = config.mining
     plans: dict[str, BatchPlan] = {}
+    sections = []
     teacher: Embedder | None = None
     teacher_used = False
+    variants = config.mined_plans or [BASE]  # who mines for random batches wants to see the base plan
     datasets = [load_dataset(config, entry) for entry in config.data.datasets]
     for entry, dataset in zip(config.data.datasets, datasets, strict=True):
-        folder = plan_folder(config, entry.subset)
-        if (folder / "manifest.json").exists():
-            plans[entry.subset] = load_plan(config, entry, dataset)
-            continue
-        if not teacher_used:
-            teacher, teacher_used = _load_teacher(config), True
-        queries, targets = teacher_embeddings(config, entry, dataset, teacher)
-        facts = wanted(config, entry, dataset)
-        with stage_bar(entry.subset, show_progress) as progress:
-            plan = mine(
-                queries,
-                targets,
-                p=facts["p"],
-                m=facts["m"],
-                community_size=mining.k,
-                hard_negatives=config.negatives.per_query,
-                seed=config.seed,
-                edges=mining.edges,
-                veto=mining.veto,
-                partitioner=mining.partitioner,
-                refine_passes=mining.refine_passes,
-                progress=progress,
-                data_fingerprint=facts["data_fingerprint"],
-                teacher=facts["teacher"],
-            )
-        plan.save(folder)
-        plans[entry.subset] = plan
-    page = Path(mining.dir) / "report.html"
+        embeddings: tuple[np.ndarray, np.ndarray] | None = None
+        for variant in variants:
+            name = plan_name(entry.subset, variant)
+            if (plan_folder(config, entry.subset, variant) / "manifest.json").exists():
+                plans[name] = load_plan(config, entry, dataset, variant)
+            else:
+                if not teacher_used:
+                    teacher, teacher_used = _load_teacher(config), True
+                embeddings = embeddings or teacher_embeddings(config, entry, dataset, teacher)
+                plans[name] = _mine_plan(config, entry, dataset, variant, embeddings, show_progress)
+            sections.append(Section(plans[name], dataset, name=plan_name(dataset.name, variant)))
+    page = Path(config.mining.dir) / "report.html"
     if teacher_used or not page.exists():
-        write_report_html(page, [Section(plans[dataset.name], dataset) for dataset in datasets])
+        write_report_html(page, sections)
     return plans
+
+
+def _mine_plan(
+    config: Config,
+    entry: DatasetConfig,
+    dataset: PairDataset,
+    variant: str,
+    embeddings: tuple[np.ndarray, np.ndarray],
+    show_progress: bool,
+) -> BatchPlan:
+    """Mine and save one plan."""
+    from b3.mining.mine import mine
+
+    facts, mining = wanted(config, entry, dataset, variant), config.mining_of(variant)
+    with stage_bar(plan_name(entry.subset, variant), show_progress) as progress:
+        plan = mine(
+            *embeddings,
+            p=facts["p"],
+            m=facts["m"],
+            community_size=mining.k,
+            hard_negatives=facts["h"],
+            seed=config.seed,
+            edges=mining.edges,
+            veto=mining.veto,
+            partitioner=mining.partitioner,
+            refine_passes=mining.refine_passes,
+            progress=progress,
+            data_fingerprint=facts["data_fingerprint"],
+            teacher=facts["teacher"],
+        )
+    plan.save(plan_folder(config, entry.subset, variant))
+    return plan

@@ -37,8 +37,8 @@ def model_card(
         "|---|---|---|---|---|",
     ]
     for index, dataset in enumerate(datasets):
-        plan, entry = plans[index] if plans else None, config.data.datasets[index]
-        window = f"{config.mining.k}, {config.mining.p_of(entry)}, {entry.m or config.mining.m}" if plan else "none"
+        plan = plans[index] if plans else None
+        window = ", ".join(str(plan.manifest[key]) for key in ("K", "p", "m")) if plan else "none"
         mined = f"{plan.report['mined_negatives_per_query']:.2f}" if plan else ""
         lines.append(f"| {dataset.name} | {len(dataset)} | {dataset.fingerprint()[:16]} | {window} | {mined} |")
     if metrics:
