@@ -91,6 +91,9 @@ class DataConfig(Section):
         return self
 
 
+REFINED = ("anneal", "metis")  # partitioners that end in swaps
+
+
 class MiningVariant(Section):
     """Other plans of the same data: what is given here replaces the key of `mining`."""
 
@@ -100,6 +103,7 @@ class MiningVariant(Section):
     edges: str | None = Field(None, description="replaces mining.edges")
     veto: bool | None = Field(None, description="replaces mining.veto")
     partitioner: str | None = Field(None, description="replaces mining.partitioner")
+    penalty: int | None = Field(None, description="replaces mining.penalty")
 
     @property
     def replaced(self) -> dict[str, Any]:
@@ -118,10 +122,25 @@ class MiningConfig(Section):
     k: int = Field(32, gt=0, description="community size K")
     edges: Literal["union", "mutual"] = Field("union", description="when two rows are linked; mutual is the paper's")
     veto: bool = Field(True, description="drop an edge if either row ranks the other above p (union only)")
-    partitioner: Literal["metis", "paper", "random"] = Field(
-        "metis", description="paper: k-way METIS and the authors' repair"
+    penalty: int = Field(
+        0, ge=0, le=60, description="cost of two rows in one community of which one ranks the other above its window"
     )
-    refine_passes: int = Field(6, ge=0, description="passes of swap refinement after the partition (metis only)")
+    max_similarity: float | None = Field(
+        None, description="targets of the window that the teacher scores above this count as ranked above it"
+    )
+    max_relative: float | None = Field(
+        None, gt=0, description="as max_similarity, as a share of the positive's score (NV-Retriever: 0.95)"
+    )
+    partitioner: Literal["anneal", "metis", "paper", "kmeans", "random"] = Field(
+        "anneal",
+        description="anneal: swaps from random communities; metis: swaps from METIS; paper: k-way METIS and the"
+        " authors' repair; kmeans: balanced k-means, no windows",
+    )
+    refine_passes: int = Field(30, ge=0, description="passes of annealed swaps (anneal and metis)")
+    piece_rows: int | None = Field(
+        None, gt=1, description="cut larger data sets into pieces of at most so many rows first, by balanced k-means"
+    )
+    search: Literal["exact", "ivf"] = Field("exact", description="ivf: approximate ranking, for millions of rows")
     variants: dict[str, MiningVariant] = Field(
         {}, description="further plans by name, for batch.schedule; hard negatives stay those of mining itself"
     )
@@ -130,11 +149,17 @@ class MiningConfig(Section):
         """The section with a variant's keys in place. Raises `ValueError` where they do not fit together."""
         replaced = self.variants[name].replaced
         kept = self.model_dump(exclude_unset=True, exclude={"variants"})
-        if replaced.get("partitioner", "metis") != "metis":
-            kept.pop("refine_passes", None)  # meant for the section's own partitioner
+        if replaced.get("partitioner", "anneal") not in REFINED:
+            for key in ("refine_passes", "penalty", "piece_rows"):
+                kept.pop(key, None)  # meant for the section's own partitioner
         if replaced.get("edges", "union") != "union":
             kept.pop("veto", None)
         return MiningConfig.model_validate({**kept, **replaced})
+
+    @property
+    def refined(self) -> bool:
+        """Whether swaps refine the communities."""
+        return self.partitioner in REFINED
 
     def p_of(self, dataset: DatasetConfig) -> int:
         """Ranks to skip for a data set."""
@@ -147,10 +172,11 @@ class MiningConfig(Section):
         values = [self.p] if isinstance(self.p, int) else list(self.p.values())
         if min(values, default=0) < 0:
             raise ValueError(f"mining.p {self.p} must not be negative")
-        if self.partitioner != "metis" and "refine_passes" in self.model_fields_set and self.refine_passes:
-            raise ValueError(
-                f"mining.refine_passes {self.refine_passes} has no effect with partitioner {self.partitioner}"
-            )
+        for key in ("refine_passes", "penalty", "piece_rows"):
+            if not self.refined and key in self.model_fields_set and getattr(self, key):
+                raise ValueError(f"mining.{key} {getattr(self, key)} has no effect with partitioner {self.partitioner}")
+        if self.penalty and (self.edges != "union" or not self.veto):
+            raise ValueError(f"mining.penalty {self.penalty} needs edges union with the veto")
         if self.partitioner == "paper" and self.edges != "mutual":
             raise ValueError("mining.partitioner paper needs mining.edges mutual")
         if self.edges == "mutual" and self.veto and "veto" in self.model_fields_set:

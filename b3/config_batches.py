@@ -43,7 +43,9 @@ def _check_variants(config: Config) -> None:
             where = ".".join((key, *map(str, first["loc"])))
             raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
         if all(getattr(section, k) == getattr(mining, k) for k in variant.replaced):
-            raise ValueError(f"{key} changes nothing of mining; give it another p, m, k, edges, veto or partitioner")
+            raise ValueError(
+                f"{key} changes nothing of mining; give it another p, m, k, edges, veto, penalty or partitioner"
+            )
         if name not in used:
             raise ValueError(f"{key} is in no phase of batch.schedule; use it there or remove it")
 

@@ -11,6 +11,11 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this is the process that prints and writes, known before any group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start() -> None:
     """Join the process group of the launcher; nothing for a single process."""
     import torch
@@ -58,3 +63,14 @@ def gather_objects(value: Any) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, value)
     return parts
+
+
+def gather_objects_to(value: Any, owner: int) -> list[Any]:
+    """`value` of every rank, in rank order, on rank `owner`; an empty list on the others."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    parts: list[Any] | None = [None] * world_size() if rank() == owner else None
+    dist.gather_object(value, parts, dst=owner)
+    return parts or []

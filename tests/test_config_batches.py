@@ -80,7 +80,7 @@ def test_a_schedule_that_cannot_be(tmp_path: Path, phases: list, message: str) -
         ({"hard": {"p": 2, "m": 10}}, "mining.variants.hard changes nothing of mining"),
         ({"hard": {"pp": 2}}, "unknown key 'mining.variants.hard.pp'; did you mean 'p'?"),
         ({"hard": {"p": -2}}, "mining.p -2 must not be negative"),
-        ({"hard": {"partitioner": "best"}}, "mining.variants.hard.partitioner: Input should be 'metis'"),
+        ({"hard": {"partitioner": "best"}}, "mining.variants.hard.partitioner: Input should be 'anneal'"),
         ({"hard": {"partitioner": "paper"}}, "mining.partitioner paper needs mining.edges mutual"),
         ({"hard": {"k": 5}}, "batch.size 12 is not a multiple of mining.variants.hard.k 5; use 10 or 15"),
     ],

@@ -23,9 +23,9 @@ def random_expectation(ranks: Ranks, distinct: DistinctTargets, community_size: 
     share = (community_size - 1) / max(1, num - 1)
     totals = np.zeros(2)
     for start in range(0, num, 8192):
-        order, own = ranks.order[start : start + 8192], ranks.own[start : start + 8192, None]
-        size = np.where(order == own, 0, counts[order])
-        totals += size[:, ranks.p :].sum(), size[:, : ranks.p].sum()
+        rows = slice(start, start + 8192)
+        for side, targets in enumerate((ranks.window(rows), ranks.skipped(rows))):
+            totals[side] += counts[targets][targets != ranks.own[rows, None]].sum()
     return {
         "mined_negatives_per_query": float(totals[0] / num * share),
         "skipped_ranks_per_query": float(totals[1] / num * share),

@@ -110,7 +110,7 @@ def hubs(ranks: Ranks, distinct: DistinctTargets, negatives: np.ndarray | None) 
     """
     counts = np.zeros(len(distinct), dtype=np.int64)
     for start in range(0, len(ranks.own), WINDOW_ROWS):
-        window = ranks.window[start : start + WINDOW_ROWS]
+        window = ranks.window(slice(start, start + WINDOW_ROWS))
         mine = window == ranks.own[start : start + WINDOW_ROWS, None]
         counts += np.bincount(window[~mine], minlength=len(counts))
     order = np.argsort(-counts, kind="stable")
