@@ -34,9 +34,9 @@ def pair_vectors(queries: np.ndarray, distinct: DistinctTargets) -> np.ndarray:
 def balanced_kmeans(vectors: np.ndarray, rows: np.ndarray, clusters: int, unit: int, seed: int) -> np.ndarray:
     """(n,) int64 cluster of each of `rows`, numbered from 0; sizes are multiples of `unit`, as equal as can be.
 
-    `unit` divides n; with ``clusters == n / unit`` every cluster has exactly `unit` rows. Each split takes a part to two
-    by the difference of two centroids, its halves' means: at most `ITERATIONS` times, starting from two distant rows
-    (k-means with k = 2 and fixed sizes: for given centroids the assignment that maximises the similarity is a sort).
+    `unit` divides n; with ``clusters == n / unit`` every cluster has exactly `unit` rows. A part is split in two by the
+    difference of two centroids, its halves' means, at most `ITERATIONS` times, starting from two distant rows (k-means
+    with k = 2 and fixed sizes: for given centroids the assignment that maximises the similarity is a sort).
     """
     assert len(rows) % unit == 0 and 0 < clusters <= len(rows) // unit
     labels = np.empty(len(rows), dtype=np.int64)

@@ -111,11 +111,11 @@ class _TileSearch:
         shares = [slice(s[0], s[-1] + 1) for s in np.array_split(np.arange(count), self.threads) if len(s)]
         for start in range(0, len(self.targets), TILE):
             with torch.inference_mode():
-                keys: Any = (rough @ self.rough_targets[start : start + TILE].T).view(bits).numpy()
+                tile: Any = (rough @ self.rough_targets[start : start + TILE].T).view(bits).numpy()
 
-            def add(s: slice, keys: Any = keys, start: int = start) -> None:
+            def add(s: slice, tile: Any = tile, start: int = start) -> None:
                 candidates = found.keys[s], found.ids[s], found.counts[s], found.floors[s]
-                collect(keys[s], start, *candidates, error[s], self.result_error, self.depth, most)
+                collect(tile[s], start, *candidates, error[s], self.result_error, self.depth, most)
 
             list(self.pool.map(add, shares))
         ids, scores = np.empty((count, self.depth), dtype=np.int64), np.empty((count, self.depth))
