@@ -146,7 +146,7 @@ class _Candidates:
     """
 
     def __init__(self, count: int, room: int, kind: type) -> None:
-        self.keys = np.empty((count, room), dtype=kind)
+        self.keys: np.ndarray = np.empty((count, room), dtype=kind)
         self.ids = np.empty((count, room), dtype=np.int32)
         self.counts = np.zeros(count, dtype=np.int64)
         self.floors = np.full(count, np.iinfo(np.int64).min)
