@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     arrays.add_argument("--max-similarity", type=float, help="largest teacher similarity of a negative")
     arrays.add_argument("--max-relative", type=float, help="the same as a share of the positive's, such as 0.95")
     arrays.add_argument("--search", choices=("exact", "ivf"), default="exact", help="ivf: approximate, for millions")
-    arrays.add_argument("--device", default="cpu", help="torch device for ranking (default cpu)")
+    arrays.add_argument("--device", help="torch device for ranking (default: a GPU if there is one)")
     arrays.add_argument("--seed", type=int, default=0)
     arrays.add_argument("--out", type=Path, help="plan directory to write")
     return parser

@@ -42,7 +42,7 @@ def mine(
     progress: Progress | None = None,
     data_fingerprint: str | None = None,
     teacher: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     block_rows: int | None = None,
     stages: Stages | None = None,
 ) -> BatchPlan:
@@ -76,7 +76,7 @@ def mine(
         search: "exact", or "ivf": approximate, for very large N; ``report["search_recall"]`` measures it.
         progress: called as ``progress(stage, done, total)``.
         data_fingerprint, teacher: recorded in the manifest.
-        device: torch device for ranking large inputs.
+        device: torch device for ranking large inputs; default: a GPU if there is one.
         block_rows: queries ranked at a time; a matter of memory only.
         stages: where finished stages are kept for an interrupted run to continue from.
 
@@ -154,7 +154,7 @@ def rank_pairs(
     targets: np.ndarray,
     chosen: Parameters,
     clock: Clock,
-    device: str = "cpu",
+    device: str | None = None,
     block_rows: int | None = None,
     stages: Stages | None = None,
     owner: int | None = None,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from b3.mining.search import Search, exact_search, pair_scores
-from b3.mining.search import block_rows as default_block_rows
 from b3.mining.vectors import DistinctTargets
 
 Progress = Callable[[str, int, int], None]
@@ -121,7 +120,7 @@ def rank_targets(
     p: int,
     m: int,
     terms: int,
-    device: str = "cpu",
+    device: str | None = None,
     block_rows: int | None = None,
     progress: Progress | None = None,
     limits: Limits | None = None,
@@ -135,7 +134,7 @@ def rank_targets(
         distinct: the U distinct targets.
         p, m: the window [p, p + m); p + m <= U.
         terms: number of largest scores from rank p on that enter `Ranks.mass` (K - 1).
-        device: where torch searches large inputs.
+        device: torch device that searches large inputs; default: a GPU if there is one.
         block_rows: queries a block; changes memory and speed, never the result.
         progress: called as ``progress("rank", rows done, rows)``.
         limits: that rule out a part of the window.
@@ -149,9 +148,10 @@ def rank_targets(
         from b3.mining.search_ivf import CellSearch
 
         search: Search = CellSearch(distinct.vectors, depth)
+        step = 1024
     else:
-        search = exact_search(distinct.vectors, depth, device)
-    step = block_rows or default_block_rows(num_targets, device)
+        search, step = exact_search(distinct.vectors, depth, device)
+    step = block_rows or step
     first, last = (len(queries) * k // share[1] for k in (share[0], share[0] + 1))
     count = last - first
     order, skip = np.empty((count, p + m), dtype=np.int32), np.full(count, p, dtype=np.int32)
@@ -183,7 +183,7 @@ def join_ranks(parts: list[Ranks]) -> Ranks:
 def search_recall(queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets) -> float:
     """Share of the exact top p + m that an approximate search found, over `RECALL_QUERIES` evenly spaced queries."""
     rows = np.unique(np.linspace(0, len(queries) - 1, min(RECALL_QUERIES, len(queries))).astype(np.int64))
-    exact, _ = exact_search(distinct.vectors, ranks.order.shape[1])(queries[rows])
+    exact, _ = exact_search(distinct.vectors, ranks.order.shape[1])[0](queries[rows])
     found = sum(len(np.intersect1d(a, b)) for a, b in zip(exact, ranks.order[rows], strict=True))
     return found / exact.size
 

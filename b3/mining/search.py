@@ -15,29 +15,35 @@ import numpy as np
 
 SMALL = 6000  # up to this many distinct targets the float64 product alone is as fast and loads no other library
 SCORES_IN_BLOCK = 1 << 24
+SCORES_ON_DEVICE = 1 << 28  # 1 GiB in float32
 TILE = 8192
 ROOM = 4  # a query's candidates are thinned out when they exceed this many times the depth
 
 Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def exact_search(targets: np.ndarray, depth: int, device: str = "cpu") -> Search:
-    """A function from queries (n, D) to (ids (n, depth), exact scores (n, depth) float64) in rank order, ties by id.
+def exact_search(targets: np.ndarray, depth: int, device: str | None = None) -> tuple[Search, int]:
+    """(search, queries to give it at a time).
 
-    `targets`: (U, D), like the queries float32 unit vectors on the grid; 0 < depth <= U.
+    The search takes queries (n, D) to (ids (n, depth), exact scores (n, depth) float64) in rank order, ties by id.
+
+    Args:
+        targets: (U, D), like the queries float32 unit vectors on the grid.
+        depth: 0 < depth <= U.
+        device: torch device for large inputs; default: a GPU if there is one.
     """
     assert 0 < depth <= len(targets)
     if len(targets) <= SMALL:
         wide = targets.astype(np.float64).T
-        return lambda queries: select(queries.astype(np.float64) @ wide, depth)
-    return _TileSearch(targets, depth) if device == "cpu" else _DeviceSearch(targets, depth, device)
+        step = max(1, min(4096, SCORES_IN_BLOCK // len(targets)))
+        return lambda queries: select(queries.astype(np.float64) @ wide, depth), step
+    if device is None:
+        import torch
 
-
-def block_rows(num_targets: int, device: str = "cpu") -> int:
-    """Queries to search at a time."""
-    if num_targets <= SMALL or device != "cpu":
-        return max(1, min(4096, SCORES_IN_BLOCK // num_targets))
-    return 1024
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return _TileSearch(targets, depth), 1024
+    return _DeviceSearch(targets, depth, device), max(1, min(4096, SCORES_ON_DEVICE // len(targets)))
 
 
 def select(scores: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
