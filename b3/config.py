@@ -160,6 +160,35 @@ class MiningConfig(Section):
 
 class NegativesConfig(Section):
     per_query: int = Field(0, ge=0, description="mined hard negatives h per query (B3++: 5)")
+    scope: Literal["community", "batch"] = Field(
+        "community", description="drawn for each community when mining, or for each batch when it is composed"
+    )
+    window: int | None = Field(None, gt=0, description="counted ranks [p, p+window); null: m. The authors' code: 100")
+    penalty: float = Field(1.0, ge=0, allow_inf_nan=False, description="taken from a target's score by each top p")
+    filter: Literal["all", "none"] = Field("all", description="all: never of the owner's top p; none: authors' code")
+    drop_member_labels: bool = Field(True, description="never a target of any member; the authors' code: false")
+    repeat: bool = Field(False, description="repeat candidates where they are short, as the authors' code")
+    max_relative: float | None = Field(None, ge=0, le=1, description="most share of the positive's score")
+    max_margin: float | None = Field(None, ge=0, le=2, description="least distance below the positive's score")
+    candidates: int = Field(512, gt=0, description="targets kept for each community (scope batch only)")
+
+    @model_validator(mode="after")
+    def _effective(self) -> NegativesConfig:
+        defaults = type(self).model_fields
+        idle = [name for name in self.rules if getattr(self, name) != defaults[name].default]
+        if not self.per_query and idle:
+            raise ValueError(f"negatives.{idle[0]} has no effect with negatives.per_query 0")
+        if self.scope == "community" and "candidates" in idle:
+            raise ValueError("negatives.candidates has no effect with negatives.scope community")
+        limits = [name for name in ("max_relative", "max_margin") if getattr(self, name) is not None]
+        if self.scope == "batch" and limits:
+            raise ValueError(f"negatives.{limits[0]} needs negatives.scope community")
+        return self
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The arguments of `b3.mining.negatives.NegativeRules`."""
+        return self.model_dump(exclude={"per_query"})
 
 
 class PhaseConfig(Section):

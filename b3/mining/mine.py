@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from b3.errors import InputError
+from b3.mining.batch_negatives import candidate_arrays
 from b3.mining.graph import Graph, build_graph
-from b3.mining.negatives import draw_negatives
+from b3.mining.negatives import NegativeRules, draw_negatives, narrow
 from b3.mining.partition import (
     choose_remainder,
     communities_of,
@@ -76,6 +77,7 @@ def mine(
     veto: bool = True,
     partitioner: str = "metis",
     refine_passes: int = 6,
+    negative_rules: NegativeRules | None = None,
     progress: Progress | None = None,
     data_fingerprint: str | None = None,
     teacher: str | None = None,
@@ -96,13 +98,14 @@ def mine(
         m: width of the window; clipped where fewer than p + m distinct targets exist (``report["window"]`` says so).
         community_size: K.
         hard_negatives: h, hard negatives drawn for each row (0: none).
-        seed: of all random choices. The result depends on the arguments up to `refine_passes` alone.
+        seed: of all random choices. The result depends on the arguments up to `negative_rules` alone.
         edges: "union" (a pair counts for each direction that holds) or "mutual" (both must hold; the paper's). Default:
             union, and mutual for the partitioner "paper".
         veto: drop pairs of which one ranks the other's target above p (union only; mutual implies it).
         partitioner: "metis" (recursive METIS, repair, swap refinement), "paper" (the authors' METIS call and repair)
             or "random" (seeded permutation).
         refine_passes: most passes of the swap refinement ("metis" only).
+        negative_rules: what may be drawn as a hard negative, and how.
         progress: called as ``progress(stage, done, total)``.
         data_fingerprint, teacher: recorded in the manifest.
         device: torch device for ranking large inputs.
@@ -125,6 +128,7 @@ def mine(
     )
     used = refine_passes if partitioner == "metis" else 0
     chosen = _Parameters(p, m, community_size, hard_negatives, edges, bool(veto), partitioner, used, seed)
+    rules = _check_rules(negative_rules, hard_negatives)
     _check_parameters(chosen, len(queries), refine_passes, block_rows)
     clock = _Clock(progress)
     with clock.stage("normalise"):
@@ -132,17 +136,25 @@ def mine(
         units, distinct = unit_rows(queries, "queries"), distinct_targets(unit_rows(targets, "targets"))
         width = _window_width(chosen, len(distinct))
     with clock.stage("rank"):
-        ranks = rank_targets(units, distinct, p, width, community_size - 1, device, block_rows, progress)
+        counted = min(rules.window or m, len(distinct) - p) if hard_negatives else width
+        deep = max(width, counted)
+        all_ranks = rank_targets(units, distinct, p, deep, community_size - 1, device, block_rows, progress)
+        ranks = narrow(all_ranks, width)
     communities, remainder, facts = _communities(ranks, distinct, chosen, clock)
-    negatives = None
+    drawn: dict[str, np.ndarray] = {}
     if hard_negatives:
         with clock.stage("negatives"):
-            negatives = draw_negatives(ranks, distinct, communities, remainder, hard_negatives, seed)
-            facts["hard_negatives_missing"] = int((negatives < 0).sum())
+            groups = (narrow(all_ranks, counted), distinct, communities, remainder)
+            if rules.scope == "batch":
+                drawn = candidate_arrays(*groups, rules)
+            else:
+                drawn = {"hard_negatives": draw_negatives(*groups, hard_negatives, seed, rules, units)}
+                facts["hard_negatives_missing"] = int((drawn["hard_negatives"] < 0).sum())
     with clock.stage("report"):
         budget = max(m, SPARE_EDGES // len(units))
+        given = drawn.get("hard_negatives")
         report = make_report(
-            units, ranks, distinct, communities, seed, negatives=negatives, partitioner=partitioner, budget=budget
+            units, ranks, distinct, communities, seed, negatives=given, partitioner=partitioner, budget=budget
         )
         report |= facts
     report |= {"seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
@@ -153,10 +165,11 @@ def mine(
         "N": len(queries),
         "D": queries.shape[1],
         **asdict(chosen),
+        "negatives": asdict(rules) if hard_negatives else None,
         "versions": _versions(),
         "seconds": round(sum(clock.seconds.values()), 3),
     }
-    return BatchPlan(communities, remainder, negatives, report, manifest)
+    return BatchPlan(communities, remainder, report=report, manifest=manifest, **drawn)
 
 
 def _communities(
@@ -213,6 +226,14 @@ def _check_arrays(queries: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     if len(queries) == 0:
         raise InputError("there are no rows to mine (N = 0)")
     return queries, targets
+
+
+def _check_rules(rules: NegativeRules | None, hard_negatives: int) -> NegativeRules:
+    if rules is not None and not hard_negatives:
+        raise InputError("negative_rules have no effect with hard_negatives 0; leave them out, or draw some")
+    rules = rules or NegativeRules()
+    rules.check()
+    return rules
 
 
 def _check_parameters(chosen: _Parameters, count: int, refine_passes: int, block_rows: int | None) -> None:

@@ -47,6 +47,7 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: 
         "partitioner": mining.partitioner,
         "refine_passes": mining.refine_passes if mining.partitioner == "metis" else 0,
         "seed": config.seed,
+        **({"negatives": config.negatives.rules} if config.negatives.per_query and variant == BASE else {}),
     }
 
 
@@ -188,6 +189,7 @@ def _mine_plan(
 ) -> BatchPlan:
     """Mine and save one plan."""
     from b3.mining.mine import mine
+    from b3.mining.negatives import NegativeRules
 
     facts, mining = wanted(config, entry, dataset, variant), config.mining_of(variant)
     with stage_bar(plan_name(entry.subset, variant), show_progress) as progress:
@@ -202,6 +204,7 @@ def _mine_plan(
             veto=mining.veto,
             partitioner=mining.partitioner,
             refine_passes=mining.refine_passes,
+            negative_rules=NegativeRules(**facts["negatives"]) if facts["h"] else None,
             progress=progress,
             data_fingerprint=facts["data_fingerprint"],
             teacher=facts["teacher"],
