@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from b3.config_batches import check_batches
+from b3.config_mining import check_classification
 from b3.config_yaml import apply_override, locate, merge, read_yaml
 from b3.errors import ConfigError
 
@@ -110,7 +111,8 @@ class MiningVariant(Section):
 class MiningConfig(Section):
     dir: str = Field(description="folder of the batch plans, one sub-folder a data set")
     teacher: str = Field(
-        description="'embedded', a checkpoint, or a folder of SUBSET_queries.npy and SUBSET_targets.npy"
+        description="'embedded', a checkpoint, st:NAME (sentence-transformers), or a folder of SUBSET_queries.npy and"
+        " SUBSET_targets.npy"
     )
     teacher_adapter: str | None = Field(None, description="adapter of a teacher checkpoint")
     p: int | dict[Family, int] = Field(30, description="ranks skipped at the top; a number or one a family")
@@ -122,6 +124,12 @@ class MiningConfig(Section):
         "metis", description="paper: k-way METIS and the authors' repair"
     )
     refine_passes: int = Field(6, ge=0, description="passes of swap refinement after the partition (metis only)")
+    target_unit: Literal["distinct", "label30"] = Field(
+        "distinct", description="classification sets; label30: edges to the first 30 % of labels, as the authors' code"
+    )
+    classification_subset: int | None = Field(
+        None, gt=0, description="mine classification sets in random subsets of so many rows; the authors: 10000"
+    )
     variants: dict[str, MiningVariant] = Field(
         {}, description="further plans by name, for batch.schedule; hard negatives stay those of mining itself"
     )
@@ -279,6 +287,7 @@ class Config(Section):
                 f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}"
             )
         check_batches(self)
+        check_classification(self)
         return self
 
     @property

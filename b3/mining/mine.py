@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,15 @@ import numpy as np
 from b3.errors import InputError
 from b3.mining.batch_negatives import candidate_arrays
 from b3.mining.graph import Graph, build_graph
+from b3.mining.labels import (
+    RankTo,
+    label_count,
+    label_graph,
+    merge_facts,
+    rank_labels,
+    restrict_targets,
+    split_rows,
+)
 from b3.mining.negatives import NegativeRules, draw_negatives, narrow
 from b3.mining.partition import (
     choose_remainder,
@@ -29,6 +38,7 @@ from b3.mining.vectors import DistinctTargets, distinct_targets, embeddings_fing
 
 Progress = Callable[[str, int, int], None]
 EDGES = ("union", "mutual")
+TARGET_UNITS = ("distinct", "label30")
 PARTITIONERS = ("metis", "paper", "random")
 SPARE_EDGES = 1_500_000  # where targets repeat, a small data set keeps more than m edges a row, up to this many in all
 
@@ -44,6 +54,8 @@ class _Parameters:
     partitioner: str
     refine_passes: int
     seed: int
+    target_unit: str
+    subset_rows: int | None
 
 
 class _Clock:
@@ -61,7 +73,7 @@ class _Clock:
         yield
         if self.progress:
             self.progress(name, 1, 1)
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
 def mine(
@@ -78,6 +90,8 @@ def mine(
     partitioner: str = "metis",
     refine_passes: int = 6,
     negative_rules: NegativeRules | None = None,
+    target_unit: str = "distinct",
+    subset_rows: int | None = None,
     progress: Progress | None = None,
     data_fingerprint: str | None = None,
     teacher: str | None = None,
@@ -98,7 +112,7 @@ def mine(
         m: width of the window; clipped where fewer than p + m distinct targets exist (``report["window"]`` says so).
         community_size: K.
         hard_negatives: h, hard negatives drawn for each row (0: none).
-        seed: of all random choices. The result depends on the arguments up to `negative_rules` alone.
+        seed: of all random choices. The result depends on the arguments up to `subset_rows` alone.
         edges: "union" (a pair counts for each direction that holds) or "mutual" (both must hold; the paper's). Default:
             union, and mutual for the partitioner "paper".
         veto: drop pairs of which one ranks the other's target above p (union only; mutual implies it).
@@ -106,6 +120,10 @@ def mine(
             or "random" (seeded permutation).
         refine_passes: most passes of the swap refinement ("metis" only).
         negative_rules: what may be drawn as a hard negative, and how.
+        target_unit: "distinct", or "label30" for classification as the paper's scripts do it (`b3.mining.labels`);
+            this sets p to 0, m to 30 % of the labels and edges to mutual, and counts negatives in the first 2h labels.
+        subset_rows: rank and partition random subsets of so many rows each on its own; what is left over of each goes
+            to the remainder, which may then exceed K.
         progress: called as ``progress(stage, done, total)``.
         data_fingerprint, teacher: recorded in the manifest.
         device: torch device for ranking large inputs.
@@ -120,27 +138,34 @@ def mine(
         (3125, 32)
     """
     queries, targets = _check_arrays(queries, targets)
-    edges = edges or ("mutual" if partitioner == "paper" else "union")
+    edges = edges or ("mutual" if partitioner == "paper" or target_unit == "label30" else "union")
     # Integers of numpy overflow, and json does not take them.
     p, m, community_size, hard_negatives, seed, refine_passes = (
         int(value) if isinstance(value, np.integer) else value
         for value in (p, m, community_size, hard_negatives, seed, refine_passes)
     )
     used = refine_passes if partitioner == "metis" else 0
-    chosen = _Parameters(p, m, community_size, hard_negatives, edges, bool(veto), partitioner, used, seed)
+    chosen = _Parameters(
+        p, m, community_size, hard_negatives, edges, bool(veto), partitioner, used, seed, target_unit, subset_rows
+    )
     rules = _check_rules(negative_rules, hard_negatives)
     _check_parameters(chosen, len(queries), refine_passes, block_rows)
     clock = _Clock(progress)
     with clock.stage("normalise"):
         fingerprint = embeddings_fingerprint(queries, targets)
         units, distinct = unit_rows(queries, "queries"), distinct_targets(unit_rows(targets, "targets"))
-        width = _window_width(chosen, len(distinct))
+        chosen, width, counted = _windows(chosen, rules, len(distinct))
+
+    def rank(queries: np.ndarray, distinct: DistinctTargets, p: int, m: int) -> Ranks:
+        return rank_targets(queries, distinct, p, m, community_size - 1, device, block_rows, progress)
+
     with clock.stage("rank"):
-        counted = min(rules.window or m, len(distinct) - p) if hard_negatives else width
-        deep = max(width, counted)
-        all_ranks = rank_targets(units, distinct, p, deep, community_size - 1, device, block_rows, progress)
+        all_ranks = _rank(units, distinct, chosen, max(width, counted), rank)
         ranks = narrow(all_ranks, width)
-    communities, remainder, facts = _communities(ranks, distinct, chosen, clock)
+    if subset_rows or target_unit == "label30":
+        communities, remainder, facts = _by_subset(units, distinct, chosen, clock, rank)
+    else:
+        communities, remainder, facts = _communities(ranks, distinct, chosen, clock)
     drawn: dict[str, np.ndarray] = {}
     if hard_negatives:
         with clock.stage("negatives"):
@@ -151,11 +176,11 @@ def mine(
                 drawn = {"hard_negatives": draw_negatives(*groups, hard_negatives, seed, rules, units)}
                 facts["hard_negatives_missing"] = int((drawn["hard_negatives"] < 0).sum())
     with clock.stage("report"):
-        budget = max(m, SPARE_EDGES // len(units))
+        budget = max(chosen.m, SPARE_EDGES // len(units))
         given = drawn.get("hard_negatives")
-        report = make_report(
-            units, ranks, distinct, communities, seed, negatives=given, partitioner=partitioner, budget=budget
-        )
+        paper = target_unit == "distinct"
+        options: dict[str, Any] = {"partitioner": partitioner, "budget": budget, "compare_paper": paper}
+        report = make_report(units, ranks, distinct, communities, seed, negatives=given, **options)
         report |= facts
     report |= {"seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
     manifest = {
@@ -172,6 +197,37 @@ def mine(
     return BatchPlan(communities, remainder, report=report, manifest=manifest, **drawn)
 
 
+def _rank(units: np.ndarray, distinct: DistinctTargets, chosen: _Parameters, width: int, rank: RankTo) -> Ranks:
+    """Ranks of the unit that was chosen, with a window of `width` where so many exist."""
+    if chosen.target_unit == "label30":
+        return rank_labels(units, distinct, width, rank)
+    return rank(units, distinct, chosen.p, min(width, len(distinct) - chosen.p))
+
+
+def _by_subset(
+    units: np.ndarray, distinct: DistinctTargets, chosen: _Parameters, clock: _Clock, rank: RankTo
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """As `_communities`, ranked and partitioned in random subsets, each on its own."""
+    found, left, facts = [], [], []
+    for rows in split_rows(len(units), chosen.subset_rows, chosen.seed):
+        part = restrict_targets(distinct, rows)
+        if len(rows) < chosen.K or len(part) == 1:
+            left.append(rows)
+            continue
+        if chosen.p >= len(part) - 1:
+            raise InputError(f"p {chosen.p} leaves no ranks in a subset of {len(rows)} rows with {len(part)} targets")
+        with clock.stage("rank"):
+            ranks = _rank(units[rows], part, chosen, chosen.m, rank)
+        communities, remainder, fact = _communities(ranks, part, chosen, clock)
+        found.append(rows[communities])
+        left.append(rows[remainder])
+        facts.append(fact)
+    if not found:
+        raise InputError(f"every subset of {chosen.subset_rows} rows has one target only; give larger subsets")
+    communities = np.concatenate(found)
+    return communities[np.argsort(communities[:, 0])], np.sort(np.concatenate(left)), merge_facts(facts)
+
+
 def _communities(
     ranks: Ranks, distinct: DistinctTargets, chosen: _Parameters, clock: _Clock
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
@@ -182,7 +238,10 @@ def _communities(
     if chosen.partitioner != "random":
         with clock.stage("graph"):
             budget = max(chosen.m, SPARE_EDGES // count)
-            graph = build_graph(ranks, distinct, chosen.edges, chosen.veto, budget, chosen.seed)
+            if chosen.target_unit == "label30":
+                graph = label_graph(ranks, distinct)
+            else:
+                graph = build_graph(ranks, distinct, chosen.edges, chosen.veto, budget, chosen.seed)
             facts = {"edges": graph.num_edges, "isolated_rows": int((np.diff(graph.indptr) == 0).sum())}
     with clock.stage("partition"):
         remainder = choose_remainder(graph, count, size, chosen.seed)
@@ -252,6 +311,25 @@ def _check_parameters(chosen: _Parameters, count: int, refine_passes: int, block
         raise InputError(f"partitioner is {chosen.partitioner!r}; choose from {', '.join(PARTITIONERS)}")
     if chosen.partitioner == "paper" and chosen.edges != "mutual":
         raise InputError(f"partitioner paper works on mutual edges, not {chosen.edges}; leave edges out")
+    if chosen.target_unit not in TARGET_UNITS:
+        raise InputError(f"target_unit is {chosen.target_unit!r}; choose from {', '.join(TARGET_UNITS)}")
+    if chosen.target_unit == "label30" and chosen.edges != "mutual":
+        raise InputError(f"target_unit label30 works on mutual edges, not {chosen.edges}; leave edges out")
+    subset = chosen.subset_rows
+    if subset is not None and (isinstance(subset, bool) or not isinstance(subset, int) or subset < chosen.K):
+        raise InputError(f"subset_rows is {subset!r}; give an integer of at least the community size {chosen.K}")
+
+
+def _windows(chosen: _Parameters, rules: NegativeRules, num_targets: int) -> tuple[_Parameters, int, int]:
+    """(parameters with the p and m that count, width of the window, width of the window of hard negatives)."""
+    wanted = rules.window or chosen.m
+    if chosen.target_unit == "label30":
+        chosen = replace(chosen, p=0, m=label_count(num_targets))
+        wanted = rules.window or 2 * chosen.h
+    width = _window_width(chosen, num_targets)
+    own = 1 if chosen.target_unit == "label30" else 0  # the own label has no rank there
+    most = num_targets - chosen.p - own
+    return chosen, min(width, most), min(wanted, most) if chosen.h else 0
 
 
 def _window_width(chosen: _Parameters, num_targets: int) -> int:

@@ -22,7 +22,7 @@ ARRAYS = ("communities", "remainder", "hard_negatives", *BATCH_ARRAYS)
 FILES = (*(f"{name}.npy" for name in ARRAYS), "report.json", "report.html", "manifest.json")
 IDENTITY = (
     "data_fingerprint", "embeddings_fingerprint", "teacher", "N", "p", "m", "K", "h",
-    "edges", "veto", "partitioner", "refine_passes", "seed", "negatives",
+    "edges", "veto", "partitioner", "refine_passes", "seed", "negatives", "target_unit", "subset_rows",
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ class BatchPlan:
 
     Attributes:
         communities: (C, K) int64 row numbers; every row number at most once.
-        remainder: (N mod K,) int64, the rows that are in no community.
+        remainder: (R,) int64, the rows that are in no community: N mod K, or those of each subset mined on its own.
         hard_negatives: (N, h) int64, rows whose targets are the hard negatives of each row, -1 where there were too
             few candidates; or None.
         report: what was measured (see `b3.mining.report`).

@@ -13,7 +13,7 @@ from b3.config import BASE, Config, DatasetConfig
 from b3.data.recipe import load_dataset
 from b3.data.records import PairDataset
 from b3.data.sources import embedded_teacher, split_source
-from b3.errors import DataError, RunError
+from b3.errors import ConfigError, DataError, RunError
 from b3.mining.plan import BatchPlan
 from b3.progress import bar
 
@@ -35,20 +35,28 @@ def plan_folder(config: Config, subset: str, variant: str = BASE) -> Path:
 def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: str = BASE) -> dict[str, Any]:
     """The manifest entries that a plan of this data set must have; hard negatives come from the base plan alone."""
     mining = config.mining_of(variant)
-    return {
+    labelled = entry.family == "classification"
+    by_label = labelled and mining.target_unit == "label30"
+    facts: dict[str, Any] = {
         "data_fingerprint": dataset.fingerprint(),
         "teacher": teacher_name(config),
-        "p": mining.p_of(entry),
+        "p": 0 if by_label else mining.p_of(entry),
         "m": entry.m or mining.m,
         "K": mining.k,
         "h": config.negatives.per_query if variant == BASE else 0,
-        "edges": mining.edges,
+        "edges": "mutual" if by_label else mining.edges,
         "veto": mining.veto,
         "partitioner": mining.partitioner,
         "refine_passes": mining.refine_passes if mining.partitioner == "metis" else 0,
         "seed": config.seed,
-        **({"negatives": config.negatives.rules} if config.negatives.per_query and variant == BASE else {}),
+        "target_unit": "label30" if by_label else "distinct",
+        "subset_rows": mining.classification_subset if labelled else None,
     }
+    if by_label and entry.m is None:
+        del facts["m"]  # follows from the number of labels
+    if facts["h"]:
+        facts["negatives"] = config.negatives.rules
+    return facts
 
 
 def teacher_name(config: Config) -> str:
@@ -196,18 +204,25 @@ def _mine_plan(
         plan = mine(
             *embeddings,
             p=facts["p"],
-            m=facts["m"],
+            m=facts.get("m", mining.m),
             community_size=mining.k,
             hard_negatives=facts["h"],
             seed=config.seed,
-            edges=mining.edges,
+            edges=facts["edges"],
             veto=mining.veto,
             partitioner=mining.partitioner,
             refine_passes=mining.refine_passes,
             negative_rules=NegativeRules(**facts["negatives"]) if facts["h"] else None,
+            target_unit=facts["target_unit"],
+            subset_rows=facts["subset_rows"],
             progress=progress,
             data_fingerprint=facts["data_fingerprint"],
             teacher=facts["teacher"],
+        )
+    if plan.manifest["m"] != facts.get("m", plan.manifest["m"]):
+        raise ConfigError(
+            f"m {facts['m']} of {entry.subset} has no effect with mining.target_unit label30, which takes"
+            f" {plan.manifest['m']} labels (30 %); leave m out"
         )
     plan.save(plan_folder(config, entry.subset, variant))
     return plan
