@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from b3.config_batches import check_batches
+from b3.config_mining import check_classification
 from b3.config_yaml import apply_override, locate, merge, read_yaml
 from b3.errors import ConfigError
 
@@ -114,7 +115,8 @@ class MiningVariant(Section):
 class MiningConfig(Section):
     dir: str = Field(description="folder of the batch plans, one sub-folder a data set")
     teacher: str = Field(
-        description="'embedded', a checkpoint, or a folder of SUBSET_queries.npy and SUBSET_targets.npy"
+        description="'embedded', a checkpoint, st:NAME (sentence-transformers), or a folder of SUBSET_queries.npy and"
+        " SUBSET_targets.npy"
     )
     teacher_adapter: str | None = Field(None, description="adapter of a teacher checkpoint")
     p: int | dict[Family, int] = Field(30, description="ranks skipped at the top; a number or one a family")
@@ -141,6 +143,12 @@ class MiningConfig(Section):
         None, gt=1, description="cut larger data sets into pieces of at most so many rows first, by balanced k-means"
     )
     search: Literal["exact", "ivf"] = Field("exact", description="ivf: approximate ranking, for millions of rows")
+    target_unit: Literal["distinct", "label30"] = Field(
+        "distinct", description="classification sets; label30: edges to the first 30 % of labels, as the authors' code"
+    )
+    classification_subset: int | None = Field(
+        None, gt=0, description="mine classification sets in random subsets of so many rows; the authors: 10000"
+    )
     variants: dict[str, MiningVariant] = Field(
         {}, description="further plans by name, for batch.schedule; hard negatives stay those of mining itself"
     )
@@ -186,6 +194,35 @@ class MiningConfig(Section):
 
 class NegativesConfig(Section):
     per_query: int = Field(0, ge=0, description="mined hard negatives h per query (B3++: 5)")
+    scope: Literal["community", "batch"] = Field(
+        "community", description="drawn for each community when mining, or for each batch when it is composed"
+    )
+    window: int | None = Field(None, gt=0, description="counted ranks [p, p+window); null: m. The authors' code: 100")
+    penalty: float = Field(1.0, ge=0, allow_inf_nan=False, description="taken from a target's score by each top p")
+    filter: Literal["all", "none"] = Field("all", description="all: never of the owner's top p; none: authors' code")
+    drop_member_labels: bool = Field(True, description="never a target of any member; the authors' code: false")
+    repeat: bool = Field(False, description="repeat candidates where they are short, as the authors' code")
+    max_relative: float | None = Field(None, ge=0, le=1, description="most share of the positive's score")
+    max_margin: float | None = Field(None, ge=0, le=2, description="least distance below the positive's score")
+    candidates: int = Field(512, gt=0, description="targets kept for each community (scope batch only)")
+
+    @model_validator(mode="after")
+    def _effective(self) -> NegativesConfig:
+        defaults = type(self).model_fields
+        idle = [name for name in self.rules if getattr(self, name) != defaults[name].default]
+        if not self.per_query and idle:
+            raise ValueError(f"negatives.{idle[0]} has no effect with negatives.per_query 0")
+        if self.scope == "community" and "candidates" in idle:
+            raise ValueError("negatives.candidates has no effect with negatives.scope community")
+        limits = [name for name in ("max_relative", "max_margin") if getattr(self, name) is not None]
+        if self.scope == "batch" and limits:
+            raise ValueError(f"negatives.{limits[0]} needs negatives.scope community")
+        return self
+
+    @property
+    def rules(self) -> dict[str, Any]:
+        """The arguments of `b3.mining.negatives.NegativeRules`."""
+        return self.model_dump(exclude={"per_query"})
 
 
 class PhaseConfig(Section):
@@ -276,6 +313,7 @@ class Config(Section):
                 f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}"
             )
         check_batches(self)
+        check_classification(self)
         return self
 
     @property

@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from b3.errors import InputError
-from b3.mining.communities import PARTITIONERS, REFINED, Cut
-from b3.mining.rank import Limits
+from b3.mining.labels import label_count
+from b3.mining.negatives import NegativeRules
+from b3.mining.parameters import EDGES, PARTITIONERS, REFINED, SEARCHES, TARGET_UNITS, Parameters
 
-EDGES = ("union", "mutual")
-SEARCHES = ("exact", "ivf")
 MOST_PENALTY = 60  # weights are int8
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """The parameters that decide what a plan is, as in the manifest; see `b3.mining.mine.mine`."""
-
-    p: int
-    m: int
-    K: int
-    h: int
-    edges: str
-    veto: bool
-    penalty: int
-    partitioner: str
-    refine_passes: int
-    piece_rows: int | None
-    max_similarity: float | None
-    max_relative: float | None
-    search: str
-    seed: int
-
-    @property
-    def limits(self) -> Limits | None:
-        if self.max_similarity is None and self.max_relative is None:
-            return None
-        return Limits(self.max_similarity, self.max_relative)
-
-    @property
-    def cut(self) -> Cut:
-        return Cut(
-            self.p, self.m, self.K, self.edges, self.veto, self.penalty, self.partitioner, self.refine_passes,
-            self.piece_rows, self.seed,
-        )  # fmt: skip
 
 
 def check_arrays(queries: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +42,9 @@ def check_parameters(chosen: Parameters, count: int, refine_passes: int, block_r
         _check_integer(names.get(key, key), given[key], low)
     if count < chosen.K:
         raise InputError(f"community_size {chosen.K} exceeds the {count} rows; give at most {count}")
-    for key, known in (("edges", EDGES), ("partitioner", PARTITIONERS), ("search", SEARCHES)):
+    for key, known in (
+        ("edges", EDGES), ("partitioner", PARTITIONERS), ("search", SEARCHES), ("target_unit", TARGET_UNITS)
+    ):  # fmt: skip
         if given[key] not in known:
             raise InputError(f"{key} is {given[key]!r}; choose from {', '.join(known)}")
     if chosen.partitioner == "paper" and chosen.edges != "mutual":
@@ -87,6 +55,12 @@ def check_parameters(chosen: Parameters, count: int, refine_passes: int, block_r
         raise InputError(f"penalty is {chosen.penalty}; give at most {MOST_PENALTY}")
     if chosen.penalty and chosen.partitioner not in REFINED:
         raise InputError(f"penalty {chosen.penalty} has no effect with partitioner {chosen.partitioner}")
+    if chosen.target_unit == "label30" and chosen.edges != "mutual":
+        raise InputError(f"target_unit label30 works on mutual edges, not {chosen.edges}; leave edges out")
+    if chosen.target_unit == "label30" and (chosen.limits or chosen.piece_rows is not None):
+        raise InputError("target_unit label30 knows no max_similarity, max_relative or piece_rows; leave them out")
+    if chosen.subset_rows is not None:
+        _check_integer("subset_rows", chosen.subset_rows, chosen.K)
     if chosen.piece_rows is not None:
         _check_integer("piece_rows", chosen.piece_rows, 2 * chosen.K)
         if chosen.partitioner not in REFINED:
@@ -100,7 +74,28 @@ def _check_integer(name: str, value: Any, low: int) -> None:
         raise InputError(f"{name} is {value!r}; give an integer of at least {low}")
 
 
-def window_width(chosen: Parameters, num_targets: int) -> int:
+def check_rules(rules: NegativeRules | None, hard_negatives: int) -> NegativeRules:
+    """The rules, or the default ones. Raises `InputError` for rules without effect or out of range."""
+    if rules is not None and not hard_negatives:
+        raise InputError("negative_rules have no effect with hard_negatives 0; leave them out, or draw some")
+    rules = rules or NegativeRules()
+    rules.check()
+    return rules
+
+
+def windows(chosen: Parameters, rules: NegativeRules, num_targets: int) -> tuple[Parameters, int, int]:
+    """(parameters with the p and m that count, width of the window, width of the window of hard negatives)."""
+    wanted = rules.window or chosen.m
+    if chosen.target_unit == "label30":
+        chosen = replace(chosen, p=0, m=label_count(num_targets))
+        wanted = rules.window or 2 * chosen.h
+    width = _window_width(chosen, num_targets)
+    own = 1 if chosen.target_unit == "label30" else 0  # the own label has no rank there
+    most = num_targets - chosen.p - own
+    return chosen, min(width, most), min(wanted, most) if chosen.h else 0
+
+
+def _window_width(chosen: Parameters, num_targets: int) -> int:
     """m, clipped to the ranks that exist."""
     if num_targets < 2:
         raise InputError("all rows have the same target, so there are no negatives; mining needs two distinct targets")

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from b3.mining.graph import Graph, build_graph
+from b3.mining.labels import label_graph
+from b3.mining.parameters import Parameters
 from b3.mining.partition import choose_remainder, communities_of, metis_labels, random_labels, reference_repair, repair
 from b3.mining.rank import Ranks
 from b3.mining.stages import Clock
 from b3.mining.vectors import DistinctTargets
 
-# What each partitioner starts from, and whether swaps refine it.
-PARTITIONERS = ("anneal", "metis", "paper", "kmeans", "random")
-REFINED = ("anneal", "metis")
-SPARE_EDGES = 1_500_000  # where targets repeat, a small data set keeps more than m edges a row, up to this many in all
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the rows are grouped; see `b3.mining.mine.mine` for the meaning of each."""
-
-    p: int
-    m: int
-    K: int
-    edges: str
-    veto: bool
-    penalty: int
-    partitioner: str
-    refine_passes: int
-    piece_rows: int | None
-    seed: int
-
-
-def budget(cut: Cut, num_rows: int) -> int:
-    """Edges that a row keeps where targets repeat."""
-    return max(cut.m, SPARE_EDGES // num_rows)
-
 
 def find_communities(
-    queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, cut: Cut, clock: Clock
+    queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, cut: Parameters, clock: Clock
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(communities (C, K), remainder (N mod K,), facts for the report).
 
@@ -61,7 +36,10 @@ def find_communities(
         labels = _by_similarity(queries, rows, ranks, distinct, cut, clock, facts)
     else:
         with clock.stage("graph"):
-            graph = build_graph(ranks, distinct, cut.edges, cut.veto, budget(cut, count), cut.seed, cut.penalty)
+            if cut.target_unit == "label30":
+                graph = label_graph(ranks, distinct)
+            else:
+                graph = build_graph(ranks, distinct, cut.edges, cut.veto, cut.budget(count), cut.seed, cut.penalty)
             remainder = choose_remainder(graph, count, cut.K, cut.seed)
             rows = np.setdiff1d(np.arange(count), remainder)
             facts |= {"edges": graph.num_edges, "isolated_rows": int((np.diff(graph.indptr) == 0).sum())}
@@ -75,7 +53,7 @@ def _by_similarity(
     rows: np.ndarray,
     ranks: Ranks,
     distinct: DistinctTargets,
-    cut: Cut,
+    cut: Parameters,
     clock: Clock,
     facts: dict[str, Any],
 ) -> np.ndarray:
@@ -96,7 +74,7 @@ def _by_similarity(
         inside = np.flatnonzero(piece == number)
         members = rows[inside]
         with clock.stage("graph"):
-            wide = budget(cut, len(ranks.own))
+            wide = cut.budget(len(ranks.own))
             graph = build_graph(ranks, distinct, cut.edges, cut.veto, wide, cut.seed, cut.penalty, members)
         facts["edges"] += graph.num_edges
         facts["isolated_rows"] += int((np.diff(graph.indptr) == 0).sum())
@@ -105,7 +83,7 @@ def _by_similarity(
     return labels
 
 
-def _cut(graph: Graph, targets: np.ndarray, cut: Cut, clock: Clock, facts: dict[str, Any]) -> np.ndarray:
+def _cut(graph: Graph, targets: np.ndarray, cut: Parameters, clock: Clock, facts: dict[str, Any]) -> np.ndarray:
     """(n,) community of each row of a graph over n rows with distinct targets `targets` (n,); K divides n."""
     parts = len(graph) // cut.K
     with clock.stage("partition"):

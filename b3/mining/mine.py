@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from b3 import distributed
-from b3.mining.checks import Parameters, check_arrays, check_parameters, window_width
-from b3.mining.communities import REFINED, budget, find_communities
-from b3.mining.negatives import draw_negatives
+from b3.errors import InputError
+from b3.mining.batch_negatives import candidate_arrays
+from b3.mining.checks import check_arrays, check_parameters, check_rules, windows
+from b3.mining.communities import find_communities
+from b3.mining.labels import RankTo, merge_facts, rank_labels, restrict_targets, split_rows
+from b3.mining.negatives import NegativeRules, draw_negatives, narrow
+from b3.mining.parameters import REFINED, Parameters
 from b3.mining.plan import BatchPlan
 from b3.mining.rank import Ranks, join_ranks, rank_targets, search_recall
 from b3.mining.report import make_report, peak_memory
@@ -39,6 +44,9 @@ def mine(
     max_similarity: float | None = None,
     max_relative: float | None = None,
     search: str = "exact",
+    negative_rules: NegativeRules | None = None,
+    target_unit: str = "distinct",
+    subset_rows: int | None = None,
     progress: Progress | None = None,
     data_fingerprint: str | None = None,
     teacher: str | None = None,
@@ -60,7 +68,7 @@ def mine(
         m: width of the window; clipped where fewer than p + m distinct targets exist (``report["window"]`` says so).
         community_size: K.
         hard_negatives: h, hard negatives drawn for each row (0: none).
-        seed: of all random choices. The result depends on the arguments up to `search` alone.
+        seed: of all random choices. The result depends on the arguments up to `subset_rows` alone.
         edges: "union" (a pair counts for each direction that holds) or "mutual" (both must hold; the paper's). Default:
             union, and mutual for the partitioner "paper".
         veto: drop pairs of which one ranks the other's target above its window (union only; mutual implies it).
@@ -74,6 +82,11 @@ def mine(
         max_similarity: a target of the window that the teacher scores above this is treated as ranked above it.
         max_relative: the same for a score above this share of the positive's (NV-Retriever, arXiv 2407.15831).
         search: "exact", or "ivf": approximate, for very large N; ``report["search_recall"]`` measures it.
+        negative_rules: what may be drawn as a hard negative, and how.
+        target_unit: "distinct", or "label30" for classification as the paper's scripts do it (`b3.mining.labels`);
+            this sets p to 0, m to 30 % of the labels and edges to mutual, and counts negatives in the first 2h labels.
+        subset_rows: rank and partition random subsets of so many rows each on its own; what is left over of each goes
+            to the remainder, which may then exceed K.
         progress: called as ``progress(stage, done, total)``.
         data_fingerprint, teacher: recorded in the manifest.
         device: torch device for ranking large inputs; default: a GPU if there is one.
@@ -92,11 +105,13 @@ def mine(
     chosen = parameters(
         len(queries), p, m, community_size, hard_negatives, seed, edges=edges, veto=veto, penalty=penalty,
         partitioner=partitioner, refine_passes=refine_passes, piece_rows=piece_rows, max_similarity=max_similarity,
-        max_relative=max_relative, search=search, block_rows=block_rows,
+        max_relative=max_relative, search=search, target_unit=target_unit, subset_rows=subset_rows,
+        block_rows=block_rows,
     )  # fmt: skip
-    ranked = rank_pairs(queries, targets, chosen, Clock(progress), device, block_rows, stages)
+    rules = check_rules(negative_rules, hard_negatives)
+    ranked = rank_pairs(queries, targets, chosen, rules, Clock(progress), device, block_rows, stages)
     assert ranked is not None
-    return plan_pairs(ranked, chosen, data_fingerprint, teacher, stages)
+    return plan_pairs(ranked, data_fingerprint, teacher)
 
 
 def parameters(
@@ -116,6 +131,8 @@ def parameters(
     max_similarity: float | None,
     max_relative: float | None,
     search: str,
+    target_unit: str,
+    subset_rows: int | None,
     block_rows: int | None = None,
 ) -> Parameters:
     """The parameters of `mine` for `count` rows, checked."""
@@ -125,10 +142,12 @@ def parameters(
         for value in (p, m, community_size, hard_negatives, seed, refine_passes, penalty)
     )
     chosen = Parameters(
-        p=p, m=m, K=community_size, h=hard_negatives, edges=edges or ("mutual" if partitioner == "paper" else "union"),
+        p=p, m=m, K=community_size, h=hard_negatives,
+        edges=edges or ("mutual" if partitioner == "paper" or target_unit == "label30" else "union"),
         veto=bool(veto), penalty=penalty, partitioner=partitioner,
         refine_passes=refine_passes if partitioner in REFINED else 0, piece_rows=piece_rows,
-        max_similarity=max_similarity, max_relative=max_relative, search=search, seed=seed,
+        max_similarity=max_similarity, max_relative=max_relative, search=search,
+        target_unit=target_unit, subset_rows=subset_rows, seed=seed,
     )  # fmt: skip
     check_parameters(chosen, count, refine_passes, block_rows)
     return chosen
@@ -138,12 +157,23 @@ def parameters(
 class Ranked:
     """The first half of mining: unit vectors, distinct targets, and the ranks of all rows.
 
-    Attributes: units (N, D) float32 queries on the grid; fingerprint: of the embeddings; facts: for the report.
+    Attributes:
+        units: (N, D) float32 queries on the grid.
+        ranks: with a window wide enough for communities and for hard negatives.
+        chosen: the parameters, with the p and m that count; rules: of the hard negatives.
+        width, counted: of the window of communities and of that of hard negatives.
+        rank: ranks further queries over other targets, in the same way.
+        fingerprint: of the embeddings; facts: for the report.
     """
 
     units: np.ndarray
     distinct: DistinctTargets
     ranks: Ranks
+    chosen: Parameters
+    rules: NegativeRules
+    width: int
+    counted: int
+    rank: RankTo
     fingerprint: str
     facts: dict[str, Any]
     clock: Clock
@@ -153,6 +183,7 @@ def rank_pairs(
     queries: np.ndarray,
     targets: np.ndarray,
     chosen: Parameters,
+    rules: NegativeRules,
     clock: Clock,
     device: str | None = None,
     block_rows: int | None = None,
@@ -168,21 +199,30 @@ def rank_pairs(
     with clock.stage("normalise"):
         fingerprint = embeddings_fingerprint(queries, targets)
         units, distinct = unit_rows(queries, "queries"), distinct_targets(unit_rows(targets, "targets"))
-        width = window_width(chosen, len(distinct))
-    here = owner is None or distributed.rank() == owner
+        chosen, width, counted = windows(chosen, rules, len(distinct))
+
+    def rank(part: np.ndarray, of: DistinctTargets, p: int, m: int, share: tuple[int, int] = (0, 1)) -> Ranks:
+        options = chosen.limits, share, chosen.search
+        return rank_targets(part, of, p, m, chosen.K - 1, device, block_rows, clock.progress, *options)
+
+    wide = max(width, counted)
     key = Stages.key(
-        embeddings=fingerprint, p=chosen.p, m=width, K=chosen.K, limits=str(chosen.limits), ivf=chosen.search
-    )
+        embeddings=fingerprint, p=chosen.p, m=wide, K=chosen.K, limits=str(chosen.limits), search=chosen.search,
+        unit=chosen.target_unit,
+    )  # fmt: skip
     with clock.stage("rank"):
+        here = owner is None or distributed.rank() == owner
         stored = stages.load("ranks", key) if stages and here else None
+        ranks: Ranks | None
         if _anywhere(stored is not None, owner):
-            ranks = None if stored is None else Ranks(p=chosen.p, m=width, num_targets=len(distinct), **stored)
+            ranks = (
+                None
+                if stored is None
+                else Ranks(p=chosen.p, num_targets=len(distinct), **_with_width(stored, chosen.p))
+            )
         else:
             share = (0, 1) if owner is None else (distributed.rank(), distributed.world_size())
-            part = rank_targets(
-                units, distinct, chosen.p, width, chosen.K - 1, device, block_rows, clock.progress, chosen.limits,
-                share, chosen.search,
-            )  # fmt: skip
+            part = _rank(units, distinct, chosen, wide, partial(rank, share=share))
             parts = [part] if owner is None else distributed.gather_objects_to(part, owner)
             ranks = join_ranks(parts) if parts else None
             if stages and ranks is not None:
@@ -193,7 +233,11 @@ def rank_pairs(
     if chosen.search != "exact":
         with clock.stage("recall"):
             facts["search_recall"] = search_recall(units, ranks, distinct)
-    return Ranked(units, distinct, ranks, fingerprint, facts, clock)
+    return Ranked(units, distinct, ranks, chosen, rules, width, counted, rank, fingerprint, facts, clock)
+
+
+def _with_width(stored: dict[str, np.ndarray], p: int) -> dict[str, Any]:
+    return {**stored, "m": stored["order"].shape[1] - p}
 
 
 def _anywhere(found: bool, owner: int | None) -> bool:
@@ -201,37 +245,43 @@ def _anywhere(found: bool, owner: int | None) -> bool:
     return found if owner is None else any(distributed.gather_objects(found))
 
 
-def plan_pairs(
-    ranked: Ranked,
-    chosen: Parameters,
-    data_fingerprint: str | None = None,
-    teacher: str | None = None,
-    stages: Stages | None = None,
-) -> BatchPlan:
+def _rank(units: np.ndarray, distinct: DistinctTargets, chosen: Parameters, width: int, rank: RankTo) -> Ranks:
+    """Ranks of the unit that was chosen, with a window of `width` where so many exist."""
+    if chosen.target_unit == "label30":
+        return rank_labels(units, distinct, width, rank)
+    return rank(units, distinct, chosen.p, min(width, len(distinct) - chosen.p))
+
+
+def plan_pairs(ranked: Ranked, data_fingerprint: str | None = None, teacher: str | None = None) -> BatchPlan:
     """The second half of mining: communities, hard negatives, report."""
-    units, distinct, ranks, clock = ranked.units, ranked.distinct, ranked.ranks, ranked.clock
-    communities, remainder, facts = find_communities(units, ranks, distinct, chosen.cut, clock)
-    negatives = None
+    units, distinct, chosen, clock = ranked.units, ranked.distinct, ranked.chosen, ranked.clock
+    ranks = narrow(ranked.ranks, ranked.width)
+    if chosen.subset_rows:
+        communities, remainder, facts = _by_subset(ranked)
+    else:
+        communities, remainder, facts = find_communities(units, ranks, distinct, chosen, clock)
+    drawn: dict[str, np.ndarray] = {}
     if chosen.h:
         with clock.stage("negatives"):
-            negatives = draw_negatives(ranks, distinct, communities, remainder, chosen.h, chosen.seed)
-            facts["hard_negatives_missing"] = int((negatives < 0).sum())
+            groups = (narrow(ranked.ranks, ranked.counted), distinct, communities, remainder)
+            if ranked.rules.scope == "batch":
+                drawn = candidate_arrays(*groups, ranked.rules)
+            else:
+                drawn = {"hard_negatives": draw_negatives(*groups, chosen.h, chosen.seed, ranked.rules, units)}
+                facts["hard_negatives_missing"] = int((drawn["hard_negatives"] < 0).sum())
     with clock.stage("report"):
-        report = (
-            make_report(
-                units,
-                ranks,
-                distinct,
-                communities,
-                chosen.seed,
-                negatives=negatives,
-                partitioner=chosen.partitioner,
-                budget=budget(chosen.cut, len(units)),
-            )
-            | ranked.facts
-            | facts
+        report = make_report(
+            units,
+            ranks,
+            distinct,
+            communities,
+            chosen.seed,
+            negatives=drawn.get("hard_negatives"),
+            partitioner=chosen.partitioner,
+            budget=chosen.budget(len(units)),
+            compare_paper=chosen.target_unit == "distinct",
         )
-    report |= {"seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
+    report |= {**ranked.facts, **facts, "seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
     manifest = {
         "data_fingerprint": data_fingerprint,
         "embeddings_fingerprint": ranked.fingerprint,
@@ -239,10 +289,34 @@ def plan_pairs(
         "N": len(units),
         "D": units.shape[1],
         **asdict(chosen),
+        "negatives": asdict(ranked.rules) if chosen.h else None,
         "versions": _versions(),
         "seconds": round(sum(clock.seconds.values()), 3),
     }
-    return BatchPlan(communities, remainder, negatives, report, manifest)
+    return BatchPlan(communities, remainder, report=report, manifest=manifest, **drawn)
+
+
+def _by_subset(ranked: Ranked) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """As `find_communities`, ranked and partitioned in random subsets, each on its own."""
+    units, chosen, clock = ranked.units, ranked.chosen, ranked.clock
+    found, left, facts = [], [], []
+    for rows in split_rows(len(units), chosen.subset_rows, chosen.seed):
+        part = restrict_targets(ranked.distinct, rows)
+        if len(rows) < chosen.K or len(part) == 1:
+            left.append(rows)
+            continue
+        if chosen.p >= len(part) - 1:
+            raise InputError(f"p {chosen.p} leaves no ranks in a subset of {len(rows)} rows with {len(part)} targets")
+        with clock.stage("rank"):
+            ranks = _rank(units[rows], part, chosen, chosen.m, ranked.rank)
+        communities, remainder, fact = find_communities(units[rows], ranks, part, chosen, clock)
+        found.append(rows[communities])
+        left.append(rows[remainder])
+        facts.append(fact)
+    if not found:
+        raise InputError(f"every subset of {chosen.subset_rows} rows has one target only; give larger subsets")
+    communities = np.concatenate(found)
+    return communities[np.argsort(communities[:, 0])], np.sort(np.concatenate(left)), merge_facts(facts)
 
 
 def _versions() -> dict[str, str]:

@@ -15,13 +15,11 @@ from b3.config import BASE, Config, DatasetConfig
 from b3.data.recipe import load_dataset
 from b3.data.records import PairDataset
 from b3.data.sources import embedded_teacher, split_source
-from b3.errors import DataError, RunError
+from b3.errors import ConfigError, DataError, RunError
 from b3.mining.plan import BatchPlan
 from b3.progress import bar
 
 if TYPE_CHECKING:
-    from b3.mining.checks import Parameters
-    from b3.mining.stages import Stages
     from b3.model.embedder import Embedder
 
 Progress = Callable[[str, int, int], None]
@@ -39,14 +37,18 @@ def plan_folder(config: Config, subset: str, variant: str = BASE) -> Path:
 def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: str = BASE) -> dict[str, Any]:
     """The manifest entries that a plan of this data set must have; hard negatives come from the base plan alone."""
     mining = config.mining_of(variant)
-    return {
+    labelled = entry.family == "classification"
+    by_label = labelled and mining.target_unit == "label30"
+    facts: dict[str, Any] = {
         "data_fingerprint": dataset.fingerprint(),
         "teacher": teacher_name(config),
-        "p": mining.p_of(entry),
+        "target_unit": "label30" if by_label else "distinct",
+        "subset_rows": mining.classification_subset if labelled else None,
+        "p": 0 if by_label else mining.p_of(entry),
         "m": entry.m or mining.m,
         "K": mining.k,
         "h": config.negatives.per_query if variant == BASE else 0,
-        "edges": mining.edges,
+        "edges": "mutual" if by_label else mining.edges,
         "veto": mining.veto,
         "penalty": mining.penalty,
         "max_similarity": mining.max_similarity,
@@ -57,6 +59,11 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: 
         "search": mining.search,
         "seed": config.seed,
     }
+    if by_label and entry.m is None:
+        del facts["m"]  # follows from the number of labels
+    if facts["h"]:
+        facts["negatives"] = config.negatives.rules
+    return facts
 
 
 def teacher_name(config: Config) -> str:
@@ -203,44 +210,62 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
 
 def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
     """Mine and save plans, as many at a time as there are ranks: all rank each, then rank i cuts the i-th."""
-    from b3.mining.mine import plan_pairs, rank_pairs
-    from b3.mining.stages import Clock, Stages
-
     teacher = _load_teacher(config)
     world = distributed.world_size()
     last: tuple[PairDataset, tuple[np.ndarray, np.ndarray]] | None = None
     for start in range(0, len(jobs), world):
-        mine_next = None
+        mine_next: Callable[[], None] | None = None
         for owner, job in enumerate(jobs[start : start + world]):
             if last is None or last[0] is not job.dataset:  # variants share the embeddings
                 last = job.dataset, teacher_embeddings(config, job.entry, job.dataset, teacher)
-            facts = wanted(config, job.entry, job.dataset, job.variant)
-            stages = Stages(Path(config.mining.dir) / f".{job.name}.stages")
-            chosen = _parameters(facts, len(job.dataset))
             with stage_bar(job.name, show_progress) as progress:
-                ranked = rank_pairs(
-                    *last[1], chosen, Clock(progress), stages=stages, owner=owner if world > 1 else None
-                )
-                if ranked is not None and world == 1:
-                    _save(config, job, plan_pairs(ranked, chosen, facts["data_fingerprint"], facts["teacher"]), stages)
-                elif ranked is not None:
-                    mine_next = job, ranked, chosen, facts, stages
+                cut = _rank_job(config, job, last[1], progress, owner if world > 1 else None)
+                if cut is not None and world == 1:
+                    cut()
+                elif cut is not None:
+                    mine_next = cut
         if mine_next is not None:
-            job, ranked, chosen, facts, stages = mine_next
-            ranked.clock.progress = None
-            _save(config, job, plan_pairs(ranked, chosen, facts["data_fingerprint"], facts["teacher"]), stages)
+            mine_next()
     distributed.barrier()
 
 
-def _parameters(facts: dict[str, Any], count: int) -> Parameters:
-    """The parameters of mining from the manifest entries that a plan must have."""
-    from b3.mining.mine import parameters
+def _rank_job(
+    config: Config,
+    job: _Job,
+    embeddings: tuple[np.ndarray, np.ndarray],
+    progress: Progress,
+    owner: int | None,
+) -> Callable[[], None] | None:
+    """Rank the pairs of a plan; returns what finds its communities and saves it, on the rank that is to do so."""
+    from b3.mining.checks import check_rules
+    from b3.mining.mine import parameters, plan_pairs, rank_pairs
+    from b3.mining.negatives import NegativeRules
+    from b3.mining.stages import Clock, Stages
 
-    names = ("edges", "veto", "penalty", "partitioner", "refine_passes", "piece_rows", "max_similarity", "max_relative")
-    given = {name: facts[name] for name in (*names, "search")}
-    return parameters(count, facts["p"], facts["m"], facts["K"], facts["h"], facts["seed"], **given)
+    facts = wanted(config, job.entry, job.dataset, job.variant)
+    same = (
+        "edges", "veto", "penalty", "partitioner", "refine_passes", "piece_rows", "max_similarity", "max_relative",
+        "search", "target_unit", "subset_rows",
+    )  # fmt: skip
+    given = {name: facts[name] for name in same}
+    m = facts.get("m", config.mining.m)
+    chosen = parameters(len(job.dataset), facts["p"], m, facts["K"], facts["h"], facts["seed"], **given)
+    rules = check_rules(NegativeRules(**facts["negatives"]) if facts["h"] else None, facts["h"])
+    stages = Stages(Path(config.mining.dir) / f".{job.name}.stages")
+    ranked = rank_pairs(*embeddings, chosen, rules, Clock(progress), stages=stages, owner=owner)
+    if ranked is None:
+        return None
+    if ranked.chosen.m != facts.get("m", ranked.chosen.m):
+        raise ConfigError(
+            f"m {facts['m']} of {job.entry.subset} has no effect with mining.target_unit label30, which takes"
+            f" {ranked.chosen.m} labels (30 %); leave m out"
+        )
 
+    def cut() -> None:
+        if owner is not None:
+            ranked.clock.progress = None  # its bar is gone
+        plan = plan_pairs(ranked, facts["data_fingerprint"], facts["teacher"])
+        plan.save(plan_folder(config, job.entry.subset, job.variant))
+        stages.remove()
 
-def _save(config: Config, job: _Job, plan: BatchPlan, stages: Stages) -> None:
-    plan.save(plan_folder(config, job.entry.subset, job.variant))
-    stages.remove()
+    return cut

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +16,11 @@ from b3.model.embedder import collate
 from b3.model.processing import Processed, Processor
 from b3.train.gradcache import Chunk, StepInputs
 
+StepRow = tuple[int, int] | tuple[int, int, Sequence[int]]  # data set, row, hard negatives drawn for the batch
 
-class Rows(torch.utils.data.Dataset[tuple[int, int]]):
-    """Row numbers over several data sets; an element is (data set, row), no data is read here."""
+
+class Rows(torch.utils.data.Dataset[StepRow]):
+    """Row numbers over several data sets; an element is a `StepRow`, no data is read here."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -25,9 +28,11 @@ class Rows(torch.utils.data.Dataset[tuple[int, int]]):
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
-    def __getitem__(self, row: int) -> tuple[int, int]:
-        dataset = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        return dataset, int(row - self.offsets[dataset])
+    def __getitem__(self, row: int | tuple[int, Sequence[int]]) -> StepRow:
+        number, *negatives = row if isinstance(row, tuple) else (row,)
+        dataset = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        own = int(number - self.offsets[dataset])
+        return (dataset, own, negatives[0]) if negatives else (dataset, own)
 
 
 def item_id(item: Item) -> int:
@@ -38,13 +43,14 @@ def item_id(item: Item) -> int:
 
 @dataclass(frozen=True)
 class StepCollator:
-    """Builds `StepInputs` from (data set, row) pairs.
+    """Builds `StepInputs` from `StepRow`s.
 
     Args:
         datasets: in the order of the sampler.
         processor: items to inputs.
         chunk_tokens: tokens a chunk may hold.
-        hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None.
+        hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None; where
+            a row comes with negatives of its own, those count.
         share_duplicates: encode equal items of a rank once (right only without dropout).
     """
 
@@ -54,12 +60,12 @@ class StepCollator:
     hard_negatives: list[np.ndarray] | None = None
     share_duplicates: bool = True
 
-    def __call__(self, rows: list[tuple[int, int]]) -> StepInputs:
-        queries = [self.datasets[d].query(row) for d, row in rows]
+    def __call__(self, rows: list[StepRow]) -> StepInputs:
+        queries = [self.datasets[d].query(row) for d, row, *_ in rows]
         targets: list[Item] = []
         valid: list[bool] = []
-        for dataset, row in rows:
-            for item, real in self._targets(dataset, row):
+        for dataset, row, *drawn in rows:
+            for item, real in self._targets(dataset, row, drawn[0] if drawn else None):
                 targets.append(item)
                 valid.append(real)
         items = queries + targets
@@ -80,14 +86,15 @@ class StepCollator:
             num_tokens=sum(p.num_tokens for p in processed),
         )
 
-    def _targets(self, dataset: int, row: int) -> list[tuple[Item, bool]]:
+    def _targets(self, dataset: int, row: int, drawn: Sequence[int] | None) -> list[tuple[Item, bool]]:
         """The positive and the hard negatives of a row; a missing negative is a copy of the positive, not valid."""
         pairs = self.datasets[dataset]
         positive = pairs.target(row)
         result = [(positive, True)]
-        if self.hard_negatives is not None:
-            for negative in self.hard_negatives[dataset][row]:
-                result.append((pairs.target(int(negative)), True) if negative >= 0 else (positive, False))
+        if drawn is None:
+            drawn = [] if self.hard_negatives is None else self.hard_negatives[dataset][row].tolist()
+        for negative in drawn:
+            result.append((pairs.target(negative), True) if negative >= 0 else (positive, False))
         return result
 
     def _process(self, item: Item) -> Processed:

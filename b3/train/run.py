@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from b3.data.records import PairDataset
     from b3.mining.plan import BatchPlan
     from b3.model.embedder import Embedder
+    from b3.train.negatives import StepNegatives
     from b3.train.sampler import BatchPlanSampler
 
     Plans = dict[str, list[BatchPlan]]  # of each data set, by the name of the plan
@@ -68,7 +69,20 @@ def build_sampler(config: Config, datasets: list[PairDataset], plans: Plans, sta
         random_share=batch.random_share,
         frozen=batch.remix == "frozen",
         schedule=config.phases(),
+        negatives=_step_negatives(config, sizes, plans),
     )
+
+
+def _step_negatives(config: Config, sizes: list[int], plans: Plans) -> StepNegatives | None:
+    """The draw of hard negatives by batch, or None where they are drawn by community or there are none."""
+    if not config.negatives.per_query or config.negatives.scope == "community":
+        return None
+    import numpy as np
+
+    from b3.train.negatives import StepNegatives
+
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    return StepNegatives(plans[BASE], offsets, config.negatives.per_query, config.seed)
 
 
 def pool_numbers(config: Config) -> list[int]:
@@ -185,7 +199,7 @@ def _build_trainer(config: Config, datasets: list[PairDataset], plans: Plans, ch
     sampler = build_sampler(config, datasets, plans, start)
     embedder = build_embedder(config)
     negatives = None
-    if config.negatives.per_query:
+    if config.negatives.per_query and config.negatives.scope == "community":
         mined = [plan.hard_negatives for plan in plans[BASE]]
         assert all(rows is not None for rows in mined), "load_plans checks this"
         negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]

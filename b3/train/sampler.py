@@ -6,7 +6,7 @@ every rank knows the exact number of batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from b3.train.mix import Schedule
 from b3.train.pools import Epochs, Part, Pool
 
 
-class BatchPlanSampler(Sampler[list[int]]):
+class BatchPlanSampler(Sampler[list[Any]]):
     """Batches of |B| / K communities of one pool (by default one data set), re-drawn every epoch.
 
     A row number counts over all data sets: row r of data set d is ``offsets[d] + r``. Communities that do not fill a
@@ -40,6 +40,8 @@ class BatchPlanSampler(Sampler[list[int]]):
         frozen: every epoch has the batches of the first one in a new order.
         schedule: (step at which it ends, share of batches by name of plan) of each phase, in order; needs `steps`.
             Each plan counts its own epochs, through all phases.
+        negatives: called as ``negatives(step, rows (B,))`` for the (B, h) hard negatives of a batch; an element of a
+            batch is then (row number, its negatives).
 
     Raises:
         InputError: |B| does not fit K, the ranks, the rows of a data set, the weights or the share.
@@ -62,7 +64,9 @@ class BatchPlanSampler(Sampler[list[int]]):
         random_share: float = 0.0,
         frozen: bool = False,
         schedule: Sequence[tuple[int, Mapping[str, float]]] | None = None,
+        negatives: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ) -> None:
+        self.negatives = negatives
         if batch_size % world_size:
             raise InputError(f"batch size {batch_size} does not divide over {world_size} ranks")
         by_name = dict(plans) if isinstance(plans, Mapping) else {"base": plans}
@@ -138,11 +142,17 @@ class BatchPlanSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.batches_per_epoch if self.steps is None else max(0, self.steps - self.start)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         share = self.batch_size // self.world_size
+        own = slice(self.rank * share, (self.rank + 1) * share)
         first = self.epoch * self.batches_per_epoch if self.steps is None else self.start
         for step in range(first, first + len(self)):
-            yield self.batch(step)[self.rank * share : (self.rank + 1) * share].tolist()
+            batch = self.batch(step)
+            rows = batch[own].tolist()
+            if self.negatives is None:
+                yield rows
+            else:
+                yield list(zip(rows, self.negatives(step, batch)[own].tolist(), strict=True))
 
 
 def _communities(plan: Any) -> np.ndarray:
