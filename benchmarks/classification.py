@@ -92,9 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     arguments = parser.parse_args(argv)
     found = []
-    print(
-        f"{'labels':>6}  {'mined':16} {'near':>6} {'labels':>6} {'copies':>6} {'drawn':>6} {'dist.':>6} {'right':>6}    s"
-    )
+    columns = ("near", "labels", "copies", "drawn", "dist.", "right")
+    print(f"{'labels':>6}  {'mined':16} " + " ".join(f"{name:>6}" for name in columns) + "    s")
     for labels in arguments.labels:
         queries, targets = synthetic(arguments.rows, labels, arguments.noise)
         for name, options in plans(arguments.rows, labels).items():

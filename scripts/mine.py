@@ -66,6 +66,9 @@ def show(plans: dict[str, Any]) -> None:
     width = max(map(len, plans))
     for name, plan in plans.items():
         report = plan.report
+        if not plan.measured:
+            print(f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities, imported")
+            continue
         seconds = sum(report["seconds"].values())
         print(
             f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities of"
@@ -88,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(arguments.config, arguments.overrides)
     plans = mine_recipe(config, show_progress=True)
     show(plans)
-    print(f"report: {Path(config.mining.dir) / 'report.html'}")
+    if any(plan.measured for plan in plans.values()):
+        print(f"report: {Path(config.mining.dir) / 'report.html'}")
     return 0
 
 

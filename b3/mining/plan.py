@@ -22,7 +22,7 @@ ARRAYS = ("communities", "remainder", "hard_negatives", *BATCH_ARRAYS)
 FILES = (*(f"{name}.npy" for name in ARRAYS), "report.json", "report.html", "manifest.json")
 IDENTITY = (
     "data_fingerprint", "embeddings_fingerprint", "teacher", "N", "p", "m", "K", "h",
-    "edges", "veto", "partitioner", "refine_passes", "seed", "negatives", "target_unit", "subset_rows",
+    "edges", "veto", "partitioner", "refine_passes", "seed", "negatives", "target_unit", "subset_rows", "imported",
 )  # fmt: skip
 
 
@@ -50,6 +50,11 @@ class BatchPlan:
     candidate_scores: np.ndarray | None = None
     target_rows: np.ndarray | None = None
     top_rows: np.ndarray | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether the report has the numbers of `b3.mining.report`; not so for imported plans."""
+        return "mined_negatives_per_query" in self.report
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the plan to `folder`: complete and synced under another name first, the manifest last.
@@ -102,7 +107,8 @@ class BatchPlan:
                 _write_array(folder / f"{name}.npy", array)
                 checksums[f"{name}.npy"] = sha256(folder / f"{name}.npy")
         _write_text(folder / "report.json", json.dumps(self.report, indent=1, allow_nan=False) + "\n")
-        write_report_html(folder / "report.html", [Section(self)])
+        if self.measured:
+            write_report_html(folder / "report.html", [Section(self)])
         manifest = {**self.manifest, "format_version": FORMAT_VERSION, "sha256": checksums}
         _write_text(folder / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
         _sync(folder)

@@ -40,6 +40,8 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: 
     facts: dict[str, Any] = {
         "data_fingerprint": dataset.fingerprint(),
         "teacher": teacher_name(config),
+        "target_unit": "label30" if by_label else "distinct",
+        "subset_rows": mining.classification_subset if labelled else None,
         "p": 0 if by_label else mining.p_of(entry),
         "m": entry.m or mining.m,
         "K": mining.k,
@@ -49,8 +51,6 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: 
         "partitioner": mining.partitioner,
         "refine_passes": mining.refine_passes if mining.partitioner == "metis" else 0,
         "seed": config.seed,
-        "target_unit": "label30" if by_label else "distinct",
-        "subset_rows": mining.classification_subset if labelled else None,
     }
     if by_label and entry.m is None:
         del facts["m"]  # follows from the number of labels
@@ -70,7 +70,10 @@ def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset, varian
     if not (folder / "manifest.json").exists():
         raise RunError(f"no batch plan in {folder}; mine it first: python scripts/mine.py CONFIG.yaml")
     plan = BatchPlan.load(folder)
-    for key, value in wanted(config, entry, dataset, variant).items():
+    facts = wanted(config, entry, dataset, variant)
+    if plan.manifest.get("imported") is not None:  # mined elsewhere, with parameters that the files do not tell
+        facts = {key: facts[key] for key in ("data_fingerprint", "K", "h")}
+    for key, value in facts.items():
         found = plan.manifest.get(key)
         if key == "h" and (found or 0) >= value:
             continue  # fewer hard negatives than were mined are a prefix of them
@@ -180,9 +183,10 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
                     teacher, teacher_used = _load_teacher(config), True
                 embeddings = embeddings or teacher_embeddings(config, entry, dataset, teacher)
                 plans[name] = _mine_plan(config, entry, dataset, variant, embeddings, show_progress)
-            sections.append(Section(plans[name], dataset, name=plan_name(dataset.name, variant)))
+            if plans[name].measured:
+                sections.append(Section(plans[name], dataset, name=plan_name(dataset.name, variant)))
     page = Path(config.mining.dir) / "report.html"
-    if teacher_used or not page.exists():
+    if sections and (teacher_used or not page.exists()):
         write_report_html(page, sections)
     return plans
 
