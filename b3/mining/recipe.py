@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from b3.config import BASE, Config, DatasetConfig
 from b3.data.recipe import load_dataset
-from b3.data.records import PairDataset
+from b3.data.records import Item, PairDataset
 from b3.data.sources import embedded_teacher, split_source
 from b3.errors import ConfigError, DataError, RunError
 from b3.mining.plan import BatchPlan
 from b3.progress import bar
 
-if TYPE_CHECKING:
-    from b3.model.embedder import Embedder
-
 Progress = Callable[[str, int, int], None]
+SENTENCE_TRANSFORMER = "st:"
+
+
+class Teacher(Protocol):
+    """A model that embeds items: an `Embedder`, or a `SentenceTransformerTeacher`."""
+
+    def encode(self, items: list[Item], *, progress: str | None = None) -> np.ndarray: ...
 
 
 def plan_name(subset: str, variant: str = BASE) -> str:
@@ -86,7 +90,7 @@ def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset, varian
 
 
 def teacher_embeddings(
-    config: Config, entry: DatasetConfig, dataset: PairDataset, teacher: Embedder | None
+    config: Config, entry: DatasetConfig, dataset: PairDataset, teacher: Teacher | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(queries, targets), each (N, D), of the recipe's teacher for one data set."""
     if teacher is not None:
@@ -124,9 +128,15 @@ def load_matrix(file: Path) -> np.ndarray:
     return array
 
 
-def _load_teacher(config: Config) -> Embedder | None:
+def _load_teacher(config: Config) -> Teacher | None:
     """The teacher model, or None when its embeddings are given as arrays."""
     mining = config.mining
+    if mining.teacher.startswith(SENTENCE_TRANSFORMER):
+        if mining.teacher_adapter is not None:
+            raise RunError(f"mining.teacher_adapter has no effect with mining.teacher {mining.teacher}; leave it out")
+        from b3.model.sentence_transformer import SentenceTransformerTeacher
+
+        return SentenceTransformerTeacher(mining.teacher.removeprefix(SENTENCE_TRANSFORMER))
     folder = Path(mining.teacher)
     if mining.teacher == "embedded" or (
         folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists()
@@ -168,7 +178,7 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
 
     plans: dict[str, BatchPlan] = {}
     sections = []
-    teacher: Embedder | None = None
+    teacher: Teacher | None = None
     teacher_used = False
     variants = config.mined_plans or [BASE]  # who mines for random batches wants to see the base plan
     datasets = [load_dataset(config, entry) for entry in config.data.datasets]

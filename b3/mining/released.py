@@ -76,7 +76,7 @@ def import_released(
         )
     prefix = target_prefix(dataset.name)
     rows, copies = _match(_keys(table.to_pydict(), prefix), _keys(_columns(dataset), prefix), community_size, dataset)
-    whole: np.ndarray = ~copies.reshape(-1, community_size).any(axis=1)
+    whole = np.logical_not(copies.reshape(-1, community_size).any(axis=1))
     if 2 * (~whole).sum() > len(whole) or not whole.any():
         raise DataError(
             f"{(~whole).sum()} of {len(whole)} communities hold rows that occur more often than in {dataset.name};"
