@@ -77,6 +77,7 @@ def plans(rows: int, labels: int) -> dict[str, dict[str, Any]]:
     return {
         "distinct": own,
         "distinct, m 10": {"p": 0, "m": min(10, labels - 1)},
+        "distinct, m 31": {"p": 0, "m": min(31, labels - 1)},
         "label30, paper": {"partitioner": "paper", **authors},
         "label30, refined": {"partitioner": "metis", **authors},
         "random": {"partitioner": "random", **own},
@@ -92,9 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the numbers")
     arguments = parser.parse_args(argv)
     found = []
-    print(
-        f"{'labels':>6}  {'mined':16} {'near':>6} {'labels':>6} {'copies':>6} {'drawn':>6} {'dist.':>6} {'right':>6}    s"
-    )
+    columns = ("near", "labels", "copies", "drawn", "dist.", "right")
+    print(f"{'labels':>6}  {'mined':16} " + " ".join(f"{name:>6}" for name in columns) + "    s")
     for labels in arguments.labels:
         queries, targets = synthetic(arguments.rows, labels, arguments.noise)
         for name, options in plans(arguments.rows, labels).items():

@@ -49,8 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def mine_arrays(arguments: argparse.Namespace) -> None:
     from b3.mining import mine
-    from b3.mining.recipe import load_matrix, stage_bar
+    from b3.mining.recipe import stage_bar
     from b3.mining.stages import Stages
+    from b3.mining.teacher import load_matrix
 
     missing = [f"--{name}" for name in ("queries", "targets", "out") if getattr(arguments, name) is None]
     if missing:
@@ -91,6 +92,9 @@ def show(plans: dict[str, Any]) -> None:
     width = max(map(len, plans))
     for name, plan in plans.items():
         report = plan.report
+        if not plan.measured:
+            print(f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities, imported")
+            continue
         seconds = sum(report["seconds"].values())
         print(
             f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities of"
@@ -119,7 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         distributed.stop()
     if distributed.is_first():
         show(plans)
-        print(f"report: {Path(config.mining.dir) / 'report.html'}")
+        if any(plan.measured for plan in plans.values()):
+            print(f"report: {Path(config.mining.dir) / 'report.html'}")
     return 0
 
 

@@ -24,6 +24,7 @@ IDENTITY = (
     "data_fingerprint", "embeddings_fingerprint", "teacher", "N", "p", "m", "K", "h",
     "edges", "veto", "penalty", "max_similarity", "max_relative", "partitioner", "refine_passes", "piece_rows",
     "search", "seed", "negatives", "target_unit", "subset_rows",
+    "imported",
 )  # fmt: skip
 
 
@@ -51,6 +52,11 @@ class BatchPlan:
     candidate_scores: np.ndarray | None = None
     target_rows: np.ndarray | None = None
     top_rows: np.ndarray | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether the report has the numbers of `b3.mining.report`; not so for imported plans."""
+        return "mined_negatives_per_query" in self.report
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the plan to `folder`: complete and synced under another name first, the manifest last.
@@ -103,7 +109,8 @@ class BatchPlan:
                 _write_array(folder / f"{name}.npy", array)
                 checksums[f"{name}.npy"] = sha256(folder / f"{name}.npy")
         _write_text(folder / "report.json", json.dumps(self.report, indent=1, allow_nan=False) + "\n")
-        write_report_html(folder / "report.html", [Section(self)])
+        if self.measured:
+            write_report_html(folder / "report.html", [Section(self)])
         manifest = {**self.manifest, "format_version": FORMAT_VERSION, "sha256": checksums}
         _write_text(folder / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
         _sync(folder)

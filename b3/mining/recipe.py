@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +14,10 @@ from b3 import distributed
 from b3.config import BASE, Config, DatasetConfig
 from b3.data.recipe import load_dataset
 from b3.data.records import PairDataset
-from b3.data.sources import embedded_teacher, split_source
-from b3.errors import ConfigError, DataError, RunError
+from b3.errors import ConfigError, RunError
 from b3.mining.plan import BatchPlan
+from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
 from b3.progress import bar
-
-if TYPE_CHECKING:
-    from b3.model.embedder import Embedder
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,18 +63,16 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: 
     return facts
 
 
-def teacher_name(config: Config) -> str:
-    mining = config.mining
-    return mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
-
-
 def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: str = BASE) -> BatchPlan:
     """The plan of a data set. Raises `RunError` if it is missing or was mined with other data or parameters."""
     folder = plan_folder(config, entry.subset, variant)
     if not (folder / "manifest.json").exists():
         raise RunError(f"no batch plan in {folder}; mine it first: python scripts/mine.py CONFIG.yaml")
     plan = BatchPlan.load(folder)
-    for key, value in wanted(config, entry, dataset, variant).items():
+    facts = wanted(config, entry, dataset, variant)
+    if plan.manifest.get("imported") is not None:  # mined elsewhere, with parameters that the files do not tell
+        facts = {key: facts[key] for key in ("data_fingerprint", "K", "h")}
+    for key, value in facts.items():
         found = plan.manifest.get(key)
         if key == "h" and (found or 0) >= value:
             continue  # fewer hard negatives than were mined are a prefix of them
@@ -87,66 +82,6 @@ def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset, varian
                 " correct the recipe, or mine again into another mining.dir"
             )
     return plan
-
-
-def teacher_embeddings(
-    config: Config, entry: DatasetConfig, dataset: PairDataset, teacher: Embedder | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(queries, targets), each (N, D), of the recipe's teacher for one data set."""
-    if teacher is not None:
-        queries = teacher.encode([dataset.query(i) for i in range(len(dataset))], progress=f"{dataset.name} queries")
-        targets = teacher.encode([dataset.target(i) for i in range(len(dataset))], progress=f"{dataset.name} targets")
-        return queries, targets
-    if config.mining.teacher == "embedded":
-        kind, name = split_source(entry.source or config.data.source)
-        if kind != "embedded":
-            raise DataError(
-                f"mining.teacher 'embedded' needs embedded data, but {entry.subset} comes from {kind}:{name}"
-            )
-        queries, targets = embedded_teacher(name, entry.subset)
-    else:
-        folder = Path(config.mining.teacher)
-        queries, targets = (load_matrix(folder / f"{entry.subset}_{side}.npy") for side in ("queries", "targets"))
-    if entry.max_rows is not None:
-        queries, targets = queries[: entry.max_rows], targets[: entry.max_rows]
-    for side, array in (("queries", queries), ("targets", targets)):
-        if len(array) != len(dataset):
-            raise DataError(f"teacher {side} of {entry.subset} have {len(array)} rows, the data set {len(dataset)}")
-    return queries, targets
-
-
-def load_matrix(file: Path) -> np.ndarray:
-    """A (N, D) array of floats, memory-mapped. Raises `DataError` naming the file and what is wrong with it."""
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{file} does not exist; write the teacher's embeddings there as a (N, D) .npy file") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file} is not a readable .npy file ({str(error).splitlines()[0]})") from None
-    if array.ndim != 2 or array.dtype.kind != "f":
-        raise DataError(f"{file} has shape {array.shape} and type {array.dtype}; expected floats of shape (N, D)")
-    return array
-
-
-def _load_teacher(config: Config) -> Embedder | None:
-    """The teacher model, or None when its embeddings are given as arrays."""
-    mining = config.mining
-    folder = Path(mining.teacher)
-    if mining.teacher == "embedded" or (
-        folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists()
-    ):
-        if mining.teacher_adapter is not None:
-            raise RunError("mining.teacher_adapter needs mining.teacher to be a checkpoint")
-        return None
-    from b3.model.embedder import Embedder
-
-    return Embedder.from_pretrained(
-        mining.teacher,
-        adapter=mining.teacher_adapter,
-        dtype=config.model.dtype,
-        min_pixels=config.model.min_pixels,
-        max_pixels=config.model.max_pixels,
-    )
 
 
 @contextmanager
@@ -202,15 +137,16 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
         _mine_plans(config, missing, show_progress and distributed.rank() == 0)
     plans = {job.name: load_plan(config, job.entry, job.dataset, job.variant) for job in jobs}
     page = Path(config.mining.dir) / "report.html"
-    if distributed.rank() == 0 and (missing or not page.exists()):
-        write_report_html(page, [Section(plans[job.name], job.dataset, name=job.name) for job in jobs])
+    sections = [Section(plans[job.name], job.dataset, name=job.name) for job in jobs if plans[job.name].measured]
+    if distributed.rank() == 0 and sections and (missing or not page.exists()):
+        write_report_html(page, sections)
     distributed.barrier()
     return plans
 
 
 def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
     """Mine and save plans, as many at a time as there are ranks: all rank each, then rank i cuts the i-th."""
-    teacher = _load_teacher(config)
+    teacher = load_teacher(config)
     world = distributed.world_size()
     last: tuple[PairDataset, tuple[np.ndarray, np.ndarray]] | None = None
     for start in range(0, len(jobs), world):
@@ -227,6 +163,7 @@ def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
         if mine_next is not None:
             mine_next()
     distributed.barrier()
+    forget_teacher(config)
 
 
 def _rank_job(

@@ -39,7 +39,7 @@ def model_card(
     for index, dataset in enumerate(datasets):
         plan = plans[index] if plans else None
         window = ", ".join(str(plan.manifest[key]) for key in ("K", "p", "m")) if plan else "none"
-        mined = f"{plan.report['mined_negatives_per_query']:.2f}" if plan else ""
+        mined = f"{plan.report['mined_negatives_per_query']:.2f}" if plan and plan.measured else ""
         lines.append(f"| {dataset.name} | {len(dataset)} | {dataset.fingerprint()[:16]} | {window} | {mined} |")
     if metrics:
         last = metrics[-1]

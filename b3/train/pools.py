@@ -2,9 +2,9 @@
 
 Every part of a pool (a data set) keeps its communities on a wheel, a fixed random order. An epoch takes the next
 stretch of it, so how often two communities were used never differs by more than one, whatever fits into whole batches.
-In every other turn of the wheel one community cedes random places to the rows that are in none. Batches are then drawn
-freshly from the stretch. All of it is a function of (communities, seed, epoch); the random orders come from hashes and
-so depend on no library's generator.
+In every other turn of the wheel one community, or as many as it takes, cedes random places to the rows that are in
+none. Batches are then drawn freshly from the stretch. All of it is a function of (communities, seed, epoch); the random
+orders come from hashes and so depend on no library's generator.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Part:
         name: of the data set, for messages.
         number: of the data set; part of every hash.
         communities: (C, K) int64 row numbers over all data sets.
-        remainder: (R,) int64 rows in no community, fewer than K.
+        remainder: (R,) int64 rows in no community; K or more where subsets were mined on their own or a plan was
+            imported, at most as many as are in communities.
         weight: how often the rows are seen, against 1.
         seed: of the random orders.
 
@@ -54,10 +55,10 @@ class Part:
     def __init__(
         self, name: str, number: int, communities: np.ndarray, remainder: np.ndarray, weight: float, seed: int
     ) -> None:
-        if len(remainder) >= communities.shape[1]:
+        if len(remainder) > communities.size:
             raise InputError(
-                f"{name} has {len(remainder)} rows in no community, enough for another community of"
-                f" {communities.shape[1]}; mine the plan again"
+                f"{name} has {len(remainder)} rows in no community, more than the {communities.size} in communities;"
+                " mine the plan again"
             )
         if not (weight > 0 and math.isfinite(weight)):
             raise InputError(f"the weight {weight} of {name} must be a number above 0")
@@ -82,10 +83,12 @@ class Part:
     def _cede(self, rows: np.ndarray, turn: int, first: int) -> None:
         size, width = self.communities.shape
         slot = int(mix64(self.seed, int(_Choice.CEDING), self.number, turn)[0] % np.uint64(size))
-        index = turn * size + slot - first
-        if 0 <= index < len(rows):
-            places = _order(self.seed, _Choice.PLACES, self.number, turn, count=width)[: len(self.remainder)]
-            rows[index, places] = self.remainder
+        for number, start in enumerate(range(0, len(self.remainder), width)):
+            given = self.remainder[start : start + width]
+            index = turn * size + (slot + number) % size - first
+            if 0 <= index < len(rows):
+                places = _order(self.seed, _Choice.PLACES, self.number, turn, count=width)[: len(given)]
+                rows[index, places] = given
 
 
 class Pool:

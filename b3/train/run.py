@@ -229,7 +229,8 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
             parts.append(f"{batches[index]} batches an epoch")
         for name, mined in plans.items():
             of_plan = f" ({name})" if len(plans) > 1 else ""
-            parts.append(f"{mined[index].report['mined_negatives_per_query']:.2f} mined negatives a query{of_plan}")
+            hits = f"{mined[index].report['mined_negatives_per_query']:.2f}" if mined[index].measured else "imported"
+            parts.append(f"{hits} mined negatives a query{of_plan}")
         lines.append(f"  {dataset.name}: {', '.join(parts)}")
     lines += [
         f"  batches across {pool.name}: {pool.num_batches} an epoch" for pool in sampler.pools if len(pool.parts) > 1

@@ -208,9 +208,20 @@ def test_what_cannot_be_kept_is_refused(options: dict, message: str) -> None:
         BatchPlanSampler(plans, **{"batch_size": 16, **options})
 
 
-def test_a_remainder_that_could_be_a_community_is_refused() -> None:
-    with pytest.raises(InputError, match="4 rows in no community, enough for another"):
-        BatchPlanSampler(plan(8, 4, 4, 0), 16, sizes=[36])
+@pytest.mark.parametrize("left_over", [4, 7, 32])
+def test_a_remainder_of_several_communities_rotates_too(left_over: int) -> None:
+    sampler = BatchPlanSampler(plan(8, 4, left_over, 0), 16, sizes=[32 + left_over])
+    seen: set[int] = set()
+    for epoch in range(4):  # half of the communities fit into two batches of four; every other turn is ceded
+        rows = np.concatenate(sampler.epoch_batches(epoch))
+        assert len(np.unique(rows)) == len(rows)
+        seen |= set(rows.tolist())
+    assert seen == set(range(32 + left_over))
+
+
+def test_a_remainder_that_cannot_rotate_is_refused() -> None:
+    with pytest.raises(InputError, match="33 rows in no community, more than the 32 in communities"):
+        BatchPlanSampler(plan(8, 4, 33, 0), 16, sizes=[65])
     with pytest.raises(InputError, match="communities of different sizes"):
         BatchPlanSampler([plan(8, 4, 0, 0), plan(8, 2, 0, 0)], 16, pools=[0, 0])
 
