@@ -16,6 +16,7 @@ import tiny
 from safetensors.torch import load_file
 
 from b3.train import BatchPlanSampler
+from b3.train.metrics import without_times
 from b3.train.sampler import random_rows
 
 ROOT = Path(__file__).parents[2]
@@ -50,13 +51,6 @@ def start(root: Path, run: str, *overrides: str, **options: int) -> subprocess.C
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-TIMES = {"pairs_per_second", "tokens_per_second_per_rank", "waiting_for_data"}
-
-
-def without_times(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 @pytest.fixture(scope="module")

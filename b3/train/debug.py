@@ -1,0 +1,127 @@
+"""The miniature of a recipe: its settings on a tiny model and the embedded data, three steps on any machine.
+
+What makes a recipe heavy is replaced: the backbone, the data sets (by embedded ones of the same families), the teacher,
+and the sizes. Everything else stays, so that a recipe that starts this way has no mistake left in it but paths and
+memory. Nothing is fetched from the network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from b3 import distributed
+from b3.config import Config
+from b3.data.sources import embedded_families, split_source
+from b3.errors import RunError
+from b3.files import write_atomic
+from b3.train.claim import DEBUG
+
+DATA = "emoji"
+ROWS, STEPS, K, SIZE = 160, 3, 4, 16
+
+
+def debug_config(config: Config, ranks: int = 1) -> Config:
+    """The recipe with what is heavy replaced; a pure function of both arguments."""
+    tree: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    folder = f"{config.output_dir.rstrip('/')}-debug"
+    tree |= {"name": f"{config.name}, debug", "output_dir": folder, "resume": "auto"}
+    tree["model"] |= {
+        "name": f"{folder}/model",
+        "init_adapter": None,
+        "dtype": "float32",
+        "attention": "auto",
+        "min_pixels": 3136,
+        "max_pixels": 12544,
+    }
+    stand_ins = _stand_ins(config)
+    tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": stand_ins}
+    k = min(config.mining.k, K)
+    p = {family: min(config.mining.p_of(entry), 4) for family, entry in _by_family(config).items()}
+    tree["mining"] |= {"dir": f"{folder}/mining", "teacher": "embedded", "teacher_adapter": None, "p": p, "k": k}
+    tree["mining"]["m"] = min(config.mining.m, 20)
+    step = math.lcm(k, ranks)
+    size = step * math.ceil(min(config.batch.size, SIZE) / step)
+    tree["batch"] |= {"size": size}
+    tree["train"] |= {
+        "steps": STEPS,
+        "warmup_steps": min(config.train.warmup_steps, 1),
+        "save_every": 2,
+        "log_every": 1,
+        "workers": 0,
+        "bf16": False,
+        "chunk_tokens": 256,
+        "trackers": [],
+    }
+    if config.eval is not None:
+        tree["eval"] |= {"source": f"embedded:{DATA}", "split": "test", "subsets": ["emoji_i2t"], "image_dir": None}
+        if config.eval.every is not None:
+            tree["eval"] |= {"every": 2, "max_rows": 8}
+    return Config.model_validate(tree)
+
+
+def _by_family(config: Config) -> dict[str, Any]:
+    """The first data set of each family."""
+    first: dict[str, Any] = {}
+    for entry in config.data.datasets:
+        first.setdefault(entry.family, entry)
+    return first
+
+
+def _stand_ins(config: Config) -> list[dict[str, Any]]:
+    """Embedded data sets of the recipe's families; as many of a family as the recipe has, and as there are."""
+    left = {family: [s for s, f in embedded_families(DATA).items() if f == family] for family in _by_family(config)}
+    chosen: list[dict[str, Any]] = []
+    for entry in config.data.datasets:
+        if left[entry.family]:
+            kept = entry.model_dump(mode="json", exclude_unset=True)
+            kept |= {"subset": left[entry.family].pop(0), "max_rows": ROWS}
+            for key in ("source", "split", "image_dir", "p", "m"):
+                kept.pop(key, None)
+            chosen.append(kept)
+    return chosen
+
+
+def prepare(config: Config) -> Config:
+    """Make the folder, the tiny model and the plans of a debug run, anew each time; returns its recipe.
+
+    Raises:
+        RunError: the folder is there and was not made by a debug run.
+    """
+    small = debug_config(config, distributed.launched_ranks())
+    distributed.start(config.train.timeout_minutes)
+    problem = None
+    if distributed.rank() == 0:
+        try:
+            _make(small)
+        except RunError as error:
+            problem = str(error)
+    problem = distributed.gather_objects(problem)[0]
+    if problem is not None:
+        raise RunError(problem)
+    return small
+
+
+def _make(config: Config) -> None:
+    from b3.data.recipe import load_datasets
+    from b3.mining.recipe import mine_recipe
+    from b3.model.tiny import make_tiny_model
+    from b3.progress import no_bars
+
+    run = Path(config.output_dir)
+    if run.exists():
+        if not (run / DEBUG).is_file() and (not run.is_dir() or any(run.iterdir())):
+            raise RunError(f"{run} is there and not of a debug run; choose another output_dir or delete it")
+        shutil.rmtree(run)
+    facts = {"stands for": config.name.removesuffix(", debug"), "data": f"{split_source(config.data.source)[1]}"}
+    write_atomic(run / DEBUG, json.dumps(facts) + "\n")
+    texts = [
+        item.text.replace("<|image_1|>", "") for dataset in load_datasets(config) for pair in dataset for item in pair
+    ]
+    with no_bars():
+        make_tiny_model(config.model.name, texts, hidden=32, layers=2, vision_layers=1, vocab_size=512)
+    if config.needs_plan:
+        mine_recipe(config)
