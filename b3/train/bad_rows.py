@@ -2,8 +2,9 @@
 
 A collator meets such a row in a worker, in the middle of a batch. `GuardedCollator` then looks for the rows to blame.
 Under the policy "replace" each gives its place to another row of its data set, drawn by a hash of (seed, data set,
-row), so that the batch is the same in every run and after every resume. A row is replaced as well when one of its hard
-negatives cannot be read.
+row), so that the batch is the same in every run, for any number of ranks, and after every resume; should that row be in
+the batch already, the mask of duplicates sees to it. A row is replaced as well when one of its hard negatives cannot be
+read.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class GuardedCollator:
         for position, place in enumerate(rows):
             problem = self._problem(place)
             if problem is not None:
-                good[position] = self._other(place, {*rows, *good})
+                good[position] = self._other(place)
                 name = self.collator.datasets[place[0]].name
                 replaced.append(Replaced(name, place[1], good[position][1], problem))
         if not replaced:
@@ -89,13 +90,14 @@ class GuardedCollator:
                 return str(error)
         return None
 
-    def _other(self, place: Place, taken: set[Place]) -> Place:
+    def _other(self, place: Place) -> Place:
+        """A readable row in place of this one, whatever else is in the batch: a rank knows only its share of it."""
         dataset, row = place
         count = len(self.collator.datasets[dataset])
-        for attempt in range(10 * count):
+        for attempt in range(4 * count):
             digest = hashlib.sha256(f"{self.seed}/{dataset}/{row}/{attempt}".encode()).digest()
             other = dataset, int.from_bytes(digest[:8], "big") % count
-            if other not in taken and self._problem(other) is None:
+            if self._problem(other) is None:
                 return other
         name = self.collator.datasets[dataset].name
         raise DataError(f"{name} row {row} cannot be read, and no other row of {name} can take its place")

@@ -205,6 +205,7 @@ class ContrastiveTrainer(Trainer):
         scores = self.evaluator()
         seconds = time.perf_counter() - started
         self.window.started += seconds  # not the training's time
+        self.control.should_evaluate = False
         line = {"step": self.state.global_step, "evaluation": scores, "seconds": round(seconds, 2)}
         if self.is_world_process_zero():
             checkpoints.append_metrics(self.folder, line)
