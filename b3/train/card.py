@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 def data_rows(config: Config, datasets: list[PairDataset], plans: list[BatchPlan] | None) -> list[list[str]]:
     """A header and a row a data set: what it was trained on, and the plan that made its batches."""
-    rows = [
-        ["data set", "rows", "data fingerprint", "K, p, m", "teacher", "plan fingerprint", "mined negatives a query"]
-    ]
+    header = ["data set", "rows", "data fingerprint"]
+    of_plan = ["K, p, m", "teacher", "plan fingerprint", "mined negatives a query"]
+    rows = [header + of_plan if plans else header]
     for index, dataset in enumerate(datasets):
         cells = [dataset.name, f"{len(dataset):,}", dataset.fingerprint()[:16]]
         if plans:
@@ -24,8 +24,6 @@ def data_rows(config: Config, datasets: list[PairDataset], plans: list[BatchPlan
             window = f"{config.mining.k}, {config.mining.p_of(entry)}, {entry.m or config.mining.m}"
             mined = f"{plan.report['mined_negatives_per_query']:.2f}"
             cells += [window, str(plan.manifest.get("teacher")), plan_digest(plan)[:16], mined]
-        else:
-            cells += ["none", "", "", ""]
         rows.append(cells)
     return rows
 

@@ -124,7 +124,7 @@ def _compare(run: Path, config: Config, here: dict[str, Any], there: dict[str, A
         change = f"{key} was {old!r}, now {new!r}"
         if key in _ROUNDING_KEYS:
             notes.append(f"{change}: equal up to rounding, dropout is drawn anew")
-        elif key == "train.steps" and config.train.schedule == "constant" and new > (old or 0):
+        elif key == "train.steps" and config.train.schedule == "constant" and config.train.steps > int(old or 0):
             notes.append(f"{change}: a constant learning rate goes on as it was")
         else:
             refused.append(change)

@@ -82,7 +82,7 @@ def _tiles(metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]], res
     if tail[-1]["mfu"] is not None:
         figures.append(("model FLOP utilisation", f"{100 * _mean(tail, 'mfu'):.0f} %"))
     if evaluations:
-        figures.append(("precision@1, evaluation", f"{100 * evaluations[-1]['evaluation']['mean']:.1f} %"))
+        figures.append(("evaluation precision@1", f"{100 * evaluations[-1]['evaluation']['mean']:.1f} %"))
     cells = "".join(f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for label, value in figures)
     count = len(tail)
     return f'<div class="tiles">{cells}</div><p class="facts">Means over the last {count} lines of the log.</p>'
@@ -121,6 +121,7 @@ def _plots(metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> 
 
 def _plot(title: str, curves: list[Curve], smoothed: bool = True, zero: bool = False) -> str:
     """A figure with an inline SVG: single lines of the log pale, their running mean strong."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -132,7 +133,7 @@ def _plot(title: str, curves: list[Curve], smoothed: bool = True, zero: bool = F
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for label, steps, values, colour in curves:
-        width = max(1, len(values) // 40)
+        width = max(1, len(values) // 25)
         marker = "o" if len(values) < 3 else None
         if smoothed and width > 1:
             axes.plot(*_thinned(steps, values), color=colour, alpha=0.25, linewidth=0.8)
@@ -140,6 +141,8 @@ def _plot(title: str, curves: list[Curve], smoothed: bool = True, zero: bool = F
         axes.plot(*_thinned(steps, values), color=colour, linewidth=1.5, label=label, marker=marker)
     axes.set_xlabel("step", fontsize=8, color="#616e7c")
     axes.tick_params(labelsize=8, colors="#616e7c")
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
+    axes.yaxis.get_offset_text().set(size=8, color="#616e7c")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#cbd2d9")
@@ -150,7 +153,8 @@ def _plot(title: str, curves: list[Curve], smoothed: bool = True, zero: bool = F
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=8)
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": title}):  # names inside the pictures must not clash, nor change
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return f"<figure><figcaption>{escape(title)}</figcaption>{text[text.index('<svg') :]}</figure>"
 
@@ -196,7 +200,7 @@ body{margin:0;background:#fff;color:#1f2933;font:15px/1.5 system-ui,-apple-syste
 main{max-width:1120px;margin:0 auto;padding:28px 24px 64px}
 h1{font-size:26px;margin:0 0 4px}h2{font-size:20px;margin:40px 0 8px;padding-top:18px;border-top:1px solid #e4e7eb}
 .facts{color:#616e7c;font-size:13.5px;margin:2px 0 14px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin:16px 0 6px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:10px;margin:16px 0 6px}
 .tile{border:1px solid #e4e7eb;border-radius:8px;padding:12px 14px}
 .tile b{display:block;font-size:22px;font-weight:600;font-variant-numeric:tabular-nums}
 .tile span{color:#616e7c;font-size:12.5px}
