@@ -39,6 +39,7 @@ class ModelConfig(Section):
     max_length: int | None = Field(None, gt=0, description="cut text-only items to this many tokens")
     positions: Literal["1d", "mrope"] = Field("1d", description="rotary positions; 1d as all B3 and VLM2Vec models")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    shard: bool = Field(False, description="spread the decoder layers' frozen weights over the ranks (FSDP2)")
 
 
 class AdapterConfig(Section):
@@ -214,6 +215,8 @@ class Config(Section):
         if self.batch.policy == "b3" and size % k:
             lower = max(k, size // k * k)
             raise ValueError(f"batch.size {size} is not a multiple of mining.k {k}; use {lower} or {lower + k}")
+        if self.model.shard and self.eval is not None and self.eval.every is not None:
+            raise ValueError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
         if self.model.min_pixels > self.model.max_pixels:
             raise ValueError(
                 f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}"

@@ -27,7 +27,7 @@ _FREE_KEYS = {
 }  # fmt: skip
 _FREE_SECTIONS = ("eval",)
 # Keys that leave the gradient what it is up to rounding (and draw dropout anew): allowed, and said.
-_ROUNDING_KEYS = {"train.chunk_tokens", "model.attention", "model.gradient_checkpointing"}
+_ROUNDING_KEYS = {"train.chunk_tokens", "model.attention", "model.gradient_checkpointing", "model.shard"}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -36,6 +36,7 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "attention": "auto",
         "min_pixels": 3136,
         "max_pixels": 12544,
+        "shard": config.model.shard and ranks > 1,
     }
     stand_ins = _stand_ins(config)
     tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": stand_ins}

@@ -80,7 +80,7 @@ def estimate(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
         tokens=tokens,
         longest=longest,
         chunks=max(1, math.ceil(per_rank / config.train.chunk_tokens)),
-        weights=sum(p.numel() * p.element_size() for p in embedder.parameters()),
+        weights=sum(_local(p).numel() * p.element_size() for p in embedder.parameters()),
         states=sum(p.numel() * (p.element_size() + 8) for p in trainable),  # a gradient, and Adam's two moments
         activations=chunk * _kept_per_token(config, embedder),
         trainable=sum(p.numel() for p in trainable),
@@ -99,6 +99,11 @@ def sample_lengths(dataset: PairDataset, processor: Processor) -> tuple[list[int
         queries.append(query)
         targets.append(target)
     return queries, targets
+
+
+def _local(parameter: Any) -> Any:
+    """What this rank holds of a parameter that may be sharded."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def _length(processor: Processor, item: Item) -> int:

@@ -236,8 +236,8 @@ def check_machine(config: Config) -> None:
 
 
 _SHARDED = (
-    "the cached step needs whole parameters and ranks with different numbers of chunks; launch with torchrun, or with"
-    " accelerate and configs/accelerate/ddp.yaml"
+    "the cached step needs whole gradients and ranks with different numbers of chunks. Start with torchrun or"
+    " configs/accelerate/ddp.yaml; model.shard=true spreads the frozen weights over the ranks"
 )
 
 
@@ -256,6 +256,10 @@ def _build_trainer(
     start = 0 if checkpoint is None else checkpoint_step(checkpoint)
     sampler = build_sampler(config, datasets, plans, start)
     embedder = build_embedder(config)
+    if config.model.shard:
+        from b3.train.shard import shard_frozen
+
+        shard_frozen(embedder)
     negatives = None
     if config.negatives.per_query:
         assert plans is not None

@@ -30,6 +30,7 @@ from b3.train.gradcache import CachedStep, StepInputs
 from b3.train.metrics import Window
 from b3.train.ranks import Roll
 from b3.train.sampler import BatchPlanSampler
+from b3.train.shard import equal_chunks
 from b3.train.signals import StopRequest, ignore_in_worker
 
 
@@ -162,13 +163,16 @@ class ContrastiveTrainer(Trainer):
             text = str(error).strip().splitlines()[-1]
             problem = DataError(text.rpartition("DataError: ")[2])
         self.window.waited += time.perf_counter() - started
-        status = distributed.numbers_of_ranks([problem is not None, len(replaced)])
+        chunks = len(samples[0].chunks) if samples else 0
+        status = distributed.numbers_of_ranks([problem is not None, len(replaced), chunks])
         failed = [rank for rank, part in enumerate(status) if part[0]]
         if failed:
             self.agreed = True
             raise problem or RunError(f"rank {failed[0]} cannot read its rows (see its message); all ranks stop")
         if any(part[1] for part in status):
             self._note_replaced(replaced)
+        if self.config.model.shard and samples:
+            samples = [equal_chunks(samples[0], int(max(part[2] for part in status)))]
         return samples, None
 
     def _note_replaced(self, replaced: list[Replaced]) -> None:

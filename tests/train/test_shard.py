@@ -1,0 +1,104 @@
+"""Frozen weights over the ranks give the run that whole weights give; what cannot be sharded is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from forks import Job
+from safetensors.torch import load_file
+
+ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shard")
+    tiny.write_data(folder / "data")
+    tiny.write_model(folder / "model")
+    tiny.write_recipe(folder)
+    return folder
+
+
+def run(root: Path, name: str, *overrides: str, ranks: int = 2, code: int = 0) -> Job:
+    job = Job(root / "logs" / name, str(root / "recipe.yaml"), f"output_dir={root / name}", *overrides, ranks=ranks)
+    assert job.wait() == [code] * ranks, job.text()
+    return job
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("adapter.use_dora=true", "adapter.dropout=0.2"), ("model.gradient_checkpointing=true", "train.chunk_tokens=64")],
+    ids=["dora, dropout", "gradient checkpointing, small chunks"],
+)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_sharded_run_equals_a_whole_one(root: Path, overrides: tuple[str, ...], ranks: int) -> None:
+    """Ranks have unequal numbers of chunks here: pictures and words are of different lengths."""
+    name = f"{ranks}-{len(overrides[0])}"
+    run(root, f"whole-{name}", *overrides, ranks=ranks)
+    run(root, f"sharded-{name}", *overrides, "model.shard=true", ranks=ranks)
+    one, other = (
+        [json.loads(line)["loss"] for line in (root / f"{kind}-{name}" / "metrics.jsonl").read_text().splitlines()]
+        for kind in ("whole", "sharded")
+    )
+    assert other == pytest.approx(one, rel=1e-6)
+    mine, theirs = (load_file(root / f"{kind}-{name}" / "adapter_model.safetensors") for kind in ("sharded", "whole"))
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(mine[key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sharded_run_continues_from_a_checkpoint(root: Path) -> None:
+    run(root, "parts", "model.shard=true", "train.schedule=constant", "train.steps=3")
+    run(root, "parts", "model.shard=true", "train.schedule=constant", "train.steps=6")
+    run(root, "at-once", "model.shard=true", "train.schedule=constant", "train.steps=6")
+    mine, theirs = (load_file(root / name / "adapter_model.safetensors") for name in ("parts", "at-once"))
+    assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+def test_sharding_on_one_rank_is_refused(root: Path) -> None:
+    job = run(root, "alone", "model.shard=true", ranks=1, code=2)
+    assert "error: model.shard has no effect on a single rank" in job.text()
+
+
+@pytest.mark.parametrize(("name", "flag"), [("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")])
+def test_launchers_that_shard_what_is_trained_are_refused(
+    root: Path, name: str, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from b3.config import load_config
+    from b3.errors import RunError
+    from b3.train.run import check_machine
+
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(RunError, match=f"{name} is not supported: .* torchrun"):
+        check_machine(load_config(root / "recipe.yaml"))
+
+
+def plugin_of(file: Path) -> object:
+    """The plugin that accelerate builds from a configuration file."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    settings = yaml.safe_load(file.read_text())["fsdp_config"]
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=settings["fsdp_version"],
+        auto_wrap_policy=settings["fsdp_auto_wrap_policy"].lower(),
+        transformer_cls_names_to_wrap=[settings["fsdp_transformer_layer_cls_to_wrap"]],
+        reshard_after_forward=settings["fsdp_reshard_after_forward"],
+        state_dict_type=settings["fsdp_state_dict_type"],
+        cpu_ram_efficient_loading=settings["fsdp_cpu_ram_efficient_loading"],
+    )
+
+
+@pytest.mark.parametrize("file", sorted(ACCELERATE.glob("*.yaml")), ids=lambda f: f.stem)
+def test_accelerate_reads_its_configuration(file: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    settings = load_config_from_file(str(file))
+    assert settings.mixed_precision == "no" and settings.num_processes == 8
+    if file.stem.startswith("fsdp"):
+        plugin = plugin_of(file)
+        assert plugin.fsdp_version == 2 and plugin.transformer_cls_names_to_wrap == ["Qwen2VLDecoderLayer"]  # type: ignore[attr-defined]
