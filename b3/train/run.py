@@ -133,6 +133,7 @@ def train(config: Config) -> Trained:
         InputError: anything in the recipe, the data or the folder that cannot be used; nothing is overwritten.
     """
     folder = Path(config.output_dir)
+    config = follow_launcher(config)
     check_ranks(config)
     check_machine(config)
     if (folder / RESULT).exists() and _steps_done(folder) >= config.train.steps:
@@ -215,10 +216,11 @@ def check_machine(config: Config) -> None:
     for name in config.train.trackers:
         if find_spec(name) is None:
             raise RunError(f"train.trackers: {name} is not installed; pip install 'b3[trackers]', or leave it out")
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise RunError(f"FSDP is not supported: {_SHARDED}")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise RunError(f"DeepSpeed is not supported: {_SHARDED}")
+        raise RunError(
+            "DeepSpeed is not supported: its engine owns backward and step, and the cached step does both in parts."
+            " Start with torchrun; model.shard=true spreads the frozen weights over the ranks as ZeRO-3 would"
+        )
     if config.train.bf16 or config.model.dtype == "bfloat16":
         import torch
 
@@ -235,10 +237,17 @@ def check_machine(config: Config) -> None:
             )
 
 
-_SHARDED = (
-    "the cached step needs whole gradients and ranks with different numbers of chunks. Start with torchrun or"
-    " configs/accelerate/ddp.yaml; model.shard=true spreads the frozen weights over the ranks"
-)
+def follow_launcher(config: Config) -> Config:
+    """The recipe with `model.shard` set if accelerate was told to use FSDP, whose own wrapping is then left out.
+
+    Its wrapper would average the gradients of every chunk over the ranks; see `b3.train.shard` for what is done.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return config
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RunError("accelerate asks for FSDP 1, which is not supported; take configs/accelerate/fsdp2.yaml")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return config.model_copy(update={"model": config.model.model_copy(update={"shard": True})})
 
 
 def _build_trainer(

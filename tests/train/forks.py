@@ -43,13 +43,13 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
 class Job:
     """A started run; ranks are processes 0 .. n-1."""
 
-    def __init__(self, logs: Path, *arguments: str, ranks: int = 1) -> None:
+    def __init__(self, logs: Path, *arguments: str, ranks: int = 1, variables: dict[str, str] | None = None) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank-{rank}.log" for rank in range(ranks)]
         port = free_port()
         self.processes = []
         for rank in range(ranks):
-            environment = {"PYTHONWARNINGS": "ignore"}
+            environment = {"PYTHONWARNINGS": "ignore", **(variables or {})}
             if ranks > 1:
                 environment |= {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
