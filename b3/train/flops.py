@@ -80,7 +80,7 @@ class ModelFlops:
         text, picture = language.config, vision.config
         return cls(
             Tower(*_linear_weights(language), text.num_hidden_layers * text.hidden_size),
-            Tower(*_linear_weights(vision), picture.depth * picture.embed_dim),
+            Tower(*_vision_weights(vision), picture.depth * picture.embed_dim),
         )
 
     def batch(self, batch: Batch) -> float:
@@ -96,6 +96,14 @@ class ModelFlops:
     def step(self, inputs: StepInputs) -> float:
         """Operations of one rank's share of a step."""
         return sum(self.batch(chunk.batch) for chunk in inputs.chunks)
+
+
+def _vision_weights(vision: Any) -> tuple[int, int]:
+    """As `_linear_weights`, per patch: the merger runs once for a square of patches."""
+    everything, merger = _linear_weights(vision), _linear_weights(vision.merger)
+    square = vision.config.spatial_merge_size**2
+    weights, trained = (a - b + b // square for a, b in zip(everything, merger, strict=True))
+    return weights, trained
 
 
 def _linear_weights(module: nn.Module) -> tuple[int, int]:
