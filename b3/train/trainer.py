@@ -225,7 +225,7 @@ class ContrastiveTrainer(Trainer):
         return str(self.folder / checkpoints.STAGING)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        staging = Path(self._get_output_dir(trial))
+        staging, started = Path(self._get_output_dir(trial)), time.perf_counter()
         if self.is_world_process_zero():
             shutil.rmtree(staging, ignore_errors=True)  # a torn one of an earlier attempt
             checkpoints.sync_metrics(self.folder)
@@ -238,6 +238,7 @@ class ContrastiveTrainer(Trainer):
             checkpoints.publish(staging / f"checkpoint-{step}", self.folder, facts)
             staging.rmdir()
             checkpoints.prune(self.folder, self.config.train.keep_checkpoints)
+        self.window.started += time.perf_counter() - started  # not the time of steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)

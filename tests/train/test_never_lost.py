@@ -194,11 +194,28 @@ def half(root: Path) -> Path:
     return root / "half"
 
 
+def copy_run(source: Path, target: Path) -> Path:
+    """The run folder under another name, which its recipe is told."""
+    shutil.copytree(source, target)
+    config = yaml.safe_load((target / "config.yaml").read_text())
+    (target / "config.yaml").write_text(yaml.safe_dump({**config, "output_dir": str(target)}))
+    return target
+
+
+def test_killed_while_the_results_are_written(root: Path, whole: tuple[int, Path]) -> None:
+    """All steps are done, but not all files: they are written again, without another step."""
+    ranks, reference = whole
+    run = copy_run(reference, root / f"end-{ranks}")
+    for name in ("result.json", "report.html", "adapter_model.safetensors"):
+        (run / name).unlink()
+    started = job(root, run.name, *NOISY, ranks=ranks)
+    assert started.wait() == [0] * ranks, started.text()
+    assert (run / "result.json").exists() and (run / "report.html").exists()
+    assert_equal_runs(run, reference)
+
+
 def test_resuming_with_other_ranks_and_chunks_is_allowed_and_said(root: Path, half: Path) -> None:
-    copy = root / "half-2"
-    shutil.copytree(half, copy)
-    config = yaml.safe_load((copy / "config.yaml").read_text())
-    (copy / "config.yaml").write_text(yaml.safe_dump({**config, "output_dir": str(copy)}))
+    copy_run(half, root / "half-2")
     started = job(root, "half-2", *NOISY, "train.chunk_tokens=64", ranks=2)
     assert started.wait() == [0, 0], started.text()
     assert "note: 2 ranks where 1 were: the same batches" in started.text()
