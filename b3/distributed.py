@@ -11,9 +11,9 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def launched_rank() -> int:
-    """This process among those launched together, as early."""
-    return int(os.environ.get("RANK", "0"))
+def is_first() -> bool:
+    """Whether this is the process that prints and writes, known before any group exists."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def start(timeout_minutes: float = 30.0) -> None:
@@ -89,3 +89,14 @@ def numbers_of_ranks(values: list[float]) -> list[list[float]]:
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on at least one rank; every rank gets the same answer."""
     return any(part[0] for part in numbers_of_ranks([float(flag)]))
+
+
+def gather_objects_to(value: Any, owner: int) -> list[Any]:
+    """`value` of every rank, in rank order, on rank `owner`; an empty list on the others."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    parts: list[Any] | None = [None] * world_size() if rank() == owner else None
+    dist.gather_object(value, parts, dst=owner)
+    return parts or []

@@ -11,7 +11,7 @@ import yaml
 from b3.config import Config, describe_keys, dump_config, load_config, merge
 from b3.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -28,7 +28,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("data.datasets.0.famly=vqa", "did you mean 'family'?"),
         ("train.steps=many", "'train.steps' = 'many'"),
         ("train.lr=0", "greater than 0"),
-        ("batch.policy=best", "'b3', 'random' or 'random_mixed'"),
+        ("batch.policy=best", "'b3', 'b3_merged', 'b3_mixed', 'random' or 'random_mixed'"),
         ("mining.p={vqa: x}", "'mining.p'"),
         ("train.warmup_steps=99", "train.warmup_steps 99 exceeds train.steps 6"),
         ("mining.partitioner=paper", "needs mining.edges mutual"),

@@ -2,65 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from b3.errors import InputError
-from b3.mining.graph import Graph, build_graph
+from b3 import distributed
+from b3.mining.checks import Parameters, check_arrays, check_parameters, window_width
+from b3.mining.communities import REFINED, budget, find_communities
 from b3.mining.negatives import draw_negatives
-from b3.mining.partition import (
-    choose_remainder,
-    communities_of,
-    metis_labels,
-    random_labels,
-    reference_repair,
-    repair,
-)
 from b3.mining.plan import BatchPlan
-from b3.mining.rank import Ranks, rank_targets
+from b3.mining.rank import Ranks, join_ranks, rank_targets, search_recall
 from b3.mining.report import make_report, peak_memory
+from b3.mining.stages import Clock, Stages
 from b3.mining.vectors import DistinctTargets, distinct_targets, embeddings_fingerprint, unit_rows
 
 Progress = Callable[[str, int, int], None]
-EDGES = ("union", "mutual")
-PARTITIONERS = ("metis", "paper", "random")
-SPARE_EDGES = 1_500_000  # where targets repeat, a small data set keeps more than m edges a row, up to this many in all
-
-
-@dataclass(frozen=True)
-class _Parameters:
-    p: int
-    m: int
-    K: int
-    h: int
-    edges: str
-    veto: bool
-    partitioner: str
-    refine_passes: int
-    seed: int
-
-
-class _Clock:
-    """Seconds and progress by stage."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        if self.progress:
-            self.progress(name, 0, 1)
-        yield
-        if self.progress:
-            self.progress(name, 1, 1)
-        self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
 def mine(
@@ -74,13 +32,19 @@ def mine(
     *,
     edges: str | None = None,
     veto: bool = True,
-    partitioner: str = "metis",
-    refine_passes: int = 6,
+    penalty: int = 0,
+    partitioner: str = "anneal",
+    refine_passes: int = 30,
+    piece_rows: int | None = None,
+    max_similarity: float | None = None,
+    max_relative: float | None = None,
+    search: str = "exact",
     progress: Progress | None = None,
     data_fingerprint: str | None = None,
     teacher: str | None = None,
     device: str = "cpu",
     block_rows: int | None = None,
+    stages: Stages | None = None,
 ) -> BatchPlan:
     """Group the rows of a data set into communities of hard negatives of each other.
 
@@ -96,17 +60,25 @@ def mine(
         m: width of the window; clipped where fewer than p + m distinct targets exist (``report["window"]`` says so).
         community_size: K.
         hard_negatives: h, hard negatives drawn for each row (0: none).
-        seed: of all random choices. The result depends on the arguments up to `refine_passes` alone.
+        seed: of all random choices. The result depends on the arguments up to `search` alone.
         edges: "union" (a pair counts for each direction that holds) or "mutual" (both must hold; the paper's). Default:
             union, and mutual for the partitioner "paper".
-        veto: drop pairs of which one ranks the other's target above p (union only; mutual implies it).
-        partitioner: "metis" (recursive METIS, repair, swap refinement), "paper" (the authors' METIS call and repair)
-            or "random" (seeded permutation).
-        refine_passes: most passes of the swap refinement ("metis" only).
+        veto: drop pairs of which one ranks the other's target above its window (union only; mutual implies it).
+        penalty: what such a pair in one community costs, in units of a mined negative; 0 only gains nothing by it.
+        partitioner: "anneal" (annealed swaps from random communities), "metis" (recursive METIS, repair of the sizes,
+            annealed swaps), "paper" (the authors' METIS call and repair), "kmeans" (balanced k-means of the pairs, no
+            windows) or "random" (seeded permutation).
+        refine_passes: passes of annealed swaps ("anneal" and "metis").
+        piece_rows: data sets with more rows are first cut into pieces of similar rows, at most so many each, by
+            balanced k-means; communities do not cross pieces. Bounds memory and time of the graph; None: never.
+        max_similarity: a target of the window that the teacher scores above this is treated as ranked above it.
+        max_relative: the same for a score above this share of the positive's (NV-Retriever, arXiv 2407.15831).
+        search: "exact", or "ivf": approximate, for very large N; ``report["search_recall"]`` measures it.
         progress: called as ``progress(stage, done, total)``.
         data_fingerprint, teacher: recorded in the manifest.
         device: torch device for ranking large inputs.
         block_rows: queries ranked at a time; a matter of memory only.
+        stages: where finished stages are kept for an interrupted run to continue from.
 
     Raises:
         InputError: for arrays or parameters that cannot be used, naming the value and the limit.
@@ -116,128 +88,161 @@ def mine(
         >>> plan.communities.shape
         (3125, 32)
     """
-    queries, targets = _check_arrays(queries, targets)
-    edges = edges or ("mutual" if partitioner == "paper" else "union")
+    queries, targets = check_arrays(queries, targets)
+    chosen = parameters(
+        len(queries), p, m, community_size, hard_negatives, seed, edges=edges, veto=veto, penalty=penalty,
+        partitioner=partitioner, refine_passes=refine_passes, piece_rows=piece_rows, max_similarity=max_similarity,
+        max_relative=max_relative, search=search, block_rows=block_rows,
+    )  # fmt: skip
+    ranked = rank_pairs(queries, targets, chosen, Clock(progress), device, block_rows, stages)
+    assert ranked is not None
+    return plan_pairs(ranked, chosen, data_fingerprint, teacher, stages)
+
+
+def parameters(
+    count: int,
+    p: int,
+    m: int,
+    community_size: int,
+    hard_negatives: int,
+    seed: int,
+    *,
+    edges: str | None,
+    veto: bool,
+    penalty: int,
+    partitioner: str,
+    refine_passes: int,
+    piece_rows: int | None,
+    max_similarity: float | None,
+    max_relative: float | None,
+    search: str,
+    block_rows: int | None = None,
+) -> Parameters:
+    """The parameters of `mine` for `count` rows, checked."""
     # Integers of numpy overflow, and json does not take them.
-    p, m, community_size, hard_negatives, seed, refine_passes = (
+    p, m, community_size, hard_negatives, seed, refine_passes, penalty = (
         int(value) if isinstance(value, np.integer) else value
-        for value in (p, m, community_size, hard_negatives, seed, refine_passes)
+        for value in (p, m, community_size, hard_negatives, seed, refine_passes, penalty)
     )
-    used = refine_passes if partitioner == "metis" else 0
-    chosen = _Parameters(p, m, community_size, hard_negatives, edges, bool(veto), partitioner, used, seed)
-    _check_parameters(chosen, len(queries), refine_passes, block_rows)
-    clock = _Clock(progress)
+    chosen = Parameters(
+        p=p, m=m, K=community_size, h=hard_negatives, edges=edges or ("mutual" if partitioner == "paper" else "union"),
+        veto=bool(veto), penalty=penalty, partitioner=partitioner,
+        refine_passes=refine_passes if partitioner in REFINED else 0, piece_rows=piece_rows,
+        max_similarity=max_similarity, max_relative=max_relative, search=search, seed=seed,
+    )  # fmt: skip
+    check_parameters(chosen, count, refine_passes, block_rows)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The first half of mining: unit vectors, distinct targets, and the ranks of all rows.
+
+    Attributes: units (N, D) float32 queries on the grid; fingerprint: of the embeddings; facts: for the report.
+    """
+
+    units: np.ndarray
+    distinct: DistinctTargets
+    ranks: Ranks
+    fingerprint: str
+    facts: dict[str, Any]
+    clock: Clock
+
+
+def rank_pairs(
+    queries: np.ndarray,
+    targets: np.ndarray,
+    chosen: Parameters,
+    clock: Clock,
+    device: str = "cpu",
+    block_rows: int | None = None,
+    stages: Stages | None = None,
+    owner: int | None = None,
+) -> Ranked | None:
+    """Rank all pairs.
+
+    With `owner`, all ranks of the process group call this with the same arguments, each ranks an equal part of the
+    rows, and rank `owner` gets the result, the others None.
+    """
+    queries, targets = check_arrays(queries, targets)
     with clock.stage("normalise"):
         fingerprint = embeddings_fingerprint(queries, targets)
         units, distinct = unit_rows(queries, "queries"), distinct_targets(unit_rows(targets, "targets"))
-        width = _window_width(chosen, len(distinct))
+        width = window_width(chosen, len(distinct))
+    here = owner is None or distributed.rank() == owner
+    key = Stages.key(
+        embeddings=fingerprint, p=chosen.p, m=width, K=chosen.K, limits=str(chosen.limits), ivf=chosen.search
+    )
     with clock.stage("rank"):
-        ranks = rank_targets(units, distinct, p, width, community_size - 1, device, block_rows, progress)
-    communities, remainder, facts = _communities(ranks, distinct, chosen, clock)
+        stored = stages.load("ranks", key) if stages and here else None
+        if _anywhere(stored is not None, owner):
+            ranks = None if stored is None else Ranks(p=chosen.p, m=width, num_targets=len(distinct), **stored)
+        else:
+            share = (0, 1) if owner is None else (distributed.rank(), distributed.world_size())
+            part = rank_targets(
+                units, distinct, chosen.p, width, chosen.K - 1, device, block_rows, clock.progress, chosen.limits,
+                share, chosen.search,
+            )  # fmt: skip
+            parts = [part] if owner is None else distributed.gather_objects_to(part, owner)
+            ranks = join_ranks(parts) if parts else None
+            if stages and ranks is not None:
+                stages.save("ranks", key, ranks.arrays)
+    if ranks is None:
+        return None
+    facts: dict[str, Any] = {"search": chosen.search}
+    if chosen.search != "exact":
+        with clock.stage("recall"):
+            facts["search_recall"] = search_recall(units, ranks, distinct)
+    return Ranked(units, distinct, ranks, fingerprint, facts, clock)
+
+
+def _anywhere(found: bool, owner: int | None) -> bool:
+    """Whether a rank found it."""
+    return found if owner is None else any(distributed.gather_objects(found))
+
+
+def plan_pairs(
+    ranked: Ranked,
+    chosen: Parameters,
+    data_fingerprint: str | None = None,
+    teacher: str | None = None,
+    stages: Stages | None = None,
+) -> BatchPlan:
+    """The second half of mining: communities, hard negatives, report."""
+    units, distinct, ranks, clock = ranked.units, ranked.distinct, ranked.ranks, ranked.clock
+    communities, remainder, facts = find_communities(units, ranks, distinct, chosen.cut, clock)
     negatives = None
-    if hard_negatives:
+    if chosen.h:
         with clock.stage("negatives"):
-            negatives = draw_negatives(ranks, distinct, communities, remainder, hard_negatives, seed)
+            negatives = draw_negatives(ranks, distinct, communities, remainder, chosen.h, chosen.seed)
             facts["hard_negatives_missing"] = int((negatives < 0).sum())
     with clock.stage("report"):
-        report = make_report(units, ranks, distinct, communities, seed) | facts
+        report = (
+            make_report(
+                units,
+                ranks,
+                distinct,
+                communities,
+                chosen.seed,
+                negatives=negatives,
+                partitioner=chosen.partitioner,
+                budget=budget(chosen.cut, len(units)),
+            )
+            | ranked.facts
+            | facts
+        )
     report |= {"seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
     manifest = {
         "data_fingerprint": data_fingerprint,
-        "embeddings_fingerprint": fingerprint,
+        "embeddings_fingerprint": ranked.fingerprint,
         "teacher": teacher,
-        "N": len(queries),
-        "D": queries.shape[1],
+        "N": len(units),
+        "D": units.shape[1],
         **asdict(chosen),
         "versions": _versions(),
         "seconds": round(sum(clock.seconds.values()), 3),
     }
     return BatchPlan(communities, remainder, negatives, report, manifest)
-
-
-def _communities(
-    ranks: Ranks, distinct: DistinctTargets, chosen: _Parameters, clock: _Clock
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """(communities (C, K), remainder (N mod K,), facts for the report)."""
-    count, size = len(ranks.own), chosen.K
-    facts: dict[str, Any] = {}
-    graph: Graph | None = None
-    if chosen.partitioner != "random":
-        with clock.stage("graph"):
-            budget = max(chosen.m, SPARE_EDGES // count)
-            graph = build_graph(ranks, distinct, chosen.edges, chosen.veto, budget, chosen.seed)
-            facts = {"edges": graph.num_edges, "isolated_rows": int((np.diff(graph.indptr) == 0).sum())}
-    with clock.stage("partition"):
-        remainder = choose_remainder(graph, count, size, chosen.seed)
-        rows = np.setdiff1d(np.arange(count), remainder)
-        parts = len(rows) // size
-        if graph is None:
-            labels = random_labels(len(rows), size, chosen.seed)
-        else:
-            graph = graph.restrict(rows)
-            labels = metis_labels(graph, parts, chosen.seed, recursive=chosen.partitioner == "metis")
-            sizes = np.bincount(labels, minlength=parts)
-            facts |= {"partition_size_min": int(sizes.min()), "partition_size_max": int(sizes.max())}
-            if chosen.partitioner == "metis":
-                labels = repair(graph, labels, parts, size, chosen.seed)
-            else:
-                labels = reference_repair(labels, parts, size)
-    if graph is not None and chosen.refine_passes:
-        from b3.mining.refine import objective, refine
-
-        with clock.stage("refine"):
-            target_of = distinct.of_row[rows]
-            before = objective(graph, labels, target_of)
-            labels, gains = refine(graph, labels, target_of, size, chosen.refine_passes, chosen.seed)
-            facts |= {"objective_before_refinement": before, "refinement_gains": gains}
-    return communities_of(labels, rows, size), remainder, facts
-
-
-def _check_arrays(queries: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
-    queries, targets = (a if isinstance(a, np.ndarray) else np.asarray(a) for a in (queries, targets))
-    for side, array in (("queries", queries), ("targets", targets)):
-        if array.ndim != 2 or array.shape[1] == 0:
-            raise InputError(f"{side} have shape {array.shape}; give an array of shape (N, D)")
-        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise InputError(f"{side} have type {array.dtype}; give float16, float32 or float64")
-    if len(queries) != len(targets):
-        raise InputError(f"{len(queries)} queries but {len(targets)} targets; row i of both must be one training pair")
-    if queries.shape[1] != targets.shape[1]:
-        raise InputError(
-            f"queries have {queries.shape[1]} dimensions, targets {targets.shape[1]}; use one teacher for both"
-        )
-    if len(queries) == 0:
-        raise InputError("there are no rows to mine (N = 0)")
-    return queries, targets
-
-
-def _check_parameters(chosen: _Parameters, count: int, refine_passes: int, block_rows: int | None) -> None:
-    least = {"p": 0, "m": 1, "K": 1, "h": 0, "seed": 0, "refine_passes": 0, "block_rows": 1}
-    given = asdict(chosen) | {"refine_passes": refine_passes, "block_rows": 1 if block_rows is None else block_rows}
-    names = {"K": "community_size", "h": "hard_negatives"}
-    for key, low in least.items():
-        value = given[key]
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
-            raise InputError(f"{names.get(key, key)} is {value!r}; give an integer of at least {low}")
-    if count < chosen.K:
-        raise InputError(f"community_size {chosen.K} exceeds the {count} rows; give at most {count}")
-    if chosen.edges not in EDGES:
-        raise InputError(f"edges is {chosen.edges!r}; choose from {', '.join(EDGES)}")
-    if chosen.partitioner not in PARTITIONERS:
-        raise InputError(f"partitioner is {chosen.partitioner!r}; choose from {', '.join(PARTITIONERS)}")
-    if chosen.partitioner == "paper" and chosen.edges != "mutual":
-        raise InputError(f"partitioner paper works on mutual edges, not {chosen.edges}; leave edges out")
-
-
-def _window_width(chosen: _Parameters, num_targets: int) -> int:
-    """m, clipped to the ranks that exist."""
-    if num_targets < 2:
-        raise InputError("all rows have the same target, so there are no negatives; mining needs two distinct targets")
-    if chosen.p >= num_targets - 1:
-        raise InputError(
-            f"p {chosen.p} leaves no ranks: there are {num_targets} distinct targets; give at most {num_targets - 2}"
-        )
-    return min(chosen.m, num_targets - chosen.p)
 
 
 def _versions() -> dict[str, str]:

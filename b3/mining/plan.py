@@ -21,7 +21,8 @@ ARRAYS = ("communities", "remainder", "hard_negatives")
 FILES = (*(f"{name}.npy" for name in ARRAYS), "report.json", "report.html", "manifest.json")
 IDENTITY = (
     "data_fingerprint", "embeddings_fingerprint", "teacher", "N", "p", "m", "K", "h",
-    "edges", "veto", "partitioner", "refine_passes", "seed",
+    "edges", "veto", "penalty", "max_similarity", "max_relative", "partitioner", "refine_passes", "piece_rows",
+    "search", "seed",
 )  # fmt: skip
 
 

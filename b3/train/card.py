@@ -9,22 +9,23 @@ from b3.train.claim import plan_digest
 
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
-    from b3.mining.plan import BatchPlan
+    from b3.train.run import Plans
 
 
-def data_rows(config: Config, datasets: list[PairDataset], plans: list[BatchPlan] | None) -> list[list[str]]:
-    """A header and a row a data set: what it was trained on, and the plan that made its batches."""
+def data_rows(datasets: list[PairDataset], plans: Plans) -> list[list[str]]:
+    """A header and a row a data set and plan: what was trained on, and what made its batches."""
     header = ["data set", "rows", "data fingerprint"]
-    of_plan = ["K, p, m", "teacher", "plan fingerprint", "mined negatives a query"]
+    of_plan = ["plan", "K, p, m", "teacher", "plan fingerprint", "mined negatives a query"]
     rows = [header + of_plan if plans else header]
     for index, dataset in enumerate(datasets):
         cells = [dataset.name, f"{len(dataset):,}", dataset.fingerprint()[:16]]
-        if plans:
-            plan, entry = plans[index], config.data.datasets[index]
-            window = f"{config.mining.k}, {config.mining.p_of(entry)}, {entry.m or config.mining.m}"
+        if not plans:
+            rows.append(cells)
+        for name, of_datasets in plans.items():
+            plan = of_datasets[index]
+            window = ", ".join(str(plan.manifest.get(key)) for key in ("K", "p", "m"))
             mined = f"{plan.report['mined_negatives_per_query']:.2f}"
-            cells += [window, str(plan.manifest.get("teacher")), plan_digest(plan)[:16], mined]
-        rows.append(cells)
+            rows.append([*cells, name, window, str(plan.manifest.get("teacher")), plan_digest(plan)[:16], mined])
     return rows
 
 
@@ -37,7 +38,7 @@ def markdown(rows: list[list[str]]) -> list[str]:
 def model_card(
     config: Config,
     datasets: list[PairDataset],
-    plans: list[BatchPlan] | None,
+    plans: Plans,
     metrics: list[dict[str, Any]],
     evaluation: dict[str, Any] | None = None,
     replaced: list[dict[str, Any]] | None = None,
@@ -65,7 +66,7 @@ def model_card(
         "",
         "## Data",
         "",
-        *markdown(data_rows(config, datasets, plans)),
+        *markdown(data_rows(datasets, plans)),
     ]
     if replaced:
         lines += ["", f"{len(replaced)} unreadable rows gave their place to others, see bad_rows.jsonl."]

@@ -21,7 +21,7 @@ from b3.files import write_atomic
 from b3.train.claim import DEBUG
 
 DATA = "emoji"
-ROWS, STEPS, K, SIZE = 160, 3, 4, 16
+ROWS, STEPS, SIZE, SHRINK = 160, 3, 16, 8  # rank windows are cut to an eighth
 
 
 def debug_config(config: Config, ranks: int = 1) -> Config:
@@ -40,15 +40,18 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
     }
     stand_ins = _stand_ins(config)
     tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": stand_ins}
-    k = min(config.mining.k, K)
-    p = {family: min(config.mining.p_of(entry), 4) for family, entry in _by_family(config).items()}
-    tree["mining"] |= {"dir": f"{folder}/mining", "teacher": "embedded", "teacher_adapter": None, "p": p, "k": k}
-    tree["mining"]["m"] = min(config.mining.m, 20)
-    step = math.lcm(k, ranks)
-    size = step * math.ceil(min(config.batch.size, SIZE) / step)
-    tree["batch"] |= {"size": size}
+    tree["mining"] |= {"dir": f"{folder}/mining", "teacher": "embedded", "teacher_adapter": None}
+    tree["mining"] |= _small_windows(config.mining.model_dump(include={"p", "m", "k"}), config.negatives.per_query)
+    for name, variant in config.mining.variants.items():
+        tree["mining"]["variants"][name] |= _small_windows(variant.replaced, 0)
+    step = math.lcm(ranks, *(_small_k(config.mining_of(name).k) for name in ("base", *config.mining.variants)))
+    size = 2 * SIZE if config.batch.random_share else min(config.batch.size, SIZE)
+    tree["batch"] |= {"size": step * math.ceil(size / step)}
+    plans = config.batch_plans
+    if config.batch.schedule:  # a step or more for each plan
+        tree["batch"]["schedule"] = [{"until": (i + 1) / len(plans), "plans": {p: 1.0}} for i, p in enumerate(plans)]
     tree["train"] |= {
-        "steps": STEPS,
+        "steps": max(STEPS, len(plans)),
         "warmup_steps": min(config.train.warmup_steps, 1),
         "save_every": 2,
         "log_every": 1,
@@ -64,17 +67,31 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
     return Config.model_validate(tree)
 
 
-def _by_family(config: Config) -> dict[str, Any]:
-    """The first data set of each family."""
-    first: dict[str, Any] = {}
-    for entry in config.data.datasets:
-        first.setdefault(entry.family, entry)
-    return first
+def _small_k(k: int) -> int:
+    """A community size that keeps the order of the real ones: 2, 4 or 8."""
+    return 2 if k < 16 else 4 if k < 128 else 8
+
+
+def _small_windows(mining: dict[str, Any], h: int) -> dict[str, Any]:
+    """The keys p, m and k, as far as they are given, for so few rows; wide enough for `h` hard negatives."""
+    small: dict[str, Any] = {}
+    if "p" in mining:
+        p = mining["p"]
+        small["p"] = {f: math.ceil(n / SHRINK) for f, n in p.items()} if isinstance(p, dict) else math.ceil(p / SHRINK)
+    if "m" in mining:
+        small["m"] = max(math.ceil(mining["m"] / SHRINK), 2 * h, 5)
+    if "k" in mining:
+        small["k"] = _small_k(mining["k"])
+    return small
 
 
 def _stand_ins(config: Config) -> list[dict[str, Any]]:
     """Embedded data sets of the recipe's families; as many of a family as the recipe has, and as there are."""
-    left = {family: [s for s, f in embedded_families(DATA).items() if f == family] for family in _by_family(config)}
+    left: dict[str, list[str]] = {}
+    for subset, family in embedded_families(DATA).items():
+        left.setdefault(family, []).append(subset)
+    if config.batch.policy == "b3_merged":  # merges classification sets, and one is no merger
+        left["classification"].append(left["retrieval"].pop())
     chosen: list[dict[str, Any]] = []
     for entry in config.data.datasets:
         if left[entry.family]:
@@ -92,6 +109,8 @@ def prepare(config: Config) -> Config:
     Raises:
         RunError: the folder is there and was not made by a debug run.
     """
+    from b3.mining.recipe import mine_recipe
+
     small = debug_config(config, distributed.launched_ranks())
     distributed.start(config.train.timeout_minutes)
     problem = None
@@ -103,12 +122,14 @@ def prepare(config: Config) -> Config:
     problem = distributed.gather_objects(problem)[0]
     if problem is not None:
         raise RunError(problem)
+    if small.needs_plan:
+        mine_recipe(small)  # ranks share the ranking
+        distributed.barrier()
     return small
 
 
 def _make(config: Config) -> None:
     from b3.data.recipe import load_datasets
-    from b3.mining.recipe import mine_recipe
     from b3.model.tiny import make_tiny_model
     from b3.progress import no_bars
 
@@ -124,5 +145,3 @@ def _make(config: Config) -> None:
     ]
     with no_bars():
         make_tiny_model(config.model.name, texts, hidden=32, layers=2, vision_layers=1, vocab_size=512)
-    if config.needs_plan:
-        mine_recipe(config)

@@ -62,7 +62,7 @@ def _short(number: float) -> str:
 
 def estimate(config: Config, datasets: list[PairDataset], sampler: BatchPlanSampler, embedder: Embedder) -> Estimate:
     """Sample rows, count tokens without decoding pictures, and add up memory. Unreadable rows are left out."""
-    weights = sampler.per_epoch_of if len(sampler.per_epoch_of) == len(datasets) else [len(d) for d in datasets]
+    weights = [entry.weight * len(d) for entry, d in zip(config.data.datasets, datasets, strict=True)]
     h, mean, longest = config.negatives.per_query, 0.0, 0
     for dataset, weight in zip(datasets, weights, strict=True):
         queries, targets = sample_lengths(dataset, embedder.processor)

@@ -13,12 +13,10 @@ from b3.train.checkpoint import RESULT, read_metrics
 
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
-    from b3.mining.plan import BatchPlan
+    from b3.train.run import Plans
 
 
-def finish(
-    config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan] | None, seconds: float
-) -> None:
+def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: Plans, seconds: float) -> None:
     """Write everything; last the file that says the run is complete. On the first rank only."""
     from b3.train.card import model_card
     from b3.train.report_page import write_report

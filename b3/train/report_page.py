@@ -16,7 +16,7 @@ from b3.train.checkpoint import read_metrics
 
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
-    from b3.mining.plan import BatchPlan
+    from b3.train.run import Plans
 
 Curve = tuple[str, list[float], list[float], str]  # label, steps, values, colour
 BLUE, RED, GREEN, GREY = "#1c5d99", "#c8553d", "#3a7d44", "#7b8794"
@@ -26,7 +26,7 @@ def write_report(
     folder: Path,
     config: Config,
     datasets: list[PairDataset],
-    plans: list[BatchPlan] | None,
+    plans: Plans,
     result: dict[str, Any],
 ) -> Path:
     """Write `folder`/report.html from its metrics.jsonl and environment.json."""
@@ -40,7 +40,7 @@ def write_report(
     ]
     if evaluations:
         parts += ["<h2>Evaluation</h2>", _evaluation_table(evaluations)]
-    parts += ["<h2>Data</h2>", _table(data_rows(config, datasets, plans))]
+    parts += ["<h2>Data</h2>", _table(data_rows(datasets, plans))]
     if result["replaced_rows"]:
         parts.append(f"<p>{result['replaced_rows']} unreadable rows gave their place to others: bad_rows.jsonl.</p>")
     parts += [

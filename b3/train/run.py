@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3 import __version__, distributed
-from b3.config import Config
+from b3.config import BASE, Config
 from b3.data.recipe import load_datasets
 from b3.errors import RunError
 from b3.files import write_atomic
@@ -25,45 +25,64 @@ if TYPE_CHECKING:
     from b3.model.embedder import Embedder
     from b3.train.sampler import BatchPlanSampler
 
+    Plans = dict[str, list[BatchPlan]]  # of each data set, by the name of the plan
 
-def load_plans(config: Config, datasets: list[PairDataset]) -> list[BatchPlan] | None:
-    """The mined plan of each data set, checked against its rows. Raises `RunError` naming the command that mines."""
-    if not config.needs_plan:
-        return None
+
+def load_plans(config: Config, datasets: list[PairDataset]) -> Plans:
+    """The mined plans that training reads, of each data set, checked against its rows; empty if it reads none.
+
+    Raises `RunError` naming the command that mines.
+    """
     from b3.mining.recipe import load_plan
 
-    return [load_plan(config, entry, dataset) for entry, dataset in zip(config.data.datasets, datasets, strict=True)]
+    return {
+        name: [
+            load_plan(config, entry, dataset, name)
+            for entry, dataset in zip(config.data.datasets, datasets, strict=True)
+        ]
+        for name in config.mined_plans
+    }
 
 
-def build_sampler(
-    config: Config, datasets: list[PairDataset], plans: list[BatchPlan] | None, start: int = 0
-) -> BatchPlanSampler:
+def build_sampler(config: Config, datasets: list[PairDataset], plans: Plans, start: int = 0) -> BatchPlanSampler:
     """Batches of this rank under the recipe's policy."""
-    import numpy as np
-
     from b3.train.sampler import BatchPlanSampler, random_rows
 
+    batch, entries = config.batch, config.data.datasets
     sizes = [len(dataset) for dataset in datasets]
-    names = [dataset.name for dataset in datasets]
-    communities: list[np.ndarray]
-    if config.batch.policy == "b3":
-        assert plans is not None
-        communities = [plan.communities for plan in plans]
-    elif config.batch.policy == "random":
-        communities = [random_rows(size) for size in sizes]
-    else:  # one pool: row numbers run over all data sets already
-        communities, sizes, names = [random_rows(sum(sizes))], [sum(sizes)], ["all data sets"]
+    communities: dict[str, list[Any]]
+    if batch.mined:
+        communities = {name: [*plans[name]] for name in config.batch_plans}
+    else:
+        communities = {BASE: [random_rows(size) for size in sizes]}
     return BatchPlanSampler(
         communities,
-        config.batch.size,
+        batch.size,
         sizes=sizes,
-        names=names,
+        names=[dataset.name for dataset in datasets],
         seed=config.seed,
         steps=config.train.steps,
         start=start,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        weights=[entry.weight for entry in entries],
+        pools=pool_numbers(config),
+        random_share=batch.random_share,
+        frozen=batch.remix == "frozen",
+        schedule=config.phases(),
     )
+
+
+def pool_numbers(config: Config) -> list[int]:
+    """The pool of each data set: data sets of one pool share batches."""
+    policy, entries = config.batch.policy, config.data.datasets
+    if policy in ("b3_mixed", "random_mixed"):
+        return [0] * len(entries)
+    pools = list(range(len(entries)))
+    if policy == "b3_merged":
+        labelled = [number for number in pools if entries[number].family == "classification"]
+        pools = [labelled[0] if number in labelled else number for number in pools]
+    return pools
 
 
 def build_embedder(config: Config) -> Embedder:
@@ -169,7 +188,7 @@ def _steps_done(folder: Path) -> int:
         return 0
 
 
-def _claim(config: Config, datasets: list[PairDataset], plans: list[BatchPlan] | None) -> tuple[Path | None, list[str]]:
+def _claim(config: Config, datasets: list[PairDataset], plans: Plans) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from and what to say about it; decided by the first rank for all."""
     found: tuple[str | None, list[str], str | None] = (None, [], None)
     if distributed.rank() == 0:
@@ -193,9 +212,7 @@ def _claim(config: Config, datasets: list[PairDataset], plans: list[BatchPlan] |
     return (None if checkpoint is None else Path(checkpoint)), notes
 
 
-def _announce(
-    config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan] | None, notes: list[str]
-) -> None:
+def _announce(config: Config, trainer: Any, datasets: list[PairDataset], plans: Plans, notes: list[str]) -> None:
     """Write environment.json, cut the log to where training starts, and print what will happen."""
     from b3.train.estimate import estimate
 
@@ -253,7 +270,7 @@ def follow_launcher(config: Config) -> Config:
 def _build_trainer(
     config: Config,
     datasets: list[PairDataset],
-    plans: list[BatchPlan] | None,
+    plans: Plans,
     checkpoint: Path | None,
     request: StopRequest,
 ) -> Any:
@@ -271,8 +288,7 @@ def _build_trainer(
         shard_frozen(embedder)
     negatives = None
     if config.negatives.per_query:
-        assert plans is not None
-        mined = [plan.hard_negatives for plan in plans]
+        mined = [plan.hard_negatives for plan in plans[BASE]]
         assert all(rows is not None for rows in mined), "load_plans checks this"
         negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]
     collator = StepCollator(
@@ -286,26 +302,58 @@ def _build_trainer(
     return ContrastiveTrainer(embedder, config, collator, sampler, request, evaluator)
 
 
-def describe(
-    config: Config, datasets: list[PairDataset], sampler: BatchPlanSampler, plans: list[BatchPlan] | None
-) -> str:
+def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSampler, plans: Plans) -> str:
     """What is about to happen, in a few lines."""
     size, h = config.batch.size, config.negatives.per_query
-    lines = [f"{config.name}: {config.train.steps} steps of {size} pairs, policy {config.batch.policy}"]
-    if plans and config.batch.policy == "b3":
-        lines[0] += f" ({size // config.mining.k} communities of {config.mining.k})"
-    for index, dataset in enumerate(datasets):
-        count = f", {sampler.per_epoch_of[index]} batches an epoch" if len(sampler.per_epoch_of) > 1 else ""
-        mined = f", {plans[index].report['mined_negatives_per_query']:.2f} mined negatives a query" if plans else ""
-        lines.append(f"  {dataset.name}: {len(dataset):,} rows{count}{mined}")
-    columns = size * (1 + h)
+    frozen = ", the same batches every epoch" if config.batch.remix == "frozen" else ""
+    lines = [f"{config.name}: {config.train.steps} steps of {size} pairs, policy {config.batch.policy}{frozen}"]
+    if config.batch.mined:
+        lines[0] += f" ({_make_up(sampler, next(iter(sampler.epochs)))})"
+    batches = {part.number: pool.num_batches for pool in sampler.pools for part in pool.parts if len(pool.parts) == 1}
+    for index, (entry, dataset) in enumerate(zip(config.data.datasets, datasets, strict=True)):
+        parts = [f"{len(dataset):,} rows"]
+        if entry.weight != 1:
+            parts.append(f"weight {entry.weight:g}")
+        if index in batches and len(datasets) > 1:
+            parts.append(f"{batches[index]} batches an epoch")
+        for name, mined in plans.items():
+            of_plan = f" ({name})" if len(plans) > 1 else ""
+            parts.append(f"{mined[index].report['mined_negatives_per_query']:.2f} mined negatives a query{of_plan}")
+        lines.append(f"  {dataset.name}: {', '.join(parts)}")
+    lines += [
+        f"  batches across {pool.name}: {pool.num_batches} an epoch" for pool in sampler.pools if len(pool.parts) > 1
+    ]
+    lines += _describe_schedule(sampler)
     lines.append(
-        f"  {sampler.batches_per_epoch} batches an epoch, {columns - 1:,} negatives a query"
+        f"  {sampler.batches_per_epoch} batches an epoch, {size * (1 + h) - 1:,} negatives a query"
         + (f" ({h} hard negatives a row)" if h else "")
     )
     if sampler.start:
         lines.append(f"  continuing at step {sampler.start}")
     return "\n".join(lines)
+
+
+def _make_up(sampler: BatchPlanSampler, plan: str) -> str:
+    """Of what a batch of a plan consists."""
+    pool = sampler.epochs[plan].pools[0]
+    random = f" and {pool.num_random_rows} random rows" if pool.num_random_rows else ""
+    return f"{pool.intact} {'community' if pool.intact == 1 else 'communities'} of {pool.width}{random}"
+
+
+def _describe_schedule(sampler: BatchPlanSampler) -> list[str]:
+    """A line for each plan and each phase of a schedule."""
+    if sampler.schedule is None:
+        return []
+    lines = [
+        f"  plan {name}: {_make_up(sampler, name)} a batch, {epochs.num_batches} batches an epoch"
+        for name, epochs in sampler.epochs.items()
+    ]
+    first = 0
+    for until, shares in sampler.schedule.phases:
+        mixed = ", ".join(f"{share:.0%} {name}" for name, share in shares.items())
+        lines.append(f"  steps {first + 1} to {until}: {mixed}")
+        first = until
+    return lines
 
 
 def environment(world_size: int) -> dict[str, Any]:

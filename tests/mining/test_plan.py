@@ -33,7 +33,7 @@ def test_save_and_load_round_trip(plan: BatchPlan, tmp_path: Path) -> None:
         assert np.array_equal(getattr(loaded, name), getattr(plan, name))
     assert loaded.report == plan.report
     assert plan.manifest.items() <= loaded.manifest.items()
-    wanted = {"p": 2, "m": 10, "K": 8, "h": 2, "edges": "union", "veto": True, "partitioner": "metis", "seed": 0}
+    wanted = {"p": 2, "m": 10, "K": 8, "h": 2, "edges": "union", "veto": True, "partitioner": "anneal", "seed": 0}
     assert wanted.items() <= loaded.manifest.items()
     assert "mined" in (folder / "report.html").read_text()
 

@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(root: Path, *overrides: str) -> tuple[Config, object]:
     config = load_config(root / "recipe.yaml", [f"output_dir={root / 'run'}", *overrides])
-    return config, _build_trainer(config, load_datasets(config), None, None, StopRequest())
+    return config, _build_trainer(config, load_datasets(config), {}, None, StopRequest())
 
 
 def step_inputs(trainer: object, step: int) -> object:

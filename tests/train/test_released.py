@@ -13,8 +13,7 @@ import tiny
 from forks import Job
 
 from b3.config import Config, load_config
-from b3.mining.mine import mine
-from b3.mining.recipe import wanted
+from b3.mining.recipe import mine_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "b3pp_qwen2vl_2b.yaml"
@@ -65,20 +64,14 @@ def overrides(layout: Path, run: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def mined(layout: Path) -> Config:
     """Plans of all 20 subsets, from random teacher vectors."""
-    from b3.data.recipe import load_dataset
-
     config = load_config(RECIPE, overrides(layout, layout / "run"))
-    for index, entry in enumerate(config.data.datasets):
-        facts = wanted(config, entry, load_dataset(config, entry))
-        rng = np.random.default_rng(index)
-        queries, targets = (rng.standard_normal((ROWS, 8)).astype(np.float32) for _ in range(2))
-        window = {"p": facts["p"], "m": facts["m"], "hard_negatives": facts["h"], "community_size": facts["K"]}
-        plan = mine(
-            queries, targets, **window, seed=facts["seed"], edges=facts["edges"], veto=facts["veto"],
-            data_fingerprint=facts["data_fingerprint"], teacher=facts["teacher"],
-            partitioner=facts["partitioner"], refine_passes=facts["refine_passes"],
-        )  # fmt: skip
-        plan.save(Path(config.mining.dir) / entry.subset)
+    (layout / "teacher").mkdir()
+    rng = np.random.default_rng(0)
+    for entry in config.data.datasets:
+        for side in ("queries", "targets"):
+            vectors = rng.standard_normal((ROWS, 8)).astype(np.float32)
+            np.save(layout / "teacher" / f"{entry.subset}_{side}.npy", vectors)
+    mine_recipe(config)
     return config
 
 
@@ -130,7 +123,6 @@ def test_a_new_users_mistake_is_one_line(
 
 def test_a_missing_teacher_is_one_line(layout: Path) -> None:
     from b3.errors import InputError
-    from b3.mining.recipe import mine_recipe
 
     given = [*overrides(layout, layout / "run"), f"mining.dir={layout}/none", f"mining.teacher={layout}/missing"]
     with pytest.raises(InputError, match="missing does not exist; give a checkpoint folder or a hub name"):

@@ -104,7 +104,7 @@ def test_weights_really_are_spread_and_chunks_really_unequal(root: Path, tmp_pat
         held.append(float(line.partition("weights ")[2].split()[0]))
     assert held[1] < 0.8 * held[0]
     config = load_config(root / "recipe.yaml", [*UNEQUAL, f"output_dir={tmp_path}"])
-    trainer = _build_trainer(config, load_datasets(config), None, None, StopRequest())
+    trainer = _build_trainer(config, load_datasets(config), {}, None, StopRequest())
     counts = set()
     for step in range(6):
         places = [divmod(row, 96) for row in trainer.sampler.batch(step).tolist()]
