@@ -16,6 +16,7 @@ RESULT = "result.json"
 METRICS = "metrics.jsonl"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 STAGING = ".saving"
+REMOVED = ".removed-"
 
 
 def mark_complete(folder: Path, facts: dict[str, Any]) -> None:
@@ -40,8 +41,10 @@ def is_complete(folder: Path) -> bool:
 def publish(staged: Path, run: Path, facts: dict[str, Any]) -> Path:
     """Give a finished checkpoint its place: its files and its marker are on disk before its name is."""
     mark_complete(staged, facts)
-    target = run / staged.name
-    shutil.rmtree(target, ignore_errors=True)  # a damaged one that was passed over
+    target, damaged = run / staged.name, run / f"{REMOVED}{staged.name}"
+    shutil.rmtree(damaged, ignore_errors=True)
+    if target.exists():  # it was passed over
+        target.rename(damaged)
     staged.rename(target)
     sync_folder(run)
     return target
@@ -57,13 +60,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and damaged ones that are older than the newest."""
+    """Delete all but the `keep` newest complete checkpoints, and damaged ones that are older than the newest.
+
+    A folder leaves its name before its files, so that a kill does not leave half of one under it.
+    """
     found = sorted((p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name)), key=checkpoint_step)
     kept = [p for p in found if is_complete(p)][-keep:]
     for folder in found:
         if kept and folder not in kept and checkpoint_step(folder) < checkpoint_step(kept[-1]):
-            (folder / MARKER).unlink(missing_ok=True)  # half deleted, it must not look whole
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.rename(run / f"{REMOVED}{folder.name}")
+    for folder in run.glob(f"{REMOVED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:
