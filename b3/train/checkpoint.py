@@ -68,7 +68,9 @@ def prune(run: Path, keep: int) -> None:
     kept = [p for p in found if is_complete(p)][-keep:]
     for folder in found:
         if kept and folder not in kept and checkpoint_step(folder) < checkpoint_step(kept[-1]):
-            folder.rename(run / f"{REMOVED}{folder.name}")
+            target = run / f"{REMOVED}{folder.name}"
+            shutil.rmtree(target, ignore_errors=True)  # left by a kill
+            folder.rename(target)
     for folder in run.glob(f"{REMOVED}*"):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -229,3 +229,14 @@ def test_more_steps_at_a_constant_rate_equal_a_longer_run(root: Path) -> None:
         assert started.wait() == [0], started.text()
     assert "train.steps was 3, now 6: a constant learning rate goes on" in started.text()
     assert_equal_runs(root / "longer", root / "long")
+
+
+def test_what_a_killed_deletion_left_is_no_obstacle(tmp_path: Path) -> None:
+    from b3.train.checkpoint import mark_complete, prune
+
+    for name in ("checkpoint-1", "checkpoint-2", ".removed-checkpoint-1", ".removed-checkpoint-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+        mark_complete(tmp_path / name, {})
+    prune(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
