@@ -45,6 +45,7 @@ class ModelConfig(Section):
     max_length: int | None = Field(None, gt=0, description="cut text-only items to this many tokens")
     positions: Literal["1d", "mrope"] = Field("1d", description="rotary positions; 1d as all B3 and VLM2Vec models")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    shard: bool = Field(False, description="spread the decoder layers' frozen weights over the ranks (FSDP2)")
 
 
 class AdapterConfig(Section):
@@ -81,7 +82,17 @@ class DataConfig(Section):
     split: str = Field("train", description="'original' or 'diverse_instruction' in MMEB-train")
     image_dir: str | None = Field(None, description="folder (or .parquet) of the images; embedded data brings its own")
     prefix_targets: bool = Field(True, description="put the paper's prefixes before text-only targets")
+    bad_images: Literal["fail", "replace"] = Field(
+        "fail", description="a row whose picture cannot be read ends the run, or gives its place to another row"
+    )
+    max_bad_images: int = Field(100, gt=0, description="rows that may be replaced in a run (with bad_images replace)")
     datasets: list[DatasetConfig] = Field(min_length=1, description="the data sets to train on")
+
+    @model_validator(mode="after")
+    def _cap(self) -> DataConfig:
+        if self.bad_images == "fail" and self.max_bad_images != 100:
+            raise ValueError(f"data.max_bad_images {self.max_bad_images} has no effect without data.bad_images replace")
+        return self
 
     @model_validator(mode="after")
     def _unique(self) -> DataConfig:
@@ -271,6 +282,13 @@ class TrainConfig(Section):
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
     save_every: int = Field(500, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints that are kept")
+    save_merged: bool = Field(
+        False, description="also write OUTPUT/merged: the backbone with the adapter in its weights"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="report to these beside metrics.jsonl (pip install 'b3[trackers]')"
+    )
+    timeout_minutes: float = Field(30.0, gt=0, description="a rank that waits longer for the others ends the run")
 
     @model_validator(mode="after")
     def _warmup(self) -> TrainConfig:
@@ -285,6 +303,14 @@ class EvalConfig(Section):
     subsets: list[str] = Field(min_length=1, description="subsets to score")
     image_dir: str | None = None
     prefix_targets: bool = Field(True, description="as --tgt_prefix_mod")
+    every: int | None = Field(None, gt=0, description="steps between evaluations during training; null: none")
+    max_rows: int | None = Field(None, gt=0, description="score only the first rows of each subset during training")
+
+    @model_validator(mode="after")
+    def _rows(self) -> EvalConfig:
+        if self.max_rows is not None and self.every is None:
+            raise ValueError(f"eval.max_rows {self.max_rows} has no effect without eval.every")
+        return self
 
 
 class Config(Section):
@@ -308,6 +334,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _across(self) -> Config:
+        if self.model.shard and self.eval is not None and self.eval.every is not None:
+            raise ValueError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
         if self.model.min_pixels > self.model.max_pixels:
             raise ValueError(
                 f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}"

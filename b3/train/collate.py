@@ -64,8 +64,8 @@ class StepCollator:
         queries = [self.datasets[d].query(row) for d, row, *_ in rows]
         targets: list[Item] = []
         valid: list[bool] = []
-        for dataset, row, *drawn in rows:
-            for item, real in self._targets(dataset, row, drawn[0] if drawn else None):
+        for place in rows:
+            for item, real in self._targets(place):
                 targets.append(item)
                 valid.append(real)
         items = queries + targets
@@ -86,16 +86,21 @@ class StepCollator:
             num_tokens=sum(p.num_tokens for p in processed),
         )
 
-    def _targets(self, dataset: int, row: int, drawn: Sequence[int] | None) -> list[tuple[Item, bool]]:
+    def negatives_of(self, place: StepRow) -> Sequence[int]:
+        """Row numbers whose targets are the hard negatives of a row, -1 for none: its own, or those of the plan."""
+        if len(place) == 3:
+            return place[2]
+        if self.hard_negatives is None:
+            return []
+        negatives: list[int] = self.hard_negatives[place[0]][place[1]].tolist()
+        return negatives
+
+    def _targets(self, place: StepRow) -> list[tuple[Item, bool]]:
         """The positive and the hard negatives of a row; a missing negative is a copy of the positive, not valid."""
-        pairs = self.datasets[dataset]
-        positive = pairs.target(row)
-        result = [(positive, True)]
-        if drawn is None:
-            drawn = [] if self.hard_negatives is None else self.hard_negatives[dataset][row].tolist()
-        for negative in drawn:
-            result.append((pairs.target(negative), True) if negative >= 0 else (positive, False))
-        return result
+        pairs = self.datasets[place[0]]
+        positive = pairs.target(place[1])
+        negatives = self.negatives_of(place)
+        return [(positive, True), *((pairs.target(n), True) if n >= 0 else (positive, False) for n in negatives)]
 
     def _process(self, item: Item) -> Processed:
         try:

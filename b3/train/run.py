@@ -15,7 +15,9 @@ from b3.config import BASE, Config
 from b3.data.recipe import load_datasets
 from b3.errors import RunError
 from b3.files import write_atomic
-from b3.train.checkpoint import RESULT, claim_folder, newest_checkpoint, read_metrics, rewind_metrics
+from b3.train.checkpoint import RESULT, checkpoint_facts, newest_checkpoint, rewind_metrics
+from b3.train.claim import claim_folder, data_facts
+from b3.train.signals import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
@@ -147,57 +149,157 @@ def check_ranks(config: Config) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a run gives: its folder, seconds of this part, and whether there was anything left to do."""
+    """What a run gives: its folder, seconds of this part, and whether nothing was left to do or a signal ended it."""
 
     folder: Path
     seconds: float
-    already_complete: bool
+    already_complete: bool = False
+    stopped: bool = False
 
 
 def train(config: Config) -> Trained:
     """Run a recipe to its end, resuming if its folder holds a part of it.
 
+    SIGTERM and SIGUSR1 end it after the step it is in, with a checkpoint (`Trained.stopped`).
+
     Raises:
         InputError: anything in the recipe, the data or the folder that cannot be used; nothing is overwritten.
     """
     folder = Path(config.output_dir)
+    config = follow_launcher(config)
     check_ranks(config)
-    first = os.environ.get("RANK", "0") == "0"
-    if (folder / RESULT).exists():
+    check_machine(config)
+    if (folder / RESULT).exists() and _steps_done(folder) >= config.train.steps:
         claim_folder(config)
         return Trained(folder, 0.0, already_complete=True)
-    datasets = load_datasets(config)
-    plans = load_plans(config, datasets)
-    distributed.start()
-    build_sampler(config, datasets, plans)  # its checks come before the model is loaded
-    if first:
-        claim_folder(config)
-    distributed.barrier()
-    if not first:
-        claim_folder(config)
-    checkpoint = newest_checkpoint(folder)
-    started = time.perf_counter()
-    trainer = _build_trainer(config, datasets, plans, checkpoint)
-    if first:
-        rewind_metrics(folder, trainer.sampler.start)
-        write_atomic(folder / "environment.json", json.dumps(environment(distributed.world_size()), indent=2) + "\n")
-        print(describe(config, datasets, trainer.sampler, plans), flush=True)
-    trainer.run(checkpoint)
-    seconds = time.perf_counter() - started
-    if first:
-        _finish(config, trainer, datasets, plans, seconds)
-    distributed.barrier()
-    return Trained(folder, seconds, already_complete=False)
+    with StopRequest() as request:
+        datasets = load_datasets(config)
+        plans = load_plans(config, datasets)
+        distributed.start(config.train.timeout_minutes)
+        build_sampler(config, datasets, plans)  # its checks come before the model is loaded
+        checkpoint, notes = _claim(config, datasets, plans)
+        started = time.perf_counter()
+        trainer = _build_trainer(config, datasets, plans, checkpoint, request)
+        if distributed.rank() == 0:
+            _announce(config, trainer, datasets, plans, notes)
+        try:
+            finished = trainer.run(checkpoint)
+        except Stopped:
+            finished = False
+        seconds = time.perf_counter() - started
+        if finished and distributed.rank() == 0:
+            from b3.train.finish import finish
+
+            finish(config, trainer, datasets, plans, seconds)
+        distributed.barrier()
+    return Trained(folder, seconds, stopped=not finished)
 
 
-def _build_trainer(config: Config, datasets: list[PairDataset], plans: Plans, checkpoint: Path | None) -> Any:
+def _steps_done(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / RESULT).read_text())["steps"])
+    except (ValueError, KeyError):
+        return 0
+
+
+def _claim(config: Config, datasets: list[PairDataset], plans: Plans) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from and what to say about it; decided by the first rank for all."""
+    found: tuple[str | None, list[str], str | None] = (None, [], None)
+    if distributed.rank() == 0:
+        try:
+            notes = claim_folder(config, data_facts(datasets, plans))
+            newest = newest_checkpoint(Path(config.output_dir))
+            if newest is not None:
+                before, now = checkpoint_facts(newest)["world_size"], distributed.world_size()
+                if before != now:
+                    notes.append(
+                        f"{now} ranks where {before} were: the same batches, losses equal up to rounding"
+                        + ("; dropout is drawn anew" if config.adapter.dropout else "")
+                    )
+            (Path(config.output_dir) / RESULT).unlink(missing_ok=True)  # of a run that is now to be longer
+            found = (None if newest is None else str(newest), notes, None)
+        except RunError as error:
+            found = (None, [], str(error))
+    checkpoint, notes, problem = distributed.gather_objects(found)[0]
+    if problem is not None:
+        raise RunError(problem)
+    return (None if checkpoint is None else Path(checkpoint)), notes
+
+
+def _announce(config: Config, trainer: Any, datasets: list[PairDataset], plans: Plans, notes: list[str]) -> None:
+    """Write environment.json, cut the log to where training starts, and print what will happen."""
+    from b3.train.estimate import estimate
+
+    folder = Path(config.output_dir)
+    rewind_metrics(folder, trainer.sampler.start)
+    trainer.bad_rows.rewind()
+    write_atomic(folder / "environment.json", json.dumps(environment(distributed.world_size()), indent=2) + "\n")
+    lines = [describe(config, datasets, trainer.sampler, plans)]
+    lines += estimate(config, datasets, trainer.sampler, trainer.embedder).lines()
+    lines += [f"  note: {note}" for note in notes]
+    print("\n".join(lines), flush=True)
+
+
+def check_machine(config: Config) -> None:
+    """Raise `RunError` if the recipe asks for what this machine or installation does not have."""
+    from importlib.util import find_spec
+
+    for name in config.train.trackers:
+        if find_spec(name) is None:
+            raise RunError(f"train.trackers: {name} is not installed; pip install 'b3[trackers]', or leave it out")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise RunError(
+            "DeepSpeed is not supported: its engine owns backward and step, and the cached step does both in parts."
+            " Start with torchrun; model.shard=true spreads the frozen weights over the ranks as ZeRO-3 would"
+        )
+    if config.train.bf16 or config.model.dtype == "bfloat16":
+        import torch
+
+        if not torch.cuda.is_available():
+            asked = "train.bf16 true" if config.train.bf16 else "model.dtype bfloat16"
+            raise RunError(
+                f"{asked} needs a GPU and none is visible; check the driver and CUDA_VISIBLE_DEVICES, or set"
+                " train.bf16=false model.dtype=float32"
+            )
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise RunError(
+                f"{torch.cuda.get_device_name(0)} does not compute in bfloat16; set train.bf16=false"
+                " model.dtype=float32"
+            )
+
+
+def follow_launcher(config: Config) -> Config:
+    """The recipe with `model.shard` set if accelerate was told to use FSDP, whose own wrapping is then left out.
+
+    Its wrapper would average the gradients of every chunk over the ranks; see `b3.train.shard` for what is done.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        return config
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise RunError("accelerate asks for FSDP 1, which is not supported; take configs/accelerate/fsdp2.yaml")
+    del os.environ["ACCELERATE_USE_FSDP"]
+    return config.model_copy(update={"model": config.model.model_copy(update={"shard": True})})
+
+
+def _build_trainer(
+    config: Config,
+    datasets: list[PairDataset],
+    plans: Plans,
+    checkpoint: Path | None,
+    request: StopRequest,
+) -> Any:
     from b3.train.checkpoint import checkpoint_step
     from b3.train.collate import StepCollator
+    from b3.train.evaluation import Evaluator
     from b3.train.trainer import ContrastiveTrainer
 
     start = 0 if checkpoint is None else checkpoint_step(checkpoint)
     sampler = build_sampler(config, datasets, plans, start)
     embedder = build_embedder(config)
+    if config.model.shard:
+        from b3.train.shard import shard_frozen
+
+        shard_frozen(embedder)
     negatives = None
     if config.negatives.per_query and config.negatives.scope == "community":
         mined = [plan.hard_negatives for plan in plans[BASE]]
@@ -210,7 +312,8 @@ def _build_trainer(config: Config, datasets: list[PairDataset], plans: Plans, ch
         negatives,
         share_duplicates=config.adapter.dropout == 0,
     )
-    return ContrastiveTrainer(embedder, config, collator, sampler)
+    evaluator = Evaluator(config, embedder) if config.eval and config.eval.every else None
+    return ContrastiveTrainer(embedder, config, collator, sampler, request, evaluator)
 
 
 def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSampler, plans: Plans) -> str:
@@ -285,16 +388,3 @@ def environment(world_size: int) -> dict[str, Any]:
         "gpu": gpu,
         "world_size": world_size,
     }
-
-
-def _finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: Plans, seconds: float) -> None:
-    """Write the final adapter, the model card, and last the file that says the run is complete."""
-    from b3.train.card import model_card
-    from b3.train.trainer import save_adapter
-
-    folder = Path(config.output_dir)
-    save_adapter(trainer.embedder, folder)
-    metrics = read_metrics(folder)
-    write_atomic(folder / "README.md", model_card(config, datasets, next(iter(plans.values()), None), metrics))
-    result = {"steps": config.train.steps, "seconds": round(seconds, 2), "last": metrics[-1] if metrics else None}
-    write_atomic(folder / RESULT, json.dumps(result, indent=2) + "\n")
