@@ -192,13 +192,14 @@ class MiningConfig(Section):
         if min(values, default=0) < 0:
             raise ValueError(f"mining.p {self.p} must not be negative")
         for key in ("refine_passes", "penalty", "piece_rows"):
-            if not self.refined and key in self.model_fields_set and getattr(self, key):
+            default = type(self).model_fields[key].default  # what a written config.yaml holds is no request
+            if not self.refined and getattr(self, key) not in (default, 0):
                 raise ValueError(f"mining.{key} {getattr(self, key)} has no effect with partitioner {self.partitioner}")
         if self.penalty and (self.edges != "union" or not self.veto):
             raise ValueError(f"mining.penalty {self.penalty} needs edges union with the veto")
         if self.partitioner == "paper" and self.edges != "mutual":
             raise ValueError("mining.partitioner paper needs mining.edges mutual")
-        if self.edges == "mutual" and self.veto and "veto" in self.model_fields_set:
+        if self.edges == "mutual" and not self.veto:
             raise ValueError("mining.veto has no effect with edges mutual (which vetoes by itself)")
         return self
 

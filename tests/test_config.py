@@ -91,3 +91,10 @@ def test_rank_window_by_family(tmp_path: Path) -> None:
     config = load_config(tiny.write_recipe(tmp_path), ["mining.p={vqa: 70, retrieval: 30}", "data.datasets.1.p=5"])
     first, second = config.data.datasets
     assert (config.mining.p_of(first), config.mining.p_of(second)) == (30, 5)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_a_written_recipe_loads_again(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
