@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -164,6 +165,7 @@ class Ranked:
         width, counted: of the window of communities and of that of hard negatives.
         rank: ranks further queries over other targets, in the same way.
         fingerprint: of the embeddings; facts: for the report.
+        stages, key: where finished stages are kept, and under which key the ranks are.
     """
 
     units: np.ndarray
@@ -177,6 +179,8 @@ class Ranked:
     fingerprint: str
     facts: dict[str, Any]
     clock: Clock
+    stages: Stages | None
+    key: str
 
 
 def rank_pairs(
@@ -233,7 +237,9 @@ def rank_pairs(
     if chosen.search != "exact":
         with clock.stage("recall"):
             facts["search_recall"] = search_recall(units, ranks, distinct)
-    return Ranked(units, distinct, ranks, chosen, rules, width, counted, rank, fingerprint, facts, clock)
+    return Ranked(
+        units, distinct, ranks, chosen, rules, width, counted, rank, fingerprint, facts, clock, stages, key
+    )  # fmt: skip
 
 
 def _with_width(stored: dict[str, np.ndarray], p: int) -> dict[str, Any]:
@@ -256,10 +262,7 @@ def plan_pairs(ranked: Ranked, data_fingerprint: str | None = None, teacher: str
     """The second half of mining: communities, hard negatives, report."""
     units, distinct, chosen, clock = ranked.units, ranked.distinct, ranked.chosen, ranked.clock
     ranks = narrow(ranked.ranks, ranked.width)
-    if chosen.subset_rows:
-        communities, remainder, facts = _by_subset(ranked)
-    else:
-        communities, remainder, facts = find_communities(units, ranks, distinct, chosen, clock)
+    communities, remainder, facts = _cut(ranked, ranks)
     drawn: dict[str, np.ndarray] = {}
     if chosen.h:
         with clock.stage("negatives"):
@@ -294,6 +297,22 @@ def plan_pairs(ranked: Ranked, data_fingerprint: str | None = None, teacher: str
         "seconds": round(sum(clock.seconds.values()), 3),
     }
     return BatchPlan(communities, remainder, report=report, manifest=manifest, **drawn)
+
+
+def _cut(ranked: Ranked, ranks: Ranks) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """(communities, remainder, facts for the report), found now or by an earlier call that was interrupted."""
+    stages, key = ranked.stages, Stages.key(ranks=ranked.key, **asdict(ranked.chosen))
+    stored = stages.load("communities", key) if stages else None
+    if stored is not None:
+        return stored["communities"], stored["remainder"], json.loads(str(stored["facts"]))
+    if ranked.chosen.subset_rows:
+        found = _by_subset(ranked)
+    else:
+        found = find_communities(ranked.units, ranks, ranked.distinct, ranked.chosen, ranked.clock)
+    if stages:
+        arrays = {"communities": found[0], "remainder": found[1], "facts": np.asarray(json.dumps(found[2]))}
+        stages.save("communities", key, arrays)
+    return found
 
 
 def _by_subset(ranked: Ranked) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:

@@ -147,10 +147,15 @@ def test_a_finished_ranking_is_not_done_again(tmp_path: Path, monkeypatch: pytes
     calls: list[int] = []
     module = sys.modules["b3.mining.mine"]  # the package exports a function of that name
     monkeypatch.setattr(module, "rank_targets", lambda *a, **k: calls.append(1) or rank_targets(*a, **k))
+    cuts: list[int] = []
+    find = module.find_communities
+    monkeypatch.setattr(module, "find_communities", lambda *a: cuts.append(1) or find(*a))
     again = mine(queries, targets, **OPTIONS, stages=stages)
-    assert not calls and np.array_equal(again.communities, whole.communities)
+    assert not calls and not cuts and np.array_equal(again.communities, whole.communities)
     reports = [{k: v for k, v in p.report.items() if k not in ("seconds", "peak_memory_bytes")} for p in (whole, again)]
     assert reports[0] == reports[1]
+    mine(queries, targets, **OPTIONS, refine_passes=5, stages=stages)
+    assert not calls and len(cuts) == 1, "other communities of the same ranks"
     for changed in ({"p": 5}, {"m": 21}, {"max_similarity": 0.5}):
         mine(queries, targets, **OPTIONS | changed, stages=stages)
     mine(queries * 2 + 1, targets, **OPTIONS, stages=stages)
