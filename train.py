@@ -3,9 +3,11 @@
     python train.py configs/demo.yaml                            one process
     python train.py configs/demo.yaml train.steps=20             with overrides
     torchrun --nproc_per_node=8 train.py configs/b3_qwen2vl_2b.yaml
+    python train.py configs/b3_qwen2vl_2b.yaml --debug           its miniature: three steps on any machine
 
 A batch plan is mined first: python scripts/mine.py CONFIG.yaml. An interrupted run continues when the same command is
-given again. Exit code 2 and one line on stderr for a mistake in the input.
+given again. On SIGTERM or SIGUSR1 the run ends its step, saves, and leaves with exit code 85. Exit code 2 and one line
+on stderr for a mistake in the input.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import sys
 
 from b3.config import describe_keys, load_config
-from b3.errors import command
+from b3.errors import EXIT_STOPPED, command
 
 
 @command
@@ -24,18 +26,32 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="the recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single values of it")
-    arguments = parser.parse_args(argv)
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="a tiny model, the embedded data and three steps under the recipe's settings, into OUTPUT_DIR-debug",
+    )
+    arguments = parser.parse_intermixed_args(argv)
     config = load_config(arguments.config, arguments.overrides)
 
     from b3 import distributed
     from b3.train.run import train
 
     try:
+        if arguments.debug:
+            from b3.train.debug import prepare
+
+            config = prepare(config)
         result = train(config)
     finally:
         distributed.stop()
     if result.already_complete:
         print(f"{result.folder} is complete; nothing to do")
+    elif not result.stopped and distributed.is_first():
+        print(f"done: adapter, README.md and report.html are in {result.folder}")
+    if result.stopped:
+        print(f"stopped as asked; {result.folder} is saved, the same command continues", flush=True)
+        return EXIT_STOPPED
     return 0
 
 

@@ -11,15 +11,26 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start() -> None:
-    """Join the process group of the launcher; nothing for a single process."""
+def is_first() -> bool:
+    """Whether this is the process that prints and writes, known before any group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def start(timeout_minutes: float = 30.0) -> None:
+    """Join the process group of the launcher; nothing for a single process.
+
+    A rank that waits longer than the timeout for the others ends with an error instead of hanging.
+    """
+    from datetime import timedelta
+
     import torch
     import torch.distributed as dist
 
     if launched_ranks() > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
 
 
 def stop() -> None:
@@ -58,3 +69,34 @@ def gather_objects(value: Any) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, value)
     return parts
+
+
+def numbers_of_ranks(values: list[float]) -> list[list[float]]:
+    """A few numbers of every rank, in rank order, on every rank."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [values]
+    own = torch.tensor(values, dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        own = own.cuda()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    return [part.tolist() for part in parts]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank; every rank gets the same answer."""
+    return any(part[0] for part in numbers_of_ranks([float(flag)]))
+
+
+def gather_objects_to(value: Any, owner: int) -> list[Any]:
+    """`value` of every rank, in rank order, on rank `owner`; an empty list on the others."""
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        return [value]
+    parts: list[Any] | None = [None] * world_size() if rank() == owner else None
+    dist.gather_object(value, parts, dst=owner)
+    return parts or []

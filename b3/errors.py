@@ -29,6 +29,7 @@ class RunError(InputError):
 
 
 EXIT_INPUT_ERROR = 2
+EXIT_STOPPED = 85  # a signal asked the run to stop: everything is saved, the same command continues
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -22,3 +24,17 @@ def bar(total: int, label: str | None, unit: str, initial: int = 0, leave: bool 
         maxinterval=10.0 if live else 60.0,
         delay=0.0 if live else 30.0,
     )
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the bars of `transformers` (loading and writing weights)."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -57,7 +57,8 @@ def mine(config: Config) -> dict[str, Any]:
 def train(config: Config) -> None:
     from b3.train.run import train as run
 
-    run(config)
+    if run(config).stopped:
+        raise RunError("stopped as asked; what is done is kept, the same command continues")
 
 
 def evaluate(config: Config, name: str, adapter: str | None) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Mine batch plans.
 
-    python scripts/mine.py CONFIG.yaml [section.key=value ...]          every data set of a recipe
+    python scripts/mine.py CONFIG.yaml [section.key=value ...]          every data set of a recipe, with the
+                                                                    variants that its schedule uses
     python scripts/mine.py --queries q.npy --targets t.npy -p 30 -m 100 -k 32 --hard-negatives 5 --seed 0 --out DIR
 
-A plan directory holds communities.npy, remainder.npy, hard_negatives.npy, manifest.json, report.json and report.html.
+Several processes share encoding and ranking: torchrun --nproc_per_node=8 scripts/mine.py CONFIG.yaml. An interrupted
+call continues after the last finished stage. A plan directory holds communities.npy, remainder.npy, hard_negatives.npy,
+manifest.json, report.json and report.html.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from b3.errors import ConfigError, RunError, command
+
+PARTITIONERS = ("anneal", "metis", "paper", "kmeans", "random")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,8 +32,16 @@ def build_parser() -> argparse.ArgumentParser:
     arrays.add_argument("-m", type=int, default=100, help="width of the rank window (default 100)")
     arrays.add_argument("-k", type=int, default=32, help="community size (default 32)")
     arrays.add_argument("--hard-negatives", type=int, default=0, help="hard negatives per query (default 0)")
-    arrays.add_argument("--edges", choices=("union", "mutual"), default="union")
-    arrays.add_argument("--partitioner", choices=("metis", "paper", "random"), default="metis")
+    arrays.add_argument("--edges", choices=("union", "mutual"), help="default union; mutual for partitioner paper")
+    arrays.add_argument("--no-veto", action="store_true", help="keep pairs that one side ranks above its window")
+    arrays.add_argument("--penalty", type=int, default=0, help="cost of such a pair in one community (default 0)")
+    arrays.add_argument("--partitioner", choices=PARTITIONERS, default="anneal")
+    arrays.add_argument("--refine-passes", type=int, help="passes of annealed swaps (default 30)")
+    arrays.add_argument("--piece-rows", type=int, help="cut larger data sets into pieces first (default never)")
+    arrays.add_argument("--max-similarity", type=float, help="largest teacher similarity of a negative")
+    arrays.add_argument("--max-relative", type=float, help="the same as a share of the positive's, such as 0.95")
+    arrays.add_argument("--search", choices=("exact", "ivf"), default="exact", help="ivf: approximate, for millions")
+    arrays.add_argument("--device", help="torch device for ranking (default: a GPU if there is one)")
     arrays.add_argument("--seed", type=int, default=0)
     arrays.add_argument("--out", type=Path, help="plan directory to write")
     return parser
@@ -36,13 +49,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def mine_arrays(arguments: argparse.Namespace) -> None:
     from b3.mining import mine
-    from b3.mining.recipe import load_matrix, stage_bar
+    from b3.mining.recipe import stage_bar
+    from b3.mining.stages import Stages
+    from b3.mining.teacher import load_matrix
 
     missing = [f"--{name}" for name in ("queries", "targets", "out") if getattr(arguments, name) is None]
     if missing:
         raise ConfigError(f"give a recipe, or all of --queries, --targets and --out (missing: {', '.join(missing)})")
     if (arguments.out / "manifest.json").exists():
         raise RunError(f"{arguments.out} holds a batch plan already; choose another --out or delete it")
+    options: dict[str, Any] = {
+        name: value
+        for name in ("edges", "refine_passes", "piece_rows", "max_similarity", "max_relative")
+        if (value := getattr(arguments, name)) is not None
+    }
+    stages = Stages(arguments.out.parent / f".{arguments.out.name}.stages")
     with stage_bar("mine", show=True) as progress:
         plan = mine(
             load_matrix(arguments.queries),
@@ -52,11 +73,17 @@ def mine_arrays(arguments: argparse.Namespace) -> None:
             community_size=arguments.k,
             hard_negatives=arguments.hard_negatives,
             seed=arguments.seed,
-            edges=arguments.edges,
+            veto=not arguments.no_veto,
+            penalty=arguments.penalty,
             partitioner=arguments.partitioner,
+            search=arguments.search,
+            device=arguments.device,
             progress=progress,
+            stages=stages,
+            **options,
         )
     plan.save(arguments.out)
+    stages.remove()
     show({str(arguments.out): plan})
 
 
@@ -65,6 +92,9 @@ def show(plans: dict[str, Any]) -> None:
     width = max(map(len, plans))
     for name, plan in plans.items():
         report = plan.report
+        if not plan.measured:
+            print(f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities, imported")
+            continue
         seconds = sum(report["seconds"].values())
         print(
             f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities of"
@@ -81,13 +111,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.queries or arguments.targets or arguments.out:
         raise ConfigError("give either a recipe or --queries, --targets and --out, not both")
+    from b3 import distributed
     from b3.config import load_config
     from b3.mining.recipe import mine_recipe
 
     config = load_config(arguments.config, arguments.overrides)
-    plans = mine_recipe(config, show_progress=True)
-    show(plans)
-    print(f"report: {Path(config.mining.dir) / 'report.html'}")
+    distributed.start()
+    try:
+        plans = mine_recipe(config, show_progress=True)
+    finally:
+        distributed.stop()
+    if distributed.is_first():
+        show(plans)
+        if any(plan.measured for plan in plans.values()):
+            print(f"report: {Path(config.mining.dir) / 'report.html'}")
     return 0
 
 

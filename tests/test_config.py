@@ -11,7 +11,7 @@ import yaml
 from b3.config import Config, describe_keys, dump_config, load_config, merge
 from b3.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted(f for f in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if f.parent.name != "accelerate")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -28,7 +28,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("data.datasets.0.famly=vqa", "did you mean 'family'?"),
         ("train.steps=many", "'train.steps' = 'many'"),
         ("train.lr=0", "greater than 0"),
-        ("batch.policy=best", "'b3', 'random' or 'random_mixed'"),
+        ("batch.policy=best", "'b3', 'b3_merged', 'b3_mixed', 'random' or 'random_mixed'"),
         ("mining.p={vqa: x}", "'mining.p'"),
         ("train.warmup_steps=99", "train.warmup_steps 99 exceeds train.steps 6"),
         ("mining.partitioner=paper", "needs mining.edges mutual"),
@@ -91,3 +91,10 @@ def test_rank_window_by_family(tmp_path: Path) -> None:
     config = load_config(tiny.write_recipe(tmp_path), ["mining.p={vqa: 70, retrieval: 30}", "data.datasets.1.p=5"])
     first, second = config.data.datasets
     assert (config.mining.p_of(first), config.mining.p_of(second)) == (30, 5)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_a_written_recipe_loads_again(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config

@@ -135,6 +135,12 @@ class ImageRef:
         return decode(self.store.read(self.path), f"{self.path} in {self.store.location}")
 
 
+def _why(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    return "no image format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
 def decode(data: bytes, name: str) -> Image.Image:
     """Decode image bytes fully (a truncated file fails here, not later). `name` is used in the error."""
     from PIL import Image
@@ -145,7 +151,7 @@ def decode(data: bytes, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise DataError(f"image {name} is too large ({error}); reduce it or raise PIL.Image.MAX_IMAGE_PIXELS") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"image {name} does not decode ({error}); replace the file or drop the row") from None
+        raise DataError(f"image {name} does not decode ({_why(error)}); replace the file or drop the row") from None
     return image
 
 
@@ -159,7 +165,7 @@ def peek(data: bytes, name: str) -> tuple[bytes, tuple[int, int]]:
     except Image.DecompressionBombError as error:
         raise DataError(f"image {name} is too large ({error}); reduce it or raise PIL.Image.MAX_IMAGE_PIXELS") from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"image {name} does not decode ({error}); replace the file or drop the row") from None
+        raise DataError(f"image {name} does not decode ({_why(error)}); replace the file or drop the row") from None
 
 
 def content_key(image: Image.Image) -> str:

@@ -113,6 +113,11 @@ class PairDataset:
     def _value(self, column: str, row: int) -> Any:
         return self._columns[column][row].as_py()
 
+    def column(self, name: str) -> list[Any]:
+        """A column as stored, without prefix."""
+        values: list[Any] = self._columns[name].to_pylist()
+        return values
+
     def _item(self, text: str | None, path: str | None, prefix: str = "") -> Item:
         if not path:
             return Item(prefix + (text or ""))

@@ -225,11 +225,17 @@ def load_pairs(
 
 
 def load_eval(
-    source: str, subset: str, split: str = "test", *, image_dir: str | None = None, prefix_targets: bool = False
+    source: str,
+    subset: str,
+    split: str = "test",
+    *,
+    image_dir: str | None = None,
+    prefix_targets: bool = False,
+    max_rows: int | None = None,
 ) -> EvalDataset:
     """One evaluation subset (MMEB-eval schema). Arguments and errors as `load_pairs`."""
     where = f"{source} subset {subset} split {split}"
-    table = check_rows(load_table(source, subset, split), EVAL_COLUMNS, where)
+    table = check_rows(load_table(source, subset, split), EVAL_COLUMNS, where).slice(0, max_rows)
     _check_eval(table, where)
     store = _images(table, ("qry_img_path", "tgt_img_path"), image_dir or default_image_dir(source), where)
     return EvalDataset(subset, table, store, target_prefix(subset) if prefix_targets else "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,8 @@ EDGE_BLOCK = 1 << 22
 class Graph:
     """A symmetric graph without loops in compressed rows; the neighbours of i are ``indices[indptr[i]:indptr[i+1]]``.
 
-    Attributes: indptr (N + 1,), indices (E,) ascending in a row, weights (E,), all int64; weights are 1 or 2.
+    Attributes: indptr (N + 1,) int64, indices (E,) int32 ascending in a row, weights (E,) int8: 1 or 2 for hard
+        negatives, below 0 for pairs to keep apart.
     """
 
     indptr: np.ndarray
@@ -34,18 +37,26 @@ class Graph:
 
     def degrees(self) -> np.ndarray:
         """(N,) int64: sum of the weights at each row."""
-        total = np.concatenate([[0], np.cumsum(self.weights)])
+        total = np.concatenate([[0], np.cumsum(self.weights, dtype=np.int64)])
         return total[self.indptr[1:]] - total[self.indptr[:-1]]
 
     def sources(self) -> np.ndarray:
-        """(E,) int64: the row that each entry of `indices` is a neighbour of."""
-        return np.repeat(np.arange(len(self)), np.diff(self.indptr))
+        """(E,) int32: the row that each entry of `indices` is a neighbour of."""
+        return np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.indptr))
+
+    def positive(self) -> Graph:
+        """The graph without the pairs to keep apart."""
+        if (self.weights > 0).all():
+            return self
+        kept = self.weights > 0
+        indptr = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])[self.indptr]
+        return Graph(indptr, self.indices[kept], self.weights[kept])
 
     def restrict(self, rows: np.ndarray) -> Graph:
         """The graph over `rows` (ascending), renumbered 0, 1, ..."""
         if len(rows) == len(self):
             return self
-        number = np.full(len(self), -1, dtype=np.int64)
+        number = np.full(len(self), -1, dtype=np.int32)
         number[rows] = np.arange(len(rows))
         sources, targets = number[self.sources()], number[self.indices]
         kept = (sources >= 0) & (targets >= 0)
@@ -53,8 +64,22 @@ class Graph:
         return Graph(indptr.astype(np.int64), targets[kept], self.weights[kept])
 
 
-def window_rows(ranks: Ranks, distinct: DistinctTargets, budget: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The directed edges of every query i to the rows that carry the targets of its window, own target left out.
+def places(members: np.ndarray, num_rows: int) -> np.ndarray:
+    """(N,) int32: the number of each row within `members`, -1 for the others."""
+    place = np.full(num_rows, -1, dtype=np.int32)
+    place[members] = np.arange(len(members))
+    return place
+
+
+def rows_of_targets(
+    chosen: Callable[[np.ndarray], np.ndarray],
+    ranks: Ranks,
+    distinct: DistinctTargets,
+    budget: int,
+    seed: int,
+    place: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The directed edges of every query i to the rows that carry its chosen targets, own target left out.
 
     Up to `budget` such rows are all taken. Where there are more (targets shared by many rows), the rows are sampled so
     that about `budget` remain, whatever N is: the rows of each target are spread over a circle in a seeded order, each
@@ -62,28 +87,48 @@ def window_rows(ranks: Ranks, distinct: DistinctTargets, budget: int, seed: int)
     near each other on the circle thus keep the full window structure among themselves, each target about once, as if a
     large data set were many small ones; independent sampling would thin all of it.
 
-    Returns (indptr (N + 1,), rows (E,)), int64.
+    Args:
+        chosen: gives (n, k) distinct targets for some queries (n,).
+        place: (N,) the number of each row (`places`); rows with -1 are left out on both sides.
+
+    Returns (indptr (n + 1,) int64, rows (E,) int32), both in these numbers.
     """
     by_slot = _by_slot(distinct, seed)
     slots, phase = _slots(distinct, by_slot, seed)
-    counts = distinct.counts
+    by_slot = by_slot.astype(np.int32)
     offsets, found = [np.zeros(1, dtype=np.int64)], []
     step = max(1, EDGE_BLOCK // max(ranks.m, budget))
     for start in range(0, len(ranks.own), step):
-        span = slice(start, start + step)
-        window = ranks.window[span]
-        size = np.where(window == ranks.own[span][:, None], 0, counts[window])
-        total = size.sum(axis=1)
-        reach = np.minimum(1.0, budget / np.maximum(total, 1))[:, None] / 2
-        low = np.ceil((slots[span][:, None] - reach) * size - phase[window]).astype(np.int64)
-        high = np.ceil((slots[span][:, None] + reach) * size - phase[window]).astype(np.int64)
-        taken = np.where((total <= budget)[:, None], size, np.minimum(high - low, size)).ravel()
-        base = np.repeat(np.cumsum(taken) - taken, taken)
-        place = np.repeat(low.ravel(), taken) + np.arange(taken.sum()) - base
-        place = place % np.repeat(size.ravel(), taken)
-        found.append(by_slot[np.repeat(distinct.starts[window.ravel()], taken) + place])
-        offsets.append(taken.reshape(window.shape).sum(axis=1))
+        rows = start + np.flatnonzero(place[start : start + step] >= 0)
+        if not len(rows):
+            continue
+        window = chosen(rows)
+        taken, at = _reached(window, slots[rows], phase, ranks.own[rows], distinct, budget)
+        ends = place[by_slot[at]]
+        offsets.append(np.bincount(np.repeat(np.arange(len(rows)), taken)[ends >= 0], minlength=len(rows)))
+        found.append(ends[ends >= 0])
     return np.cumsum(np.concatenate(offsets)), np.concatenate(found)
+
+
+def _reached(
+    window: np.ndarray,
+    slots: np.ndarray,
+    phase: np.ndarray,
+    own: np.ndarray,
+    distinct: DistinctTargets,
+    budget: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows taken for each query (n,), their positions in the order of the slots), for targets `window` (n, k)."""
+    size = np.where(window == own[:, None], 0, distinct.counts[window])
+    total = size.sum(axis=1)
+    reach = np.minimum(1.0, budget / np.maximum(total, 1))[:, None] / 2
+    low = np.ceil((slots[:, None] - reach) * size - phase[window]).astype(np.int64)
+    high = np.ceil((slots[:, None] + reach) * size - phase[window]).astype(np.int64)
+    taken = np.where((total <= budget)[:, None], size, np.minimum(high - low, size))
+    each = taken.ravel()
+    base = np.repeat(np.cumsum(each) - each, each)
+    place = np.repeat(low.ravel(), each) + np.arange(each.sum()) - base
+    return taken.sum(axis=1), np.repeat(distinct.starts[window.ravel()], each) + place % np.repeat(size.ravel(), each)
 
 
 def _by_slot(distinct: DistinctTargets, seed: int) -> np.ndarray:
@@ -102,31 +147,54 @@ def _slots(distinct: DistinctTargets, order: np.ndarray, seed: int) -> tuple[np.
     return slots, phase
 
 
-def build_graph(ranks: Ranks, distinct: DistinctTargets, edges: str, veto: bool, budget: int, seed: int) -> Graph:
+def build_graph(
+    ranks: Ranks,
+    distinct: DistinctTargets,
+    edges: str,
+    veto: bool,
+    budget: int,
+    seed: int,
+    penalty: int = 0,
+    members: np.ndarray | None = None,
+) -> Graph:
     """Join rows i and j where one's target is in the window of the other.
 
     union: weight = number of directions that hold, 1 or 2, so that the weight inside a community is the number of
-    window hits that it contains; with `veto` a pair is dropped if either ranks the other's target above p.
+    window hits that it contains; with `veto` a pair is dropped if either ranks the other's target above the window.
     mutual: both directions must hold (paper, section 3.2); weight 1; vetoes by itself.
+    penalty: pairs of which one ranks the other's target above the window get the weight -penalty (union with veto).
+    members: (n,) rows, ascending: the graph over these alone, renumbered; default: all.
     """
-    from scipy import sparse
-
-    assert edges in ("union", "mutual")
-    count = len(ranks.own)
-    indptr, rows = window_rows(ranks, distinct, budget, seed)
-    directed = sparse.csr_array((np.ones(len(rows), dtype=np.int8), rows, indptr), shape=(count, count))
+    assert edges in ("union", "mutual") and (penalty == 0 or (veto and edges == "union"))
+    members = np.arange(len(ranks.own)) if members is None else members
+    place = places(members, len(ranks.own))
     # Row j of the transpose lists the i whose window holds j's target; the other direction is looked up there.
-    back = directed.T.tocsr()
-    sources = np.repeat(np.arange(count), np.diff(back.indptr))
-    kinds = ranks.classify(sources, distinct.of_row[back.indices])
+    back = _adjacency(*rows_of_targets(ranks.window, ranks, distinct, budget, seed, place)).T.tocsr()
+    kinds = ranks.classify(members[_sources(back)], distinct.of_row[members[back.indices]])
     if edges == "mutual":
-        weights = (kinds == WINDOW).astype(np.int8)
+        back.data = (kinds == WINDOW).astype(np.int8)
     else:
-        weights = np.where(kinds == WINDOW, 2, 1).astype(np.int8)
+        back.data = np.where(kinds == WINDOW, 2, 1).astype(np.int8)
         if veto:
-            weights[kinds == TOP] = 0
-    back.data = weights
+            back.data[kinds == TOP] = 0
     back.eliminate_zeros()
     both = back.maximum(back.T.tocsr()).tocsr()
+    if penalty:
+        apart = _adjacency(*rows_of_targets(ranks.skipped, ranks, distinct, budget, seed, place))
+        apart = apart.maximum(apart.T.tocsr()).tocsr()
+        apart.data = np.full(len(apart.data), -penalty, dtype=np.int8)
+        both = (both + apart).tocsr()
     both.sort_indices()
-    return Graph(both.indptr.astype(np.int64), both.indices.astype(np.int64), both.data.astype(np.int64))
+    return Graph(both.indptr.astype(np.int64), both.indices.astype(np.int32, copy=False), both.data)
+
+
+def _adjacency(indptr: np.ndarray, rows: np.ndarray) -> Any:
+    """A sparse (N, N) int8 matrix of ones."""
+    from scipy import sparse
+
+    count = len(indptr) - 1
+    return sparse.csr_array((np.ones(len(rows), dtype=np.int8), rows, indptr), shape=(count, count))
+
+
+def _sources(matrix: Any) -> np.ndarray:
+    return np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))

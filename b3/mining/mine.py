@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from b3 import distributed
 from b3.errors import InputError
-from b3.mining.graph import Graph, build_graph
-from b3.mining.negatives import draw_negatives
-from b3.mining.partition import (
-    choose_remainder,
-    communities_of,
-    metis_labels,
-    random_labels,
-    reference_repair,
-    repair,
-)
+from b3.mining.batch_negatives import candidate_arrays
+from b3.mining.checks import check_arrays, check_parameters, check_rules, windows
+from b3.mining.communities import find_communities
+from b3.mining.labels import RankTo, merge_facts, rank_labels, restrict_targets, split_rows
+from b3.mining.negatives import NegativeRules, draw_negatives, narrow
+from b3.mining.parameters import REFINED, Parameters
 from b3.mining.plan import BatchPlan
-from b3.mining.rank import Ranks, rank_targets
+from b3.mining.rank import Ranks, join_ranks, rank_targets, search_recall
 from b3.mining.report import make_report, peak_memory
+from b3.mining.stages import Clock, Stages
 from b3.mining.vectors import DistinctTargets, distinct_targets, embeddings_fingerprint, unit_rows
 
 Progress = Callable[[str, int, int], None]
-EDGES = ("union", "mutual")
-PARTITIONERS = ("metis", "paper", "random")
-SPARE_EDGES = 1_500_000  # where targets repeat, a small data set keeps more than m edges a row, up to this many in all
-
-
-@dataclass(frozen=True)
-class _Parameters:
-    p: int
-    m: int
-    K: int
-    h: int
-    edges: str
-    veto: bool
-    partitioner: str
-    refine_passes: int
-    seed: int
-
-
-class _Clock:
-    """Seconds and progress by stage."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        if self.progress:
-            self.progress(name, 0, 1)
-        yield
-        if self.progress:
-            self.progress(name, 1, 1)
-        self.seconds[name] = round(time.perf_counter() - start, 3)
 
 
 def mine(
@@ -74,13 +38,22 @@ def mine(
     *,
     edges: str | None = None,
     veto: bool = True,
-    partitioner: str = "metis",
-    refine_passes: int = 6,
+    penalty: int = 0,
+    partitioner: str = "anneal",
+    refine_passes: int = 30,
+    piece_rows: int | None = None,
+    max_similarity: float | None = None,
+    max_relative: float | None = None,
+    search: str = "exact",
+    negative_rules: NegativeRules | None = None,
+    target_unit: str = "distinct",
+    subset_rows: int | None = None,
     progress: Progress | None = None,
     data_fingerprint: str | None = None,
     teacher: str | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     block_rows: int | None = None,
+    stages: Stages | None = None,
 ) -> BatchPlan:
     """Group the rows of a data set into communities of hard negatives of each other.
 
@@ -96,17 +69,30 @@ def mine(
         m: width of the window; clipped where fewer than p + m distinct targets exist (``report["window"]`` says so).
         community_size: K.
         hard_negatives: h, hard negatives drawn for each row (0: none).
-        seed: of all random choices. The result depends on the arguments up to `refine_passes` alone.
+        seed: of all random choices. The result depends on the arguments up to `subset_rows` alone.
         edges: "union" (a pair counts for each direction that holds) or "mutual" (both must hold; the paper's). Default:
             union, and mutual for the partitioner "paper".
-        veto: drop pairs of which one ranks the other's target above p (union only; mutual implies it).
-        partitioner: "metis" (recursive METIS, repair, swap refinement), "paper" (the authors' METIS call and repair)
-            or "random" (seeded permutation).
-        refine_passes: most passes of the swap refinement ("metis" only).
+        veto: drop pairs of which one ranks the other's target above its window (union only; mutual implies it).
+        penalty: what such a pair in one community costs, in units of a mined negative; 0 only gains nothing by it.
+        partitioner: "anneal" (annealed swaps from random communities), "metis" (recursive METIS, repair of the sizes,
+            annealed swaps), "paper" (the authors' METIS call and repair), "kmeans" (balanced k-means of the pairs, no
+            windows) or "random" (seeded permutation).
+        refine_passes: passes of annealed swaps ("anneal" and "metis").
+        piece_rows: data sets with more rows are first cut into pieces of similar rows, at most so many each, by
+            balanced k-means; communities do not cross pieces. Bounds memory and time of the graph; None: never.
+        max_similarity: a target of the window that the teacher scores above this is treated as ranked above it.
+        max_relative: the same for a score above this share of the positive's (NV-Retriever, arXiv 2407.15831).
+        search: "exact", or "ivf": approximate, for very large N; ``report["search_recall"]`` measures it.
+        negative_rules: what may be drawn as a hard negative, and how.
+        target_unit: "distinct", or "label30" for classification as the paper's scripts do it (`b3.mining.labels`);
+            this sets p to 0, m to 30 % of the labels and edges to mutual, and counts negatives in the first 2h labels.
+        subset_rows: rank and partition random subsets of so many rows each on its own; what is left over of each goes
+            to the remainder, which may then exceed K.
         progress: called as ``progress(stage, done, total)``.
         data_fingerprint, teacher: recorded in the manifest.
-        device: torch device for ranking large inputs.
+        device: torch device for ranking large inputs; default: a GPU if there is one.
         block_rows: queries ranked at a time; a matter of memory only.
+        stages: where finished stages are kept for an interrupted run to continue from.
 
     Raises:
         InputError: for arrays or parameters that cannot be used, naming the value and the limit.
@@ -116,128 +102,240 @@ def mine(
         >>> plan.communities.shape
         (3125, 32)
     """
-    queries, targets = _check_arrays(queries, targets)
-    edges = edges or ("mutual" if partitioner == "paper" else "union")
+    queries, targets = check_arrays(queries, targets)
+    chosen = parameters(
+        len(queries), p, m, community_size, hard_negatives, seed, edges=edges, veto=veto, penalty=penalty,
+        partitioner=partitioner, refine_passes=refine_passes, piece_rows=piece_rows, max_similarity=max_similarity,
+        max_relative=max_relative, search=search, target_unit=target_unit, subset_rows=subset_rows,
+        block_rows=block_rows,
+    )  # fmt: skip
+    rules = check_rules(negative_rules, hard_negatives)
+    ranked = rank_pairs(queries, targets, chosen, rules, Clock(progress), device, block_rows, stages)
+    assert ranked is not None
+    return plan_pairs(ranked, data_fingerprint, teacher)
+
+
+def parameters(
+    count: int,
+    p: int,
+    m: int,
+    community_size: int,
+    hard_negatives: int,
+    seed: int,
+    *,
+    edges: str | None,
+    veto: bool,
+    penalty: int,
+    partitioner: str,
+    refine_passes: int,
+    piece_rows: int | None,
+    max_similarity: float | None,
+    max_relative: float | None,
+    search: str,
+    target_unit: str,
+    subset_rows: int | None,
+    block_rows: int | None = None,
+) -> Parameters:
+    """The parameters of `mine` for `count` rows, checked."""
     # Integers of numpy overflow, and json does not take them.
-    p, m, community_size, hard_negatives, seed, refine_passes = (
+    p, m, community_size, hard_negatives, seed, refine_passes, penalty = (
         int(value) if isinstance(value, np.integer) else value
-        for value in (p, m, community_size, hard_negatives, seed, refine_passes)
+        for value in (p, m, community_size, hard_negatives, seed, refine_passes, penalty)
     )
-    used = refine_passes if partitioner == "metis" else 0
-    chosen = _Parameters(p, m, community_size, hard_negatives, edges, bool(veto), partitioner, used, seed)
-    _check_parameters(chosen, len(queries), refine_passes, block_rows)
-    clock = _Clock(progress)
+    chosen = Parameters(
+        p=p, m=m, K=community_size, h=hard_negatives,
+        edges=edges or ("mutual" if partitioner == "paper" or target_unit == "label30" else "union"),
+        veto=bool(veto), penalty=penalty, partitioner=partitioner,
+        refine_passes=refine_passes if partitioner in REFINED else 0, piece_rows=piece_rows,
+        max_similarity=max_similarity, max_relative=max_relative, search=search,
+        target_unit=target_unit, subset_rows=subset_rows, seed=seed,
+    )  # fmt: skip
+    check_parameters(chosen, count, refine_passes, block_rows)
+    return chosen
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The first half of mining: unit vectors, distinct targets, and the ranks of all rows.
+
+    Attributes:
+        units: (N, D) float32 queries on the grid.
+        ranks: with a window wide enough for communities and for hard negatives.
+        chosen: the parameters, with the p and m that count; rules: of the hard negatives.
+        width, counted: of the window of communities and of that of hard negatives.
+        rank: ranks further queries over other targets, in the same way.
+        fingerprint: of the embeddings; facts: for the report.
+        stages, key: where finished stages are kept, and under which key the ranks are.
+    """
+
+    units: np.ndarray
+    distinct: DistinctTargets
+    ranks: Ranks
+    chosen: Parameters
+    rules: NegativeRules
+    width: int
+    counted: int
+    rank: RankTo
+    fingerprint: str
+    facts: dict[str, Any]
+    clock: Clock
+    stages: Stages | None
+    key: str
+
+
+def rank_pairs(
+    queries: np.ndarray,
+    targets: np.ndarray,
+    chosen: Parameters,
+    rules: NegativeRules,
+    clock: Clock,
+    device: str | None = None,
+    block_rows: int | None = None,
+    stages: Stages | None = None,
+    owner: int | None = None,
+) -> Ranked | None:
+    """Rank all pairs.
+
+    With `owner`, all ranks of the process group call this with the same arguments, each ranks an equal part of the
+    rows, and rank `owner` gets the result, the others None.
+    """
+    queries, targets = check_arrays(queries, targets)
     with clock.stage("normalise"):
         fingerprint = embeddings_fingerprint(queries, targets)
         units, distinct = unit_rows(queries, "queries"), distinct_targets(unit_rows(targets, "targets"))
-        width = _window_width(chosen, len(distinct))
+        chosen, width, counted = windows(chosen, rules, len(distinct))
+
+    def rank(part: np.ndarray, of: DistinctTargets, p: int, m: int, share: tuple[int, int] = (0, 1)) -> Ranks:
+        options = chosen.limits, share, chosen.search
+        return rank_targets(part, of, p, m, chosen.K - 1, device, block_rows, clock.progress, *options)
+
+    wide = max(width, counted)
+    key = Stages.key(
+        embeddings=fingerprint, p=chosen.p, m=wide, K=chosen.K, limits=str(chosen.limits), search=chosen.search,
+        unit=chosen.target_unit,
+    )  # fmt: skip
     with clock.stage("rank"):
-        ranks = rank_targets(units, distinct, p, width, community_size - 1, device, block_rows, progress)
-    communities, remainder, facts = _communities(ranks, distinct, chosen, clock)
-    negatives = None
-    if hard_negatives:
+        here = owner is None or distributed.rank() == owner
+        stored = stages.load("ranks", key) if stages and here else None
+        ranks: Ranks | None
+        if _anywhere(stored is not None, owner):
+            ranks = (
+                None
+                if stored is None
+                else Ranks(p=chosen.p, num_targets=len(distinct), **_with_width(stored, chosen.p))
+            )
+        else:
+            share = (0, 1) if owner is None else (distributed.rank(), distributed.world_size())
+            part = _rank(units, distinct, chosen, wide, partial(rank, share=share))
+            parts = [part] if owner is None else distributed.gather_objects_to(part, owner)
+            ranks = join_ranks(parts) if parts else None
+            if stages and ranks is not None:
+                stages.save("ranks", key, ranks.arrays)
+    if ranks is None:
+        return None
+    facts: dict[str, Any] = {"search": chosen.search}
+    if chosen.search != "exact":
+        with clock.stage("recall"):
+            facts["search_recall"] = search_recall(units, ranks, distinct)
+    return Ranked(
+        units, distinct, ranks, chosen, rules, width, counted, rank, fingerprint, facts, clock, stages, key
+    )  # fmt: skip
+
+
+def _with_width(stored: dict[str, np.ndarray], p: int) -> dict[str, Any]:
+    return {**stored, "m": stored["order"].shape[1] - p}
+
+
+def _anywhere(found: bool, owner: int | None) -> bool:
+    """Whether a rank found it."""
+    return found if owner is None else any(distributed.gather_objects(found))
+
+
+def _rank(units: np.ndarray, distinct: DistinctTargets, chosen: Parameters, width: int, rank: RankTo) -> Ranks:
+    """Ranks of the unit that was chosen, with a window of `width` where so many exist."""
+    if chosen.target_unit == "label30":
+        return rank_labels(units, distinct, width, rank)
+    return rank(units, distinct, chosen.p, min(width, len(distinct) - chosen.p))
+
+
+def plan_pairs(ranked: Ranked, data_fingerprint: str | None = None, teacher: str | None = None) -> BatchPlan:
+    """The second half of mining: communities, hard negatives, report."""
+    units, distinct, chosen, clock = ranked.units, ranked.distinct, ranked.chosen, ranked.clock
+    ranks = narrow(ranked.ranks, ranked.width)
+    communities, remainder, facts = _cut(ranked, ranks)
+    drawn: dict[str, np.ndarray] = {}
+    if chosen.h:
         with clock.stage("negatives"):
-            negatives = draw_negatives(ranks, distinct, communities, remainder, hard_negatives, seed)
-            facts["hard_negatives_missing"] = int((negatives < 0).sum())
+            groups = (narrow(ranked.ranks, ranked.counted), distinct, communities, remainder)
+            if ranked.rules.scope == "batch":
+                drawn = candidate_arrays(*groups, ranked.rules)
+            else:
+                drawn = {"hard_negatives": draw_negatives(*groups, chosen.h, chosen.seed, ranked.rules, units)}
+                facts["hard_negatives_missing"] = int((drawn["hard_negatives"] < 0).sum())
     with clock.stage("report"):
-        report = make_report(units, ranks, distinct, communities, seed) | facts
-    report |= {"seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
+        report = make_report(
+            units,
+            ranks,
+            distinct,
+            communities,
+            chosen.seed,
+            negatives=drawn.get("hard_negatives"),
+            partitioner=chosen.partitioner,
+            budget=chosen.budget(len(units)),
+            compare_paper=chosen.target_unit == "distinct",
+        )
+    report |= {**ranked.facts, **facts, "seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
     manifest = {
         "data_fingerprint": data_fingerprint,
-        "embeddings_fingerprint": fingerprint,
+        "embeddings_fingerprint": ranked.fingerprint,
         "teacher": teacher,
-        "N": len(queries),
-        "D": queries.shape[1],
+        "N": len(units),
+        "D": units.shape[1],
         **asdict(chosen),
+        "negatives": asdict(ranked.rules) if chosen.h else None,
         "versions": _versions(),
         "seconds": round(sum(clock.seconds.values()), 3),
     }
-    return BatchPlan(communities, remainder, negatives, report, manifest)
+    return BatchPlan(communities, remainder, report=report, manifest=manifest, **drawn)
 
 
-def _communities(
-    ranks: Ranks, distinct: DistinctTargets, chosen: _Parameters, clock: _Clock
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """(communities (C, K), remainder (N mod K,), facts for the report)."""
-    count, size = len(ranks.own), chosen.K
-    facts: dict[str, Any] = {}
-    graph: Graph | None = None
-    if chosen.partitioner != "random":
-        with clock.stage("graph"):
-            budget = max(chosen.m, SPARE_EDGES // count)
-            graph = build_graph(ranks, distinct, chosen.edges, chosen.veto, budget, chosen.seed)
-            facts = {"edges": graph.num_edges, "isolated_rows": int((np.diff(graph.indptr) == 0).sum())}
-    with clock.stage("partition"):
-        remainder = choose_remainder(graph, count, size, chosen.seed)
-        rows = np.setdiff1d(np.arange(count), remainder)
-        parts = len(rows) // size
-        if graph is None:
-            labels = random_labels(len(rows), size, chosen.seed)
-        else:
-            graph = graph.restrict(rows)
-            labels = metis_labels(graph, parts, chosen.seed, recursive=chosen.partitioner == "metis")
-            sizes = np.bincount(labels, minlength=parts)
-            facts |= {"partition_size_min": int(sizes.min()), "partition_size_max": int(sizes.max())}
-            if chosen.partitioner == "metis":
-                labels = repair(graph, labels, parts, size, chosen.seed)
-            else:
-                labels = reference_repair(labels, parts, size)
-    if graph is not None and chosen.refine_passes:
-        from b3.mining.refine import objective, refine
-
-        with clock.stage("refine"):
-            target_of = distinct.of_row[rows]
-            before = objective(graph, labels, target_of)
-            labels, gains = refine(graph, labels, target_of, size, chosen.refine_passes, chosen.seed)
-            facts |= {"objective_before_refinement": before, "refinement_gains": gains}
-    return communities_of(labels, rows, size), remainder, facts
+def _cut(ranked: Ranked, ranks: Ranks) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """(communities, remainder, facts for the report), found now or by an earlier call that was interrupted."""
+    stages, key = ranked.stages, Stages.key(ranks=ranked.key, **asdict(ranked.chosen))
+    stored = stages.load("communities", key) if stages else None
+    if stored is not None:
+        return stored["communities"], stored["remainder"], json.loads(str(stored["facts"]))
+    if ranked.chosen.subset_rows:
+        found = _by_subset(ranked)
+    else:
+        found = find_communities(ranked.units, ranks, ranked.distinct, ranked.chosen, ranked.clock)
+    if stages:
+        arrays = {"communities": found[0], "remainder": found[1], "facts": np.asarray(json.dumps(found[2]))}
+        stages.save("communities", key, arrays)
+    return found
 
 
-def _check_arrays(queries: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
-    queries, targets = (a if isinstance(a, np.ndarray) else np.asarray(a) for a in (queries, targets))
-    for side, array in (("queries", queries), ("targets", targets)):
-        if array.ndim != 2 or array.shape[1] == 0:
-            raise InputError(f"{side} have shape {array.shape}; give an array of shape (N, D)")
-        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise InputError(f"{side} have type {array.dtype}; give float16, float32 or float64")
-    if len(queries) != len(targets):
-        raise InputError(f"{len(queries)} queries but {len(targets)} targets; row i of both must be one training pair")
-    if queries.shape[1] != targets.shape[1]:
-        raise InputError(
-            f"queries have {queries.shape[1]} dimensions, targets {targets.shape[1]}; use one teacher for both"
-        )
-    if len(queries) == 0:
-        raise InputError("there are no rows to mine (N = 0)")
-    return queries, targets
-
-
-def _check_parameters(chosen: _Parameters, count: int, refine_passes: int, block_rows: int | None) -> None:
-    least = {"p": 0, "m": 1, "K": 1, "h": 0, "seed": 0, "refine_passes": 0, "block_rows": 1}
-    given = asdict(chosen) | {"refine_passes": refine_passes, "block_rows": 1 if block_rows is None else block_rows}
-    names = {"K": "community_size", "h": "hard_negatives"}
-    for key, low in least.items():
-        value = given[key]
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < low:
-            raise InputError(f"{names.get(key, key)} is {value!r}; give an integer of at least {low}")
-    if count < chosen.K:
-        raise InputError(f"community_size {chosen.K} exceeds the {count} rows; give at most {count}")
-    if chosen.edges not in EDGES:
-        raise InputError(f"edges is {chosen.edges!r}; choose from {', '.join(EDGES)}")
-    if chosen.partitioner not in PARTITIONERS:
-        raise InputError(f"partitioner is {chosen.partitioner!r}; choose from {', '.join(PARTITIONERS)}")
-    if chosen.partitioner == "paper" and chosen.edges != "mutual":
-        raise InputError(f"partitioner paper works on mutual edges, not {chosen.edges}; leave edges out")
-
-
-def _window_width(chosen: _Parameters, num_targets: int) -> int:
-    """m, clipped to the ranks that exist."""
-    if num_targets < 2:
-        raise InputError("all rows have the same target, so there are no negatives; mining needs two distinct targets")
-    if chosen.p >= num_targets - 1:
-        raise InputError(
-            f"p {chosen.p} leaves no ranks: there are {num_targets} distinct targets; give at most {num_targets - 2}"
-        )
-    return min(chosen.m, num_targets - chosen.p)
+def _by_subset(ranked: Ranked) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """As `find_communities`, ranked and partitioned in random subsets, each on its own."""
+    units, chosen, clock = ranked.units, ranked.chosen, ranked.clock
+    found, left, facts = [], [], []
+    for rows in split_rows(len(units), chosen.subset_rows, chosen.seed):
+        part = restrict_targets(ranked.distinct, rows)
+        if len(rows) < chosen.K or len(part) == 1:
+            left.append(rows)
+            continue
+        if chosen.p >= len(part) - 1:
+            raise InputError(f"p {chosen.p} leaves no ranks in a subset of {len(rows)} rows with {len(part)} targets")
+        with clock.stage("rank"):
+            ranks = _rank(units[rows], part, chosen, chosen.m, ranked.rank)
+        communities, remainder, fact = find_communities(units[rows], ranks, part, chosen, clock)
+        found.append(rows[communities])
+        left.append(rows[remainder])
+        facts.append(fact)
+    if not found:
+        raise InputError(f"every subset of {chosen.subset_rows} rows has one target only; give larger subsets")
+    communities = np.concatenate(found)
+    return communities[np.argsort(communities[:, 0])], np.sort(np.concatenate(left)), merge_facts(facts)
 
 
 def _versions() -> dict[str, str]:

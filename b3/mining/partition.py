@@ -1,4 +1,4 @@
-"""Split the rows into communities of exactly K: trim, partition with METIS, repair the sizes."""
+"""Parts of the graph, METIS's and random ones, and the repair of their sizes to exactly K."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def metis_labels(graph: Graph, num_parts: int, seed: int, recursive: bool) -> np
         return random_labels(count, -(-count // num_parts), seed) if num_parts > 1 else np.zeros(count, dtype=np.int64)
     import pymetis
 
-    adjacency = pymetis.CSRAdjacency(graph.indptr, graph.indices)
-    weights = None if (graph.weights == 1).all() else graph.weights
+    graph = graph.positive()
+    adjacency = pymetis.CSRAdjacency(graph.indptr, graph.indices.astype(np.int64))
+    weights = None if (graph.weights == 1).all() else graph.weights.astype(np.int64)
     options = pymetis.Options(seed=int(mix64(seed, 4)[0] >> np.uint64(34)))  # METIS takes 31 bits
     result = pymetis.part_graph(num_parts, adjacency, eweights=weights, recursive=recursive, options=options)
     return np.asarray(result.vertex_part, dtype=np.int64)

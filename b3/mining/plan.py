@@ -17,11 +17,14 @@ from b3.errors import InputError
 from b3.files import sha256
 
 FORMAT_VERSION = 1
-ARRAYS = ("communities", "remainder", "hard_negatives")
+BATCH_ARRAYS = ("candidates", "candidate_scores", "target_rows", "top_rows")
+ARRAYS = ("communities", "remainder", "hard_negatives", *BATCH_ARRAYS)
 FILES = (*(f"{name}.npy" for name in ARRAYS), "report.json", "report.html", "manifest.json")
 IDENTITY = (
     "data_fingerprint", "embeddings_fingerprint", "teacher", "N", "p", "m", "K", "h",
-    "edges", "veto", "partitioner", "refine_passes", "seed",
+    "edges", "veto", "penalty", "max_similarity", "max_relative", "partitioner", "refine_passes", "piece_rows",
+    "search", "seed", "negatives", "target_unit", "subset_rows",
+    "imported",
 )  # fmt: skip
 
 
@@ -31,11 +34,13 @@ class BatchPlan:
 
     Attributes:
         communities: (C, K) int64 row numbers; every row number at most once.
-        remainder: (N mod K,) int64, the rows that are in no community.
+        remainder: (R,) int64, the rows that are in no community: N mod K, or those of each subset mined on its own.
         hard_negatives: (N, h) int64, rows whose targets are the hard negatives of each row, -1 where there were too
             few candidates; or None.
         report: what was measured (see `b3.mining.report`).
         manifest: what the plan was made from: parameters, fingerprints, versions.
+        candidates, candidate_scores, target_rows, top_rows: for hard negatives that are drawn when a batch is composed
+            (see `b3.mining.batch_negatives`), or None.
     """
 
     communities: np.ndarray
@@ -43,6 +48,15 @@ class BatchPlan:
     hard_negatives: np.ndarray | None = None
     report: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
+    candidates: np.ndarray | None = None
+    candidate_scores: np.ndarray | None = None
+    target_rows: np.ndarray | None = None
+    top_rows: np.ndarray | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether the report has the numbers of `b3.mining.report`; not so for imported plans."""
+        return "mined_negatives_per_query" in self.report
 
     def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write the plan to `folder`: complete and synced under another name first, the manifest last.
@@ -95,7 +109,8 @@ class BatchPlan:
                 _write_array(folder / f"{name}.npy", array)
                 checksums[f"{name}.npy"] = sha256(folder / f"{name}.npy")
         _write_text(folder / "report.json", json.dumps(self.report, indent=1, allow_nan=False) + "\n")
-        write_report_html(folder / "report.html", [Section(self)])
+        if self.measured:
+            write_report_html(folder / "report.html", [Section(self)])
         manifest = {**self.manifest, "format_version": FORMAT_VERSION, "sha256": checksums}
         _write_text(folder / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
         _sync(folder)
@@ -131,7 +146,8 @@ class BatchPlan:
         if communities is None or remainder is None:
             raise InputError(f"the manifest in {folder} lists no communities.npy or remainder.npy; mine it again")
         report = _read_json(folder / "report.json")
-        return cls(communities, remainder, arrays["hard_negatives"], report, manifest)
+        optional = {name: arrays[name] for name in BATCH_ARRAYS}
+        return cls(communities, remainder, arrays["hard_negatives"], report, manifest, **optional)
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

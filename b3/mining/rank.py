@@ -1,26 +1,21 @@
-"""Ranks of the targets for every query: exact, in blocks, ties broken by target number.
-
-Scores are exact (`b3.mining.vectors`), so the ranks are the same for any block size, thread count or device. Large
-inputs are searched in float32 first; what that search cannot decide, given the worst rounding error of a float32 dot
-product, is computed in float64.
-"""
+"""Ranks of the targets for every query: exact, in blocks, ties broken by target number (see `b3.mining.search`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from b3.mining.search import Search, exact_search, pair_scores
 from b3.mining.vectors import DistinctTargets
 
 Progress = Callable[[str, int, int], None]
 
 NONE, WINDOW, TOP = 0, 1, 2
 TEMPERATURE = 0.02
-SMALL = 6000  # up to this many distinct targets the float64 product alone is as fast and loads no other library
-SCORES_IN_BLOCK = 1 << 24
 CLASSIFY_ROWS = 16384
+RECALL_QUERIES = 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,8 @@ class Ranks:
         positive: (N,) float64, score of the own target.
         best: (N,) float64, largest score from rank p on, own target excluded.
         mass: (N,) float64, sum of exp((score - best) / 0.02) over the `terms` largest scores from rank p on.
+        skip: (N,) int32, ranks that count as skipped for the query: p, or more where the limits on similarity rule
+            out a part of the window.
     """
 
     order: np.ndarray
@@ -44,17 +41,37 @@ class Ranks:
     positive: np.ndarray
     best: np.ndarray
     mass: np.ndarray
+    skip: np.ndarray
     num_targets: int
+    _sorted: np.ndarray = field(init=False, repr=False)
+    _top: np.ndarray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        position = np.argsort(self.order, axis=1)
-        object.__setattr__(self, "_sorted", np.take_along_axis(self.order, position, axis=1))
-        object.__setattr__(self, "_top", position < self.p)
+        ids, top = np.empty_like(self.order), np.empty(self.order.shape, dtype=bool)
+        for start in range(0, len(ids), CLASSIFY_ROWS):
+            span = slice(start, start + CLASSIFY_ROWS)
+            position = np.argsort(self.order[span], axis=1)
+            ids[span] = np.take_along_axis(self.order[span], position, axis=1)
+            top[span] = position < self.skip[span, None]
+        object.__setattr__(self, "_sorted", ids)
+        object.__setattr__(self, "_top", top)
 
     @property
-    def window(self) -> np.ndarray:
-        """(N, m) int32: distinct targets at ranks [p, p + m)."""
-        return self.order[:, self.p :]
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name."""
+        return {name: getattr(self, name) for name in ("order", "own", "positive", "best", "mass", "skip")}
+
+    def window(self, rows: slice | np.ndarray) -> np.ndarray:
+        """(n, m) int32: distinct targets at ranks [p, p + m) of queries; the own one stands for those ruled out."""
+        window = self.order[rows, self.p :]
+        ruled_out = np.arange(self.p, self.order.shape[1]) < self.skip[rows, None]
+        return np.where(ruled_out, self.own[rows, None], window) if ruled_out.any() else window
+
+    def skipped(self, rows: slice | np.ndarray) -> np.ndarray:
+        """(n, k) int32: distinct targets above the window of queries; the own one fills the rows that have fewer."""
+        width = max(self.p, int(self.skip[rows].max(initial=0)))
+        beyond = np.arange(width) >= self.skip[rows, None]
+        return np.where(beyond, self.own[rows, None], self.order[rows, :width])
 
     def classify(self, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Where query ``rows[e]`` ranks distinct target ``targets[e]``: `TOP` (above p), `WINDOW` or `NONE`; int8.
@@ -62,8 +79,7 @@ class Ranks:
         `rows` must not decrease; both (E,).
         """
         kinds = np.zeros(len(rows), dtype=np.int8)
-        ids: np.ndarray = self._sorted  # type: ignore[attr-defined]
-        top: np.ndarray = self._top  # type: ignore[attr-defined]
+        ids, top = self._sorted, self._top
         cuts = np.searchsorted(rows, np.arange(0, len(ids) + CLASSIFY_ROWS, CLASSIFY_ROWS))
         for block, (low, high) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
             if low == high:
@@ -77,15 +93,39 @@ class Ranks:
         return kinds
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What else than rank makes a target too good to be a negative; None: nothing.
+
+    Attributes:
+        max_similarity: largest teacher similarity of a negative.
+        max_relative: largest similarity of a negative as a share of the positive's (NV-Retriever, arXiv 2407.15831,
+            section 3.1: TopK-PercPos, 0.95 there). Where the positive's is negative nothing is left.
+    """
+
+    max_similarity: float | None = None
+    max_relative: float | None = None
+
+    def skip(self, scores: np.ndarray, positive: np.ndarray, p: int) -> np.ndarray:
+        """(n,) int32 ranks to skip, given scores (n, k) in rank order and those of the own targets (n,)."""
+        cap = np.full(len(scores), np.inf if self.max_similarity is None else self.max_similarity)
+        if self.max_relative is not None:
+            cap = np.minimum(cap, np.where(positive > 0, self.max_relative * positive, -np.inf))
+        return np.maximum(p, (scores > cap[:, None]).sum(axis=1)).astype(np.int32)
+
+
 def rank_targets(
     queries: np.ndarray,
     distinct: DistinctTargets,
     p: int,
     m: int,
     terms: int,
-    device: str = "cpu",
+    device: str | None = None,
     block_rows: int | None = None,
     progress: Progress | None = None,
+    limits: Limits | None = None,
+    share: tuple[int, int] = (0, 1),
+    method: str = "exact",
 ) -> Ranks:
     """Rank all distinct targets for every query and keep ranks [0, p + m).
 
@@ -94,27 +134,58 @@ def rank_targets(
         distinct: the U distinct targets.
         p, m: the window [p, p + m); p + m <= U.
         terms: number of largest scores from rank p on that enter `Ranks.mass` (K - 1).
-        device: where torch searches large inputs.
+        device: torch device that searches large inputs; default: a GPU if there is one.
         block_rows: queries a block; changes memory and speed, never the result.
         progress: called as ``progress("rank", rows done, rows)``.
+        limits: that rule out a part of the window.
+        share: (i, n): only the i-th of n equal parts of the rows; `join_ranks` puts the parts together.
+        method: "exact", or "ivf" (`b3.mining.search_ivf`).
     """
-    count, num_targets = len(queries), len(distinct)
+    num_targets = len(distinct)
     assert m > 0 and p >= 0 and p + m <= num_targets
     depth = min(num_targets, p + max(m, terms + 1))
-    search = _search(distinct.vectors, depth, device)
-    block_rows = block_rows or max(1, min(4096, SCORES_IN_BLOCK // num_targets))
-    order = np.empty((count, p + m), dtype=np.int32)
+    if method == "ivf":
+        from b3.mining.search_ivf import CellSearch
+
+        search: Search = CellSearch(distinct.vectors, depth)
+        step = 1024
+    else:
+        search, step = exact_search(distinct.vectors, depth, device)
+    step = block_rows or step
+    first, last = (len(queries) * k // share[1] for k in (share[0], share[0] + 1))
+    count = last - first
+    order, skip = np.empty((count, p + m), dtype=np.int32), np.full(count, p, dtype=np.int32)
     positive, best, mass = (np.zeros(count) for _ in range(3))
-    for start in range(0, count, block_rows):
-        span = slice(start, min(start + block_rows, count))
-        own = distinct.of_row[span]
-        ids, scores = search(queries[span])
+    for start in range(first, last, step):
+        rows = slice(start, min(start + step, last))
+        span = slice(rows.start - first, rows.stop - first)
+        own = distinct.of_row[rows]
+        ids, scores = search(queries[rows])
         order[span] = ids[:, : p + m]
-        positive[span] = pair_scores(queries[span], distinct.vectors[own][:, None])[:, 0]
+        positive[span] = pair_scores(queries[rows], distinct.vectors[own][:, None])[:, 0]
         best[span], mass[span] = _eligible_mass(ids[:, p:] != own[:, None], scores[:, p:], terms)
+        if limits is not None:
+            skip[span] = limits.skip(scores[:, : p + m], positive[span], p)
         if progress:
             progress("rank", span.stop, count)
-    return Ranks(order, p, m, distinct.of_row, positive, best, mass, num_targets)
+    return Ranks(order, p, m, distinct.of_row[first:last], positive, best, mass, skip, num_targets)
+
+
+def join_ranks(parts: list[Ranks]) -> Ranks:
+    """The ranks of all rows from those of consecutive parts."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    joined = {name: np.concatenate([part.arrays[name] for part in parts]) for name in first.arrays}
+    return Ranks(p=first.p, m=first.m, num_targets=first.num_targets, **joined)
+
+
+def search_recall(queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets) -> float:
+    """Share of the exact top p + m that an approximate search found, over `RECALL_QUERIES` evenly spaced queries."""
+    rows = np.unique(np.linspace(0, len(queries) - 1, min(RECALL_QUERIES, len(queries))).astype(np.int64))
+    exact, _ = exact_search(distinct.vectors, ranks.order.shape[1])[0](queries[rows])
+    found = sum(len(np.intersect1d(a, b)) for a, b in zip(exact, ranks.order[rows], strict=True))
+    return found / exact.size
 
 
 def _eligible_mass(eligible: np.ndarray, scores: np.ndarray, terms: int) -> tuple[np.ndarray, np.ndarray]:
@@ -123,75 +194,3 @@ def _eligible_mass(eligible: np.ndarray, scores: np.ndarray, terms: int) -> tupl
     kept = eligible & (np.cumsum(eligible, axis=1) <= terms)
     powers = np.exp(np.where(kept, scores - best, -np.inf) / TEMPERATURE)
     return best[:, 0], powers.sum(axis=1)
-
-
-def pair_scores(queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Exact scores (n, k) float64 of queries (n, D) with their own targets (n, k, D), both on the grid."""
-    return np.matmul(targets.astype(np.float64), queries.astype(np.float64)[:, :, None])[:, :, 0]
-
-
-def _search(targets: np.ndarray, depth: int, device: str) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """A function from queries (n, D) to (ids (n, depth), exact scores (n, depth)) in rank order."""
-    if len(targets) <= SMALL:
-        wide = targets.astype(np.float64).T
-        return lambda queries: _select(queries.astype(np.float64) @ wide, depth)
-    return _FilteredSearch(targets, depth, device)
-
-
-def _select(scores: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `depth` best of each row of scores (n, U), ties by column."""
-    num = scores.shape[1]
-    bound = np.partition(scores, num - depth, axis=1)[:, num - depth]
-    rows, columns = np.nonzero(scores >= bound[:, None])  # at least `depth` a row, more where the last ones tie
-    values = scores[rows, columns]
-    order = np.lexsort((columns, -values, rows))
-    starts = np.searchsorted(rows, np.arange(len(scores)))
-    kept = order[starts[:, None] + np.arange(depth)]
-    return columns[kept], values[kept]
-
-
-class _FilteredSearch:
-    """Search in float32 with torch, then exact scores for the candidates.
-
-    A float32 dot product of unit vectors is off by at most e = D 2**-24, for any order of summation (Higham 2002,
-    section 3.1). With f the depth-th best float32 score, all true members score at least f - 2e in float32; a row
-    whose last candidate is below that has them all. The other rows are computed in full.
-    """
-
-    def __init__(self, targets: np.ndarray, depth: int, device: str) -> None:
-        import torch
-
-        self.targets, self.depth = targets, depth
-        self.width = min(len(targets), depth + 16 + depth // 8)
-        self.margin = 2.02 * (targets.shape[1] + 4) * 2.0**-24
-        self.device = torch.device(device)
-        self.on_device = torch.from_numpy(targets).to(self.device)
-
-    def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        import torch
-
-        with torch.inference_mode():
-            block = torch.from_numpy(np.ascontiguousarray(queries)).to(self.device)
-            found = torch.topk(block @ self.on_device.T, self.width, dim=1)
-            rough, columns = found.values.cpu().numpy(), found.indices.cpu().numpy()
-        ids = np.sort(columns, axis=1)
-        scores = np.empty(ids.shape)
-        step = max(1, SCORES_IN_BLOCK // (self.width * queries.shape[1]))
-        for start in range(0, len(queries), step):
-            span = slice(start, start + step)
-            scores[span] = pair_scores(queries[span], self.targets[ids[span]])
-        by_rank = np.argsort(-scores, axis=1, kind="stable")[:, : self.depth]  # stable over sorted ids: ties by id
-        ids, scores = np.take_along_axis(ids, by_rank, axis=1), np.take_along_axis(scores, by_rank, axis=1)
-        if self.width < len(self.targets):
-            undecided = np.flatnonzero(rough[:, -1] >= rough[:, self.depth - 1] - self.margin)
-            step = max(1, SCORES_IN_BLOCK // len(self.targets))
-            for start in range(0, len(undecided), step):
-                part = undecided[start : start + step]
-                ids[part], scores[part] = _select(self._all_scores(queries[part]), self.depth)
-        return ids, scores
-
-    def _all_scores(self, queries: np.ndarray) -> np.ndarray:
-        """Exact scores (n, U); the targets are widened in pieces."""
-        wide = queries.astype(np.float64)
-        pieces = range(0, len(self.targets), 8192)
-        return np.concatenate([wide @ self.targets[s : s + 8192].astype(np.float64).T for s in pieces], axis=1)

@@ -4,59 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from b3.config import Config, DatasetConfig
+from b3 import distributed
+from b3.config import BASE, Config, DatasetConfig
 from b3.data.recipe import load_dataset
 from b3.data.records import PairDataset
-from b3.data.sources import embedded_teacher, split_source
-from b3.errors import DataError, RunError
+from b3.errors import ConfigError, RunError
 from b3.mining.plan import BatchPlan
+from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
 from b3.progress import bar
-
-if TYPE_CHECKING:
-    from b3.model.embedder import Embedder
 
 Progress = Callable[[str, int, int], None]
 
 
-def plan_folder(config: Config, subset: str) -> Path:
-    return Path(config.mining.dir) / subset
+def plan_name(subset: str, variant: str = BASE) -> str:
+    """The folder of a plan in mining.dir: SUBSET, or SUBSET@NAME for a variant."""
+    return subset if variant == BASE else f"{subset}@{variant}"
 
 
-def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset) -> dict[str, Any]:
-    """The manifest entries that a plan of this data set must have."""
-    mining = config.mining
-    return {
+def plan_folder(config: Config, subset: str, variant: str = BASE) -> Path:
+    return Path(config.mining.dir) / plan_name(subset, variant)
+
+
+def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: str = BASE) -> dict[str, Any]:
+    """The manifest entries that a plan of this data set must have; hard negatives come from the base plan alone."""
+    mining = config.mining_of(variant)
+    labelled = entry.family == "classification"
+    by_label = labelled and mining.target_unit == "label30"
+    facts: dict[str, Any] = {
         "data_fingerprint": dataset.fingerprint(),
         "teacher": teacher_name(config),
-        "p": mining.p_of(entry),
+        "target_unit": "label30" if by_label else "distinct",
+        "subset_rows": mining.classification_subset if labelled else None,
+        "p": 0 if by_label else mining.p_of(entry),
         "m": entry.m or mining.m,
         "K": mining.k,
-        "h": config.negatives.per_query,
-        "edges": mining.edges,
+        "h": config.negatives.per_query if variant == BASE else 0,
+        "edges": "mutual" if by_label else mining.edges,
         "veto": mining.veto,
+        "penalty": mining.penalty,
+        "max_similarity": mining.max_similarity,
+        "max_relative": mining.max_relative,
         "partitioner": mining.partitioner,
-        "refine_passes": mining.refine_passes if mining.partitioner == "metis" else 0,
+        "refine_passes": mining.refine_passes if mining.refined else 0,
+        "piece_rows": mining.piece_rows,
+        "search": mining.search,
         "seed": config.seed,
     }
+    if by_label and entry.m is None:
+        del facts["m"]  # follows from the number of labels
+    if facts["h"]:
+        facts["negatives"] = config.negatives.rules
+    return facts
 
 
-def teacher_name(config: Config) -> str:
-    mining = config.mining
-    return mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
-
-
-def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> BatchPlan:
+def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: str = BASE) -> BatchPlan:
     """The plan of a data set. Raises `RunError` if it is missing or was mined with other data or parameters."""
-    folder = plan_folder(config, entry.subset)
+    folder = plan_folder(config, entry.subset, variant)
     if not (folder / "manifest.json").exists():
         raise RunError(f"no batch plan in {folder}; mine it first: python scripts/mine.py CONFIG.yaml")
     plan = BatchPlan.load(folder)
-    for key, value in wanted(config, entry, dataset).items():
+    facts = wanted(config, entry, dataset, variant)
+    if plan.manifest.get("imported") is not None:  # mined elsewhere, with parameters that the files do not tell
+        facts = {key: facts[key] for key in ("data_fingerprint", "K", "h")}
+    for key, value in facts.items():
         found = plan.manifest.get(key)
         if key == "h" and (found or 0) >= value:
             continue  # fewer hard negatives than were mined are a prefix of them
@@ -66,66 +82,6 @@ def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> Bat
                 " correct the recipe, or mine again into another mining.dir"
             )
     return plan
-
-
-def teacher_embeddings(
-    config: Config, entry: DatasetConfig, dataset: PairDataset, teacher: Embedder | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """(queries, targets), each (N, D), of the recipe's teacher for one data set."""
-    if teacher is not None:
-        queries = teacher.encode([dataset.query(i) for i in range(len(dataset))], progress=f"{dataset.name} queries")
-        targets = teacher.encode([dataset.target(i) for i in range(len(dataset))], progress=f"{dataset.name} targets")
-        return queries, targets
-    if config.mining.teacher == "embedded":
-        kind, name = split_source(entry.source or config.data.source)
-        if kind != "embedded":
-            raise DataError(
-                f"mining.teacher 'embedded' needs embedded data, but {entry.subset} comes from {kind}:{name}"
-            )
-        queries, targets = embedded_teacher(name, entry.subset)
-    else:
-        folder = Path(config.mining.teacher)
-        queries, targets = (load_matrix(folder / f"{entry.subset}_{side}.npy") for side in ("queries", "targets"))
-    if entry.max_rows is not None:
-        queries, targets = queries[: entry.max_rows], targets[: entry.max_rows]
-    for side, array in (("queries", queries), ("targets", targets)):
-        if len(array) != len(dataset):
-            raise DataError(f"teacher {side} of {entry.subset} have {len(array)} rows, the data set {len(dataset)}")
-    return queries, targets
-
-
-def load_matrix(file: Path) -> np.ndarray:
-    """A (N, D) array of floats, memory-mapped. Raises `DataError` naming the file and what is wrong with it."""
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{file} does not exist; write the teacher's embeddings there as a (N, D) .npy file") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file} is not a readable .npy file ({str(error).splitlines()[0]})") from None
-    if array.ndim != 2 or array.dtype.kind != "f":
-        raise DataError(f"{file} has shape {array.shape} and type {array.dtype}; expected floats of shape (N, D)")
-    return array
-
-
-def _load_teacher(config: Config) -> Embedder | None:
-    """The teacher model, or None when its embeddings are given as arrays."""
-    mining = config.mining
-    folder = Path(mining.teacher)
-    if mining.teacher == "embedded" or (
-        folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists()
-    ):
-        if mining.teacher_adapter is not None:
-            raise RunError("mining.teacher_adapter needs mining.teacher to be a checkpoint")
-        return None
-    from b3.model.embedder import Embedder
-
-    return Embedder.from_pretrained(
-        mining.teacher,
-        adapter=mining.teacher_adapter,
-        dtype=config.model.dtype,
-        min_pixels=config.model.min_pixels,
-        max_pixels=config.model.max_pixels,
-    )
 
 
 @contextmanager
@@ -141,49 +97,112 @@ def stage_bar(label: str, show: bool) -> Iterator[Progress]:
         yield update
 
 
-def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchPlan]:
-    """Mine every data set of a recipe that has no plan yet; returns all plans by subset.
+@dataclass(frozen=True)
+class _Job:
+    """A plan to be mined."""
 
-    Plans are saved one by one, so an interrupted run keeps those that are done. `mining.dir`/report.html shows all.
+    entry: DatasetConfig
+    dataset: PairDataset
+    variant: str
+
+    @property
+    def name(self) -> str:
+        return plan_name(self.entry.subset, self.variant)
+
+
+def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchPlan]:
+    """Mine every data set of a recipe that has no plan yet; returns all plans by subset, variants by SUBSET@NAME.
+
+    Plans are saved one by one, and within a plan the teacher's embeddings and the ranks, so that an interrupted run
+    continues after the last finished stage. `mining.dir`/report.html shows all plans.
+
+    Under torchrun, all ranks share encoding and ranking; communities are found for as many plans at a time as there
+    are ranks, one on each. The plans are the same for any number of ranks.
+
     Raises `InputError` for data or embeddings that cannot be used and for an existing plan that does not fit.
     """
-    from b3.mining.mine import mine
     from b3.mining.report_html import Section, write_report_html
 
-    mining = config.mining
-    plans: dict[str, BatchPlan] = {}
-    teacher: Embedder | None = None
-    teacher_used = False
+    variants = config.mined_plans or [BASE]  # who mines for random batches wants to see the base plan
     datasets = [load_dataset(config, entry) for entry in config.data.datasets]
-    for entry, dataset in zip(config.data.datasets, datasets, strict=True):
-        folder = plan_folder(config, entry.subset)
-        if (folder / "manifest.json").exists():
-            plans[entry.subset] = load_plan(config, entry, dataset)
-            continue
-        if not teacher_used:
-            teacher, teacher_used = _load_teacher(config), True
-        queries, targets = teacher_embeddings(config, entry, dataset, teacher)
-        facts = wanted(config, entry, dataset)
-        with stage_bar(entry.subset, show_progress) as progress:
-            plan = mine(
-                queries,
-                targets,
-                p=facts["p"],
-                m=facts["m"],
-                community_size=mining.k,
-                hard_negatives=config.negatives.per_query,
-                seed=config.seed,
-                edges=mining.edges,
-                veto=mining.veto,
-                partitioner=mining.partitioner,
-                refine_passes=mining.refine_passes,
-                progress=progress,
-                data_fingerprint=facts["data_fingerprint"],
-                teacher=facts["teacher"],
-            )
-        plan.save(folder)
-        plans[entry.subset] = plan
-    page = Path(mining.dir) / "report.html"
-    if teacher_used or not page.exists():
-        write_report_html(page, [Section(plans[dataset.name], dataset) for dataset in datasets])
+    jobs = [_Job(*pair, variant) for pair in zip(config.data.datasets, datasets, strict=True) for variant in variants]
+    missing = [
+        job for job in jobs if not (plan_folder(config, job.entry.subset, job.variant) / "manifest.json").exists()
+    ]
+    for job in jobs:
+        if job not in missing:
+            load_plan(config, job.entry, job.dataset, job.variant)  # refuses one that does not fit, before work starts
+    distributed.barrier()  # all have looked before the first plan appears
+    if missing:
+        _mine_plans(config, missing, show_progress and distributed.rank() == 0)
+    plans = {job.name: load_plan(config, job.entry, job.dataset, job.variant) for job in jobs}
+    page = Path(config.mining.dir) / "report.html"
+    sections = [Section(plans[job.name], job.dataset, name=job.name) for job in jobs if plans[job.name].measured]
+    if distributed.rank() == 0 and sections and (missing or not page.exists()):
+        write_report_html(page, sections)
+    distributed.barrier()
     return plans
+
+
+def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
+    """Mine and save plans, as many at a time as there are ranks: all rank each, then rank i cuts the i-th."""
+    teacher = load_teacher(config)
+    world = distributed.world_size()
+    last: tuple[PairDataset, tuple[np.ndarray, np.ndarray]] | None = None
+    for start in range(0, len(jobs), world):
+        mine_next: Callable[[], None] | None = None
+        for owner, job in enumerate(jobs[start : start + world]):
+            if last is None or last[0] is not job.dataset:  # variants share the embeddings
+                last = job.dataset, teacher_embeddings(config, job.entry, job.dataset, teacher)
+            with stage_bar(job.name, show_progress) as progress:
+                cut = _rank_job(config, job, last[1], progress, owner if world > 1 else None)
+                if cut is not None and world == 1:
+                    cut()
+                elif cut is not None:
+                    mine_next = cut
+        if mine_next is not None:
+            mine_next()
+    distributed.barrier()
+    forget_teacher(config)
+
+
+def _rank_job(
+    config: Config,
+    job: _Job,
+    embeddings: tuple[np.ndarray, np.ndarray],
+    progress: Progress,
+    owner: int | None,
+) -> Callable[[], None] | None:
+    """Rank the pairs of a plan; returns what finds its communities and saves it, on the rank that is to do so."""
+    from b3.mining.checks import check_rules
+    from b3.mining.mine import parameters, plan_pairs, rank_pairs
+    from b3.mining.negatives import NegativeRules
+    from b3.mining.stages import Clock, Stages
+
+    facts = wanted(config, job.entry, job.dataset, job.variant)
+    same = (
+        "edges", "veto", "penalty", "partitioner", "refine_passes", "piece_rows", "max_similarity", "max_relative",
+        "search", "target_unit", "subset_rows",
+    )  # fmt: skip
+    given = {name: facts[name] for name in same}
+    m = facts.get("m", config.mining.m)
+    chosen = parameters(len(job.dataset), facts["p"], m, facts["K"], facts["h"], facts["seed"], **given)
+    rules = check_rules(NegativeRules(**facts["negatives"]) if facts["h"] else None, facts["h"])
+    stages = Stages(Path(config.mining.dir) / f".{job.name}.stages")
+    ranked = rank_pairs(*embeddings, chosen, rules, Clock(progress), stages=stages, owner=owner)
+    if ranked is None:
+        return None
+    if ranked.chosen.m != facts.get("m", ranked.chosen.m):
+        raise ConfigError(
+            f"m {facts['m']} of {job.entry.subset} has no effect with mining.target_unit label30, which takes"
+            f" {ranked.chosen.m} labels (30 %); leave m out"
+        )
+
+    def cut() -> None:
+        if owner is not None:
+            ranked.clock.progress = None  # its bar is gone
+        plan = plan_pairs(ranked, facts["data_fingerprint"], facts["teacher"])
+        plan.save(plan_folder(config, job.entry.subset, job.variant))
+        stages.remove()
+
+    return cut

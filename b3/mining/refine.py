@@ -1,18 +1,30 @@
-"""Swap refinement: exchange two rows of different communities while that raises the objective; sizes stay exact."""
+"""Annealed swaps: exchange rows of different communities until the objective stops growing; sizes stay exact.
+
+A pass visits every community; each of its rows looks for the best swap with a row of another community that it has an
+edge to. At temperature T the swap is taken if its gain exceeds T ln(u), u uniform in (0, 1): the Metropolis rule of
+simulated annealing (Kirkpatrick et al. 1983) on the best neighbour. T falls geometrically from pass to pass and is 0 in
+the last ones. One thread and seeded choices make the result a function of the arguments alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 
 from b3.mining.graph import Graph
-from b3.mining.hashing import seeded_order
+from b3.mining.hashing import mix64, seeded_order
 
 # Four times the best edge: rows with equal targets stay apart wherever a swap allows. At 4, labels of the embedded data
 # met more often than by chance (0.144 against about 0.07 a query at K = 8); at 8, 0.032, for 5 % fewer hard negatives.
 DUPLICATE_COST = 8
+# Of the first and the last warm pass, in units of the objective. From 6, the result on a graph of 100,000 WordNet rows
+# no longer depends on the start (METIS or random) at K = 8 to 512; see docs/log.md.
+HOTTEST, COOLEST = 6.0, 0.4
+COLD_PASSES = 3
+NOTHING = np.int32(-(1 << 30))
 
 
 def objective(graph: Graph, labels: np.ndarray, targets: np.ndarray) -> int:
@@ -21,65 +33,91 @@ def objective(graph: Graph, labels: np.ndarray, targets: np.ndarray) -> int:
     For the union graph of distinct targets this is the number of window hits inside communities (eq. 6 of the paper
     asks to maximise the hard negatives that share a batch), less what the veto dropped.
     """
-    inside = int(graph.weights[labels[graph.sources()] == labels[graph.indices]].sum()) // 2
-    _, copies = np.unique(np.stack([labels, targets]), axis=1, return_counts=True)
+    inside = int(graph.weights[labels[graph.sources()] == labels[graph.indices]].sum(dtype=np.int64)) // 2
+    _, copies = np.unique(labels * (int(targets.max()) + 1) + targets, return_counts=True)
     return inside - DUPLICATE_COST * int((copies * (copies - 1) // 2).sum())
 
 
+def temperatures(passes: int) -> list[float]:
+    """Of each pass: geometric from `HOTTEST` to `COOLEST`, then `COLD_PASSES` at 0; few passes are all cold."""
+    warm = passes - COLD_PASSES
+    if warm < 2:
+        return [0.0] * passes
+    return [HOTTEST * (COOLEST / HOTTEST) ** (k / (warm - 1)) for k in range(warm)] + [0.0] * COLD_PASSES
+
+
 def refine(
-    graph: Graph, labels: np.ndarray, targets: np.ndarray, community_size: int, passes: int, seed: int
+    graph: Graph,
+    labels: np.ndarray,
+    targets: np.ndarray,
+    community_size: int,
+    passes: int,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> tuple[np.ndarray, list[int]]:
-    """Up to `passes` rounds of best-improvement swaps; stops early when a round finds none.
+    """`passes` rounds of annealed swaps; stops early when a cold round finds none. Never lowers the objective.
 
     Args:
-        graph: over N rows.
+        graph: over N rows; weights may be negative.
         labels: (N,) int64, community of each row; all of size K.
         targets: (N,) int64, distinct target of each row.
+        progress: called as ``progress("refine", passes done, passes)``.
 
-    Returns (labels (N,) int64, gain of each pass). Communities are visited in a seeded order, on one thread.
+    Returns (labels (N,) int64, gain of each pass); (the given labels, []) if nothing better was found.
     """
     num_parts = len(labels) // community_size
     gains: list[int] = []
     if num_parts < 2 or community_size < 2 or passes == 0:
         return labels, gains
-    state = _start(graph, labels.copy(), targets, num_parts)
-    for number in range(passes):
-        gains.append(int(_pass(state, seeded_order(seed + number, num_parts), DUPLICATE_COST)))
-        if gains[-1] == 0:
+    state = _start(graph, labels, targets, num_parts)
+    for number, temperature in enumerate(temperatures(passes)):
+        stream = mix64(seed, 7, number)[:1].copy()
+        gains.append(int(_pass(state, seeded_order(seed + number, num_parts), temperature, DUPLICATE_COST, stream)))
+        if progress:
+            progress("refine", number + 1, passes)
+        if temperature == 0 and gains[-1] == 0:
             break
-    return state.labels, gains
+    if sum(gains) <= 0:
+        return labels, []
+    return state.labels.astype(np.int64), gains
 
 
 class _State(NamedTuple):
-    """Arrays that the passes share; N rows, C communities, U targets; all int64 unless said."""
+    """Arrays that the passes share; N rows, C communities, U targets; int32 unless said."""
 
-    indptr: np.ndarray
+    indptr: np.ndarray  # int64
     indices: np.ndarray
-    weights: np.ndarray
+    weights: np.ndarray  # int8
     targets: np.ndarray  # (N,)
     labels: np.ndarray  # (N,) community of each row
     members: np.ndarray  # (C, K)
-    inside: np.ndarray  # (N,) weight of each row to its own community
     copies: np.ndarray  # (N,) other members of the own community with the same target
-    to_home: np.ndarray  # (N,) weight of each row to the community being visited, 0 outside a visit
-    to_row: np.ndarray  # (N,) weight of each row to the row being moved, 0 outside its turn
-    linked: np.ndarray  # (C,) weight of each community to the row being moved, 0 outside its turn
+    stay: np.ndarray  # (N,) what the row contributes where it is: weight to its community less the cost of copies
+    least: np.ndarray  # (C,) smallest `stay` of the members, or less
+    to_home: np.ndarray  # (N,) weight of each row to the visited community, 0 outside a visit
+    pull: np.ndarray  # (C,) largest `to_home - stay` of the members with an edge to the visited community, or more
+    linked: np.ndarray  # (C,) weight of each community to the row being moved
+    seen: np.ndarray  # (C,) bool: whether `linked` is set
     in_home: np.ndarray  # (U,) members of the visited community with each target, 0 outside a visit
+    touched: np.ndarray  # (C,) room for the communities with a `pull`
     candidates: np.ndarray  # (C,) room for the communities that a row could move to
     crowded: bool  # whether any target occurs twice
 
 
 def _start(graph: Graph, labels: np.ndarray, targets: np.ndarray, num_parts: int) -> _State:
     count = len(labels)
-    members = np.argsort(labels, kind="stable").reshape(num_parts, -1)
+    members = np.argsort(labels, kind="stable").reshape(num_parts, -1).astype(np.int32)
     sources = graph.sources()
     same = labels[sources] == labels[graph.indices]
-    inside = np.bincount(sources[same], weights=graph.weights[same], minlength=count).astype(np.int64)
-    _, group, sizes = np.unique(labels * (targets.max() + 1) + targets, return_inverse=True, return_counts=True)
-    rows, parts = np.zeros(count, np.int64), np.zeros(num_parts, np.int64)
+    inside = np.bincount(sources[same], weights=graph.weights[same], minlength=count).astype(np.int32)
+    _, group, sizes = np.unique(labels * (int(targets.max()) + 1) + targets, return_inverse=True, return_counts=True)
+    copies = (sizes[group.ravel()] - 1).astype(np.int32)
+    stay = inside - DUPLICATE_COST * copies
+    parts = np.zeros(num_parts, np.int32)
     return _State(
-        graph.indptr, graph.indices, graph.weights, targets, labels, members, inside, sizes[group.ravel()] - 1,
-        rows, rows.copy(), parts, np.zeros(int(targets.max()) + 1, np.int64), parts.copy(),
+        graph.indptr, graph.indices, graph.weights, targets.astype(np.int32), labels.astype(np.int32), members, copies,
+        stay, stay[members].min(axis=1), np.zeros(count, np.int32), np.full(num_parts, NOTHING), parts.copy(),
+        np.zeros(num_parts, np.bool_), np.zeros(int(targets.max()) + 1, np.int32), parts.copy(), parts.copy(),
         bool((np.bincount(targets) > 1).any()),
     )  # fmt: skip
 
@@ -89,93 +127,166 @@ def _jit(function: Any) -> Any:
 
 
 @_jit
-def _copies(state, part, row):  # type: ignore[no-untyped-def]
+def _uniform(stream):  # type: ignore[no-untyped-def]
+    """The next number in (0, 1) of a SplitMix64 stream, whose state is ``stream[0]`` (Steele et al. 2014)."""
+    stream[0] += np.uint64(0x9E3779B97F4A7C15)
+    x = stream[0]
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return ((x >> np.uint64(12)) + 0.5) * 2.0**-52
+
+
+@_jit
+def _weight(indptr, indices, weights, row, other):  # type: ignore[no-untyped-def]
+    """Weight of the edge between two rows, 0 if there is none."""
+    low, end = indptr[row], indptr[row + 1]
+    high = end
+    while low < high:
+        middle = (low + high) >> 1
+        if indices[middle] < other:
+            low = middle + 1
+        else:
+            high = middle
+    return np.int32(weights[low]) if low < end and indices[low] == other else np.int32(0)
+
+
+@_jit
+def _copies(targets, members, row):  # type: ignore[no-untyped-def]
     """Members of a community other than `row` that have its target."""
     found = 0
-    for v in state.members[part]:
-        if v != row and state.targets[v] == state.targets[row]:
+    for v in members:
+        if v != row and targets[v] == targets[row]:
             found += 1
     return found
 
 
 @_jit
-def _visit(state, home, sign):  # type: ignore[no-untyped-def]
-    """Fill (sign 1) or clear (sign 0) what is known of the visited community."""
+def _offers(labels, to_home, stay, pull, touched, rows, num):  # type: ignore[no-untyped-def]
+    """Raise `pull` of the communities of `rows` to what these offer; returns the number of communities touched."""
+    for v in rows:
+        part, offer = labels[v], to_home[v] - stay[v]
+        if offer > pull[part]:
+            if pull[part] == NOTHING:
+                touched[num] = part
+                num += 1
+            pull[part] = offer
+    return num
+
+
+@_jit
+def _raise_pull(state, row, num):  # type: ignore[no-untyped-def]
+    """`_offers` of the neighbours of a row."""
+    neighbours = state.indices[state.indptr[row] : state.indptr[row + 1]]
+    return _offers(state.labels, state.to_home, state.stay, state.pull, state.touched, neighbours, num)
+
+
+@_jit
+def _enter(state, home):  # type: ignore[no-untyped-def]
+    """Fill what is known of the visited community; returns the number of communities with a `pull`."""
+    num = 0
     for i in state.members[home]:
-        state.in_home[state.targets[i]] = sign * (state.in_home[state.targets[i]] + 1)
+        state.in_home[state.targets[i]] += 1
         for e in range(state.indptr[i], state.indptr[i + 1]):
-            v = state.indices[e]
-            state.to_home[v] = sign * (state.to_home[v] + state.weights[e])
+            state.to_home[state.indices[e]] += state.weights[e]
+    for i in state.members[home]:
+        num = _raise_pull(state, i, num)
+    return num
+
+
+@_jit
+def _leave_home(state, home, num):  # type: ignore[no-untyped-def]
+    """Clear what `_enter` filled."""
+    for k in range(num):
+        state.pull[state.touched[k]] = NOTHING
+    least = state.stay[state.members[home, 0]]
+    for i in state.members[home]:
+        least = min(least, state.stay[i])
+        state.in_home[state.targets[i]] = 0
+        for e in range(state.indptr[i], state.indptr[i + 1]):
+            state.to_home[state.indices[e]] = 0
+    state.least[home] = least
 
 
 @_jit
 def _find_candidates(state, order, turn, row):  # type: ignore[no-untyped-def]
-    """Fill `to_row`, `linked` and `candidates` for a row; returns the number of candidates."""
-    home, num = order[turn], 0
+    """Fill `linked`, `seen`, `candidates` for a row; returns the number of candidates, the own community included."""
+    num = 0
     for e in range(state.indptr[row], state.indptr[row + 1]):
-        v, w = state.indices[e], state.weights[e]
-        state.to_row[v] = w
-        part = state.labels[v]
-        if part != home:
-            if state.linked[part] == 0:
-                state.candidates[num] = part
-                num += 1
-            state.linked[part] += w
+        part = state.labels[state.indices[e]]
+        if not state.seen[part]:
+            state.seen[part] = True
+            state.linked[part] = 0
+            state.candidates[num] = part
+            num += 1
+        state.linked[part] += state.weights[e]
     if state.copies[row] == 0:
         return num
     for k in range(1, 9):  # away from a copy, a community without an edge may do: try some
         part = order[(turn + (k if order.size < 10 else k * k * 7919)) % order.size]  # where few: each of them
-        fresh = part != home and state.linked[part] == 0
-        for q in range(num):
-            fresh = fresh and state.candidates[q] != part
-        if fresh:
+        if not state.seen[part]:
+            state.seen[part] = True
+            state.linked[part] = 0
             state.candidates[num] = part
             num += 1
     return num
 
 
 @_jit
-def _best_swap(state, row, num, cost):  # type: ignore[no-untyped-def]
-    """The swap of `row` with a member of a candidate community that gains most: (gain, partner); gain 0: none."""
-    best, partner = 0, -1
+def _best_swap(state, row, home, num, cost, floor):  # type: ignore[no-untyped-def]
+    """The swap of `row` with a member of a candidate community that gains most, above `floor`: (gain, partner)."""
+    best, partner = floor, -1
     for k in range(num):
         away = state.candidates[k]
-        side = state.linked[away] - state.inside[row]
-        there = _copies(state, away, row) if state.crowded else 0
-        # A swap that gains does so for one of its two rows; where only for the other, that row's own turn finds it.
-        if side + cost * (state.copies[row] - there) <= 0 and (side <= 0 or there == 0):
+        side = state.linked[away] - state.stay[row]
+        # No member offers more than `pull` (those with an edge to the visited community) or `-least` (the others).
+        if away == home or side + max(state.pull[away], -state.least[away]) <= best:
             continue
+        there = _copies(state.targets, state.members[away], row) if state.crowded else 0
         for v in state.members[away]:
-            gain = side + state.to_home[v] - state.inside[v] - 2 * state.to_row[v]
+            gain = side + state.to_home[v] - state.stay[v]
+            if gain <= best:
+                continue
             if state.crowded:
                 same = 1 if state.targets[v] == state.targets[row] else 0
-                lost = state.copies[row] + state.copies[v]
-                gain -= cost * (there - same + state.in_home[state.targets[v]] - same - lost)
+                gain -= cost * (there - same + state.in_home[state.targets[v]] - same)
+            if state.to_home[v] != 0:
+                gain -= 2 * _weight(state.indptr, state.indices, state.weights, row, v)
             if gain > best:
                 best, partner = gain, v
     return best, partner
 
 
 @_jit
-def _leave(state, row, other, home, away):  # type: ignore[no-untyped-def]
-    """Account for `row` going from `home` to `away` in the connections of its neighbours, `other` excepted."""
+def _move(state, row, other, home, away):  # type: ignore[no-untyped-def]
+    """Account for `row` going from `home` to `away` in what its neighbours contribute, `other` excepted."""
     for e in range(state.indptr[row], state.indptr[row + 1]):
         v, w = state.indices[e], state.weights[e]
         if v != other:
             if state.labels[v] == home:
-                state.inside[v] -= w
+                state.stay[v] -= w
             elif state.labels[v] == away:
-                state.inside[v] += w
+                state.stay[v] += w
 
 
 @_jit
-def _swap(state, i, j, home, slot):  # type: ignore[no-untyped-def]
-    """Exchange row i of the visited community (at `slot`) with row j of another."""
-    away, between = state.labels[j], state.to_row[j]
+def _recount(state, part, cost):  # type: ignore[no-untyped-def]
+    """Count the copies in a community again."""
+    for v in state.members[part]:
+        copies = _copies(state.targets, state.members[part], v)
+        state.stay[v] -= cost * (copies - state.copies[v])
+        state.copies[v] = copies
+
+
+@_jit
+def _swap(state, i, j, home, slot, cost, num):  # type: ignore[no-untyped-def]
+    """Exchange row i of the visited community (at `slot`) with row j of another; returns the communities touched."""
+    away, between = state.labels[j], _weight(state.indptr, state.indices, state.weights, i, j)
     inside_i, inside_j = state.linked[away] - between, state.to_home[j] - between
-    _leave(state, i, j, home, away)
-    _leave(state, j, i, away, home)
-    state.inside[i], state.inside[j] = inside_i, inside_j
+    _move(state, i, j, home, away)
+    _move(state, j, i, away, home)
+    state.stay[i], state.stay[j] = inside_i, inside_j
+    state.copies[i], state.copies[j] = 0, 0
     for e in range(state.indptr[i], state.indptr[i + 1]):
         state.to_home[state.indices[e]] -= state.weights[e]
     for e in range(state.indptr[j], state.indptr[j + 1]):
@@ -188,29 +299,33 @@ def _swap(state, i, j, home, slot):  # type: ignore[no-untyped-def]
         if state.members[away, q] == j:
             state.members[away, q] = i
     if state.crowded:
-        for v in state.members[home]:
-            state.copies[v] = _copies(state, home, v)
-        for v in state.members[away]:
-            state.copies[v] = _copies(state, away, v)
+        _recount(state, home, cost)
+        _recount(state, away, cost)
+    num = _raise_pull(state, j, num)
+    num = _offers(state.labels, state.to_home, state.stay, state.pull, state.touched, state.members[away], num)
+    least = state.stay[i]
+    for v in state.members[away]:
+        least = min(least, state.stay[v])
+    state.least[away] = least
+    return num
 
 
 @_jit
-def _pass(state, order, cost):  # type: ignore[no-untyped-def]
+def _pass(state, order, temperature, cost, stream):  # type: ignore[no-untyped-def]
     """One visit to every community in the given order; returns the gain of the objective."""
     total = 0
     for turn in range(order.size):
         home = order[turn]
-        _visit(state, home, 1)
+        touched = _enter(state, home)
         for slot in range(state.members.shape[1]):
             i = state.members[home, slot]
             num = _find_candidates(state, order, turn, i)
-            gain, j = _best_swap(state, i, num, cost)
-            if gain > 0:
-                total += gain
-                _swap(state, i, j, home, slot)
-            for e in range(state.indptr[i], state.indptr[i + 1]):
-                state.to_row[state.indices[e]] = 0
+            floor = temperature * np.log(_uniform(stream)) if temperature > 0 else 0.0
+            gain, j = _best_swap(state, i, home, num, cost, floor)
+            if j >= 0:
+                total += int(gain)
+                touched = _swap(state, i, j, home, slot, cost, touched)
             for k in range(num):
-                state.linked[state.candidates[k]] = 0
-        _visit(state, home, 0)
+                state.seen[state.candidates[k]] = False
+        _leave_home(state, home, touched)
     return total

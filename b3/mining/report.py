@@ -1,4 +1,4 @@
-"""What a plan is worth: hard negatives that share a community, against random communities of the same rows."""
+"""What a plan is worth: hard negatives that share a community, against random communities and the paper's recipe."""
 
 from __future__ import annotations
 
@@ -9,55 +9,73 @@ from typing import Any
 
 import numpy as np
 
-from b3.mining.partition import choose_remainder, communities_of, random_labels
 from b3.mining.rank import TEMPERATURE, TOP, WINDOW, Ranks
+from b3.mining.report_compare import paper_communities, random_communities, random_expectation
+from b3.mining.report_examples import community_examples, duplicate_examples, hubs, likely_false_negatives
 from b3.mining.vectors import DistinctTargets
 
 BLOCK_VALUES = 1 << 22
 BIN = 0.01
-PERCENTILES = (10, 50, 90)
+MASS_BINS = 50
+PAPER_ROWS = 2_000_000  # above, the paper's recipe takes too long to be run for comparison only
 
 
 def quality(queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, communities: np.ndarray) -> dict[str, Any]:
-    """Means over the rows in `communities` (C, K), and per-row counts.
+    """Means over the rows in `communities` (C, K), and numbers by row (N,), which are 0 outside communities.
 
-    hits: (N,) other members of the community whose target is in the query's window (0 outside communities).
+    hits: other members of the community whose target is in the query's window.
     mined_negatives_per_query: mean of `hits`.
     skipped_ranks_per_query: mean number of other members whose target is above rank p: likely false negatives.
     duplicate_targets_in_community: mean number of other members with the query's own target.
-    teacher_mass_captured: mean over queries of H_B / H, the tightness of the paper's Theorem 1 (section 3.1) within
-        the ranks that mining uses: H_B is the sum of exp(s / 0.02) over the distinct targets of the community that the
-        query ranks at p or below, its own excluded; H is the same sum over the K - 1 largest such terms of the whole
-        data set. In [0, 1]; 0 for K = 1.
+    negatives_above_positive_per_query: mean number of other members whose target, not the own one, the teacher scores
+        above the own one: likely false negatives too, wherever they rank.
+    queries_with_negatives_above_positive: share of queries with at least one of those.
+    negatives_above_positive_by: mean difference of score of those; 0 if there are none.
+    excess, nearest: the largest score of another member's target, own target left out, minus the score of the own
+        one, and the first row of the community that has it; -inf and -1 where there is none.
+    mass: H_B / H, the tightness of the paper's Theorem 1 (section 3.1) within the ranks that mining uses: H_B is the
+        sum of exp(s / 0.02) over the distinct targets of the community that the query ranks at p or below, its own
+        excluded; H is the same sum over the K - 1 largest such terms of the whole data set. In [0, 1]; 0 for K = 1.
+    teacher_mass_captured: mean of `mass`.
+    mass_histogram: (50,) int64, queries by `mass` in bins of 0.02.
     histogram: (200,) int64, scores of queries with the other members' targets, own target left out, in bins of 0.01.
     """
-    sums = {"hits": 0, "skipped": 0, "copies": 0}
-    mass = 0.0
-    hits = np.zeros(len(ranks.own), dtype=np.int64)
+    sums = {"skipped": 0, "copies": 0, "above": 0}
+    hits, nearest = np.zeros(len(ranks.own), dtype=np.int64), np.full(len(ranks.own), -1, dtype=np.int64)
+    mass, above_by, excess = np.zeros(len(hits)), np.zeros(len(hits)), np.full(len(hits), -np.inf)
     histogram = np.zeros(200, dtype=np.int64)
     for rows, members, scores, fresh in _member_scores(queries, distinct, communities):
         targets = ranks.own[members]
-        order = np.argsort(rows)
-        kinds = np.empty(members.shape, dtype=np.int8)
-        repeated = np.repeat(rows[order], members.shape[1])
-        kinds[order] = ranks.classify(repeated, targets[order].ravel()).reshape(members.shape)
+        kinds = _kinds(ranks, rows, targets)
         other = targets != ranks.own[rows][:, None]
         hits[rows] = (other & (kinds == WINDOW)).sum(axis=1)
-        sums["hits"] += int(hits[rows].sum())
         sums["skipped"] += int((other & (kinds == TOP)).sum())
         sums["copies"] += int((~other).sum()) - len(rows)
         counted = other & (kinds != TOP) & fresh
         powers = np.exp(np.where(counted, scores - ranks.best[rows][:, None], -np.inf) / TEMPERATURE)
-        mass += float((powers.sum(axis=1) / np.maximum(ranks.mass[rows], 1e-300)).clip(0, 1).sum())
+        mass[rows] = (powers.sum(axis=1) / np.maximum(ranks.mass[rows], 1e-300)).clip(0, 1)
         histogram += bins(scores[other])
-    count = communities.size
+        beyond = np.where(other, scores - ranks.positive[rows][:, None], -np.inf)
+        best = np.arange(len(rows)), beyond.argmax(axis=1)
+        excess[rows] = beyond[best]
+        nearest[rows] = np.where(beyond[best] > -np.inf, members[best], -1)
+        above_by[rows] = np.where(beyond > 0, beyond, 0).sum(axis=1)
+        sums["above"] += int((beyond > 0).sum())
+    count, inside = communities.size, np.sort(communities.ravel())
     return {
         "hits": hits,
+        "mass": mass,
+        "excess": excess,
+        "nearest": nearest,
         "histogram": histogram,
-        "mined_negatives_per_query": sums["hits"] / count,
+        "mined_negatives_per_query": int(hits.sum()) / count,
         "skipped_ranks_per_query": sums["skipped"] / count,
         "duplicate_targets_in_community": sums["copies"] / count,
-        "teacher_mass_captured": min(1.0, mass / count) if communities.shape[1] > 1 else 0.0,
+        "negatives_above_positive_per_query": sums["above"] / count,
+        "queries_with_negatives_above_positive": int((excess > 0).sum()) / count,
+        "negatives_above_positive_by": float(above_by[inside].sum()) / max(1, sums["above"]),
+        "teacher_mass_captured": min(1.0, float(mass[inside].mean())),
+        "mass_histogram": _mass_bins(mass[inside]),
     }
 
 
@@ -66,13 +84,29 @@ def bins(scores: np.ndarray) -> np.ndarray:
     return np.bincount(np.clip((scores + 1) / BIN, 0, 199).astype(np.int64), minlength=200)
 
 
+def _mass_bins(shares: np.ndarray) -> np.ndarray:
+    return np.bincount(np.clip(shares * MASS_BINS, 0, MASS_BINS - 1).astype(np.int64), minlength=MASS_BINS)
+
+
+def _kinds(ranks: Ranks, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(n, K) int8 of `Ranks.classify` for queries (n,) in any order and distinct targets (n, K)."""
+    order = np.argsort(rows)
+    kinds = np.empty(targets.shape, dtype=np.int8)
+    repeated = np.repeat(rows[order], targets.shape[1])
+    kinds[order] = ranks.classify(repeated, targets[order].ravel()).reshape(targets.shape)
+    return kinds
+
+
 def _member_scores(
     queries: np.ndarray, distinct: DistinctTargets, communities: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Blocks of (rows (n,), members (n, K), exact scores (n, K), first member with its target (n, K) bool)."""
+    """Blocks of (rows (n,), members (n, K), exact scores (n, K), first member with its target (n, K) bool).
+
+    Blocks are large, n K up to 2**22, since `Ranks.classify` looks through all ranks for each of them.
+    """
     num, size = communities.shape
-    dim = queries.shape[1]
-    together = max(1, BLOCK_VALUES // (size * max(size, dim)))
+    together = max(1, BLOCK_VALUES // size**2)
+    step = size if size**2 <= BLOCK_VALUES else max(1, BLOCK_VALUES // size)
     for start in range(0, num, together):
         block = communities[start : start + together]
         targets = distinct.of_row[block]
@@ -81,53 +115,65 @@ def _member_scores(
         fresh = np.empty(block.shape, dtype=bool)
         new = np.concatenate([np.ones((len(block), 1), bool), ordered[:, 1:] != ordered[:, :-1]], axis=1)
         np.put_along_axis(fresh, order, new, axis=1)
-        wide = distinct.vectors[targets].astype(np.float64).transpose(0, 2, 1)
-        step = max(1, BLOCK_VALUES // max(size, dim)) if len(block) == 1 else size
         for low in range(0, size, step):
             rows = block[:, low : low + step]
-            scores = np.matmul(queries[rows].astype(np.float64), wide)
-            shape = (rows.size, size)
             repeat = rows.shape[1]
             yield (
                 rows.ravel(),
                 np.repeat(block, repeat, axis=0),
-                scores.reshape(shape),
+                _products(queries, distinct.vectors, rows, targets).reshape(-1, size),
                 np.repeat(fresh, repeat, axis=0),
             )
 
 
-def random_communities(num_rows: int, community_size: int, seed: int) -> np.ndarray:
-    """(C, K) communities of a seeded permutation: what the partitioner `random` gives."""
-    left_out = choose_remainder(None, num_rows, community_size, seed)
-    rows = np.setdiff1d(np.arange(num_rows), left_out)
-    return communities_of(random_labels(len(rows), community_size, seed), rows, community_size)
-
-
-def random_expectation(ranks: Ranks, distinct: DistinctTargets, community_size: int) -> dict[str, float]:
-    """Expected counts for communities drawn at random from all N rows: (K - 1) / (N - 1) of what exists."""
-    counts, num = distinct.counts, len(ranks.own)
-    share = (community_size - 1) / max(1, num - 1)
-    totals = np.zeros(2)
-    for start in range(0, num, 8192):
-        order, own = ranks.order[start : start + 8192], ranks.own[start : start + 8192, None]
-        size = np.where(order == own, 0, counts[order])
-        totals += size[:, ranks.p :].sum(), size[:, : ranks.p].sum()
-    return {
-        "random_mined_negatives_per_query": float(totals[0] / num * share),
-        "random_skipped_ranks_per_query": float(totals[1] / num * share),
-        "random_duplicate_targets_in_community": float((counts[ranks.own] - 1).mean() * share),
-    }
+def _products(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(B, r, K) float64 scores of the queries `rows` (B, r) with the distinct targets (B, K) of their community."""
+    scores = np.empty((*rows.shape, targets.shape[1]))
+    step = max(1, BLOCK_VALUES // (targets.shape[1] * queries.shape[1]))
+    for start in range(0, len(rows), step):
+        span = slice(start, start + step)
+        wide = vectors[targets[span]].astype(np.float64).transpose(0, 2, 1)
+        np.matmul(queries[rows[span]].astype(np.float64), wide, out=scores[span])
+    return scores
 
 
 def make_report(
-    queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, communities: np.ndarray, seed: int
+    queries: np.ndarray,
+    ranks: Ranks,
+    distinct: DistinctTargets,
+    communities: np.ndarray,
+    seed: int,
+    *,
+    negatives: np.ndarray | None = None,
+    partitioner: str = "metis",
+    budget: int | None = None,
+    compare_paper: bool = True,
 ) -> dict[str, Any]:
-    """The measured part of report.json for communities (C, K)."""
-    size = communities.shape[1]
-    mined = quality(queries, ranks, distinct, communities)
-    chance = quality(queries, ranks, distinct, random_communities(len(queries), size, seed + 1))
-    hits, histogram = mined.pop("hits"), mined.pop("histogram")
-    inside = np.sort(communities.ravel())
+    """The measured part of report.json.
+
+    Args:
+        queries: (N, D) float32 unit vectors on the grid.
+        ranks, distinct: their ranking and the targets.
+        communities: (C, K) of the plan.
+        seed: of the plan; the comparisons are drawn from it.
+        negatives: (N, h) hard negatives of the plan, -1 for none.
+        partitioner: that of the plan; a plan that is itself random or the paper's is not made again to compare.
+        budget: edges a row in the paper's graph (`b3.mining.graph.window_rows`); default m.
+        compare_paper: also measure the paper's recipe; never done above 2,000,000 rows.
+
+    Of `quality`, numbers without prefix are the plan's; `random_` ones are expected values for the first three counts
+    and measured on one draw otherwise; `paper_` ones are measured.
+    """
+    found = {"community": quality(queries, ranks, distinct, communities)}
+    size, mined = communities.shape[1], found["community"]
+    found["random"] = mined
+    if partitioner != "random":
+        found["random"] = quality(queries, ranks, distinct, random_communities(len(queries), size, seed + 1))
+    if partitioner == "paper":
+        found["paper"] = mined
+    elif compare_paper and len(queries) <= PAPER_ROWS:
+        paper = paper_communities(ranks, distinct, size, ranks.m if budget is None else budget, seed)
+        found["paper"] = quality(queries, ranks, distinct, paper)
     return {
         "n": len(queries),
         "community_size": size,
@@ -135,41 +181,35 @@ def make_report(
         "num_remainder": len(queries) - communities.size,
         "num_distinct_targets": len(distinct),
         "window": [ranks.p, ranks.p + ranks.m],
-        **mined,
-        **random_expectation(ranks, distinct, size),
-        "random_teacher_mass_captured": chance["teacher_mass_captured"],
+        **_numbers(found, random_expectation(ranks, distinct, size)),
         "size_min": size,
         "size_max": size,
-        "histogram": {
-            "from": -1.0,
-            "bin": BIN,
-            "positive": bins(ranks.positive[inside]).tolist(),
-            "community": histogram.tolist(),
-            "random": chance["histogram"].tolist(),
-        },
-        **_hardness(communities, hits),
+        **_histograms(found, ranks.positive[np.sort(communities.ravel())]),
+        **community_examples(communities, mined["hits"]),
+        "likely_false_negatives": likely_false_negatives(queries, ranks, mined["excess"], mined["nearest"]),
+        "duplicate_examples": duplicate_examples(communities, distinct),
+        "hubs": hubs(ranks, distinct, negatives),
     }
 
 
-def _hardness(communities: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
-    """Communities by hardness (mean hits of their members): percentiles, and one community at each as example."""
-    hardness = hits[communities].mean(axis=1)
-    order = np.argsort(hardness, kind="stable")
-    examples = []
-    for percent in PERCENTILES:
-        number = int(order[round(percent / 100 * (len(order) - 1))])
-        rows = communities[number]
-        examples.append(
-            {
-                "percentile": percent,
-                "community": number,
-                "mined_negatives_per_query": float(hardness[number]),
-                "rows": rows.tolist(),
-                "mined_negatives": hits[rows].tolist(),
-            }
-        )
-    levels = {str(q): float(np.percentile(hardness, q)) for q in (0, 10, 25, 50, 75, 90, 100)}
-    return {"hardness_percentiles": levels, "examples": examples}
+def _numbers(found: dict[str, dict[str, Any]], expected: dict[str, float]) -> dict[str, float]:
+    """The means of `quality`, with the prefix of what they were measured on; `expected` goes before a random draw."""
+    numbers: dict[str, float] = {}
+    for name, values in found.items():
+        prefix = "" if name == "community" else f"{name}_"
+        numbers |= {prefix + key: value for key, value in values.items() if isinstance(value, float)}
+    return numbers | {f"random_{key}": value for key, value in expected.items()}
+
+
+def _histograms(found: dict[str, dict[str, Any]], positive: np.ndarray) -> dict[str, Any]:
+    """Histograms of similarities and of teacher mass; `positive`: scores of the own targets."""
+    scores = {name: values["histogram"].tolist() for name, values in found.items()}
+    masses = {name: values["mass_histogram"].tolist() for name, values in found.items()}
+    masses = {"mined": masses.pop("community"), **masses}
+    return {
+        "histogram": {"from": -1.0, "bin": BIN, "positive": bins(positive).tolist(), **scores},
+        "teacher_mass_histogram": {"from": 0.0, "bin": 1 / MASS_BINS, **masses},
+    }
 
 
 def peak_memory() -> int:

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from b3.files import write_atomic
-from b3.mining.report_text import drop_shared, plain_text, shared_words, shorten
+from b3.mining.report_cards import THUMBNAIL as THUMBNAIL
+from b3.mining.report_cards import Cards, contact_sheets, duplicate_table, false_negative_table, hub_cards, shown_rows
+from b3.mining.report_cards import thumbnail as thumbnail
+from b3.mining.report_figures import hub_figure, mass_figure, similarity_figure
+from b3.mining.report_style import INTRODUCTION, STYLE
+from b3.mining.report_text import percent
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from b3.mining.plan import BatchPlan
-
-THUMBNAIL = 72
-MOST_MEMBERS = 36
-SAMPLE = 64
-SERIES = (("positive", "own target", "#1f7a5c"), ("community", "in the community", "#c2501a"),
-          ("random", "random", "#7b8794"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class Section:
     Attributes:
         plan: its batch plan; `plan.report` must be complete.
         records: object with `query(i)` and `target(i)` returning items with `.text` and `.image` (None, or something
-            with `open()`), and `__len__`; `name` and `family` are shown if present. None: numbers only.
+            with `open()`), and `__len__`; `name` and `family` are shown if present. None: numbers and row numbers only.
         name: heading; default: the name of the records.
     """
 
@@ -55,12 +48,13 @@ def write_report_html(path: str | os.PathLike[str], sections: Sequence[Section])
 
 def render(sections: Sequence[Section]) -> str:
     """The page as a string."""
-    heading = sections[0].title if len(sections) == 1 else f"Mined batches of {len(sections)} data sets"
-    parts = [f"<h1>{escape(heading)}</h1>"]
-    if len(sections) > 1:
-        parts.append(_overview(sections))
+    alone = len(sections) == 1
+    heading = f"Mined batches: {sections[0].title}" if alone else f"Mined batches of {len(sections)} data sets"
+    parts = [f'<h1 id="top">{escape(heading)}</h1>', INTRODUCTION]
+    if not alone:
+        parts.append(_contents(sections))
     for number, section in enumerate(sections):
-        parts.append(_section(section, number, alone=len(sections) == 1))
+        parts.append(_section(section, number, alone))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(heading)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -68,7 +62,8 @@ def render(sections: Sequence[Section]) -> str:
     )
 
 
-def _overview(sections: Sequence[Section]) -> str:
+def _contents(sections: Sequence[Section]) -> str:
+    """The table of contents, with the main numbers of each data set."""
     rows = []
     for number, section in enumerate(sections):
         r = section.plan.report
@@ -76,18 +71,34 @@ def _overview(sections: Sequence[Section]) -> str:
             f"{r['n']:,}",
             f"{r['num_distinct_targets']:,}",
             str(r["community_size"]),
-            f"[{r['window'][0]}, {r['window'][1]})",
+            _window(r),
             f"<b>{r['mined_negatives_per_query']:.2f}</b>",
+            _number(r, "paper_mined_negatives_per_query", _two),
             f"{r['random_mined_negatives_per_query']:.2f}",
-            f"{100 * r['teacher_mass_captured']:.1f} %",
+            percent(r["teacher_mass_captured"]),
+            f"{r['skipped_ranks_per_query']:.2f}",
         ]
         link = f'<a href="#d{number}">{escape(section.title)}</a>'
         rows.append(f"<tr><th>{link}</th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-    head = ["Data set", "Rows", "Distinct targets", "K", "Ranks", "Hard negatives a query", "at random", "Teacher mass"]
+    head = ["Contents", "Rows", "Distinct targets", "Community size", "Window", "Hard negatives a query",
+            "paper's recipe", "random", "Teacher mass", "Above the window"]  # fmt: skip
     return (
-        "<table><thead><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr></thead><tbody>" + "".join(rows)
-        + "</tbody></table>"
+        '<table class="contents"><thead><tr>' + "".join(f"<th>{h}</th>" for h in head) + "</tr></thead><tbody>"
+        + "".join(rows) + "</tbody></table>"
     )  # fmt: skip
+
+
+def _window(r: dict[str, Any]) -> str:
+    return f"{r['window'][0]} to {r['window'][1] - 1}"
+
+
+def _two(number: float) -> str:
+    return f"{number:.2f}"
+
+
+def _number(r: dict[str, Any], key: str, form: Callable[[float], str]) -> str:
+    """A number of the report, or a dash if this plan's report has none."""
+    return form(r[key]) if key in r else "–"
 
 
 def _section(section: Section, number: int, alone: bool) -> str:
@@ -96,39 +107,51 @@ def _section(section: Section, number: int, alone: bool) -> str:
         getattr(section.records, "family", None),
         f"{r['n']:,} rows, {r['num_distinct_targets']:,} distinct targets",
         f"{r['num_communities']:,} communities of {r['community_size']}",
-        f"ranks {r['window'][0]} to {r['window'][1] - 1}",
-        f"{plan.manifest.get('partitioner')} on {plan.manifest.get('edges')} edges",
+        f"window: ranks {_window(r)}",
+        f"partitioner {plan.manifest.get('partitioner')}, {plan.manifest.get('edges')} edges",
         f"teacher {plan.manifest['teacher']}" if plan.manifest.get("teacher") else None,
     ]
-    parts = [
-        f'<section id="d{number}">' + ("" if alone else f"<h2>{escape(section.title)}</h2>"),
-        f'<p class="facts">{escape(" · ".join(str(f) for f in facts if f))}</p>',
-        f'<div class="pair">{_numbers(r)}{_histogram(r["histogram"])}</div>',
-        f'<p class="facts">{escape(_remarks(r))}</p>',
-    ]
-    if section.records is not None:
-        parts.append(_contact_sheets(section))
-    return "\n".join(parts) + "</section>"
+    top = "" if alone else f'<h2>{escape(section.title)} <a class="up" href="#top">back to the top</a></h2>'
+    cards = Cards(section.records, shown_rows(r))
+    return "\n".join(
+        [
+            f'<section id="d{number}">{top}',
+            f'<p class="facts">{escape(" · ".join(str(f) for f in facts if f))}</p>',
+            _numbers(r, plan.manifest.get("partitioner")),
+            f'<p class="facts">{escape(_remarks(r))}</p>',
+            _figures(r),
+            _doubts(r, cards),
+            _hubs(r, cards),
+            "" if section.records is None else _communities(r, cards),
+            "</section>",
+        ]
+    )
 
 
-def _numbers(r: dict[str, Any]) -> str:
+def _numbers(r: dict[str, Any], partitioner: str | None) -> str:
     most = r["community_size"] - 1
-    lines = [
-        (f"Hard negatives a query, of {most} others", "mined_negatives_per_query", "{:.2f}", 1),
-        ("Likely false negatives (ranked above the window)", "skipped_ranks_per_query", "{:.2f}", 1),
-        ("Others with the same target", "duplicate_targets_in_community", "{:.3f}", 1),
-        ("Teacher mass captured, %", "teacher_mass_captured", "{:.2f}", 100),
+    more, fewer = "more is better", "fewer is better"
+    lines: list[tuple[str, str, str, Callable[[float], str]]] = [
+        (f"Hard negatives a query, of {most} others", more, "mined_negatives_per_query", _two),
+        ("Teacher mass captured", more, "teacher_mass_captured", lambda share: percent(share, 2)),
+        ("Likely false negatives: ranked above the window", fewer, "skipped_ranks_per_query", _two),
+        ("Likely false negatives: scored above the own target", fewer, "negatives_above_positive_per_query", _two),
+        ("Queries with a target scored above their own", fewer, "queries_with_negatives_above_positive", percent),
+        ("Others with the same target", fewer, "duplicate_targets_in_community", lambda number: f"{number:.3f}"),
     ]
+    compared = {"paper": "paper's recipe", "random": "random"}
+    if "paper_teacher_mass_captured" not in r or partitioner == "paper":
+        del compared["paper"]
     rows = []
-    for label, key, form, factor in lines:
-        mined, chance = r[key] * factor, r[f"random_{key}"] * factor
-        times = f"{mined / chance:.3g}×" if chance > 0 else ""
-        rows.append(
-            f"<tr><th>{label}</th><td><b>{form.format(mined)}</b></td><td>{form.format(chance)}</td><td>{times}</td></tr>"
-        )
+    for label, hint, key, form in lines:
+        if key not in r:
+            continue
+        cells = [f"<b>{form(r[key])}</b>", *(_number(r, f"{name}_{key}", form) for name in compared)]
+        rows.append(f"<tr><th>{label} <small>{hint}</small></th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+    head = ["In a community of this plan", "mined", *compared.values()]
     return (
-        "<table><thead><tr><th>In a community</th><th>mined</th><th>random</th><th></th></tr></thead><tbody>"
-        + "".join(rows) + "</tbody></table>"
+        "<table><thead><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr></thead><tbody>" + "".join(rows)
+        + "</tbody></table>"
     )  # fmt: skip
 
 
@@ -149,146 +172,81 @@ def _remarks(r: dict[str, Any]) -> str:
     return " · ".join(remarks)
 
 
-def _histogram(h: dict[str, Any]) -> str:
-    """Inline SVG: density of the three kinds of similarity."""
-    counts = np.array([h[key] for key, _, _ in SERIES], dtype=float)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    seen = np.flatnonzero((shares > 5e-4).any(axis=0))
-    if not seen.size:
+def _figures(r: dict[str, Any]) -> str:
+    similarity = similarity_figure(
+        r["histogram"],
+        "Height: share of pairs. The further the orange curve lies right of the grey one, the harder the batches;"
+        " where it overlaps the green one, the teacher cannot tell negatives from right answers.",
+    )
+    mass = ""
+    if "teacher_mass_histogram" in r:
+        paper = f", the paper's recipe {_number(r, 'paper_teacher_mass_captured', percent)}"
+        mass = mass_figure(
+            r["teacher_mass_histogram"],
+            f"The higher a curve stays towards the right, the better. On average a query meets"
+            f" {percent(r['teacher_mass_captured'])} of the teacher mass of its {r['community_size'] - 1} hardest"
+            f" negatives{paper if 'paper_teacher_mass_captured' in r else ''},"
+            f" a random community {percent(r['random_teacher_mass_captured'])}.",
+        )
+    return f'<div class="pair">{similarity}{mass}</div>'
+
+
+def _doubts(r: dict[str, Any], cards: Cards) -> str:
+    """Likely false negatives and duplicates."""
+    if "likely_false_negatives" not in r:
         return ""
-    low, high = max(0, seen[0] - 2), min(shares.shape[1], seen[-1] + 3)
-    width, height, foot = 460.0, 170.0, 22.0
-    x = np.linspace(0, width, high - low + 1)
-    peak = shares[:, low:high].max()
-    shapes, labels = [], []
-    for row, (_, name, colour) in zip(shares[:, low:high], SERIES, strict=True):
-        if not row.any():
-            continue
-        y = height - row / peak * (height - 24)
-        steps = " ".join(f"{a:.1f},{v:.1f} {b:.1f},{v:.1f}" for a, b, v in zip(x[:-1], x[1:], y, strict=True))
-        shapes.append(
-            f'<polygon points="0,{height} {steps} {width},{height}" fill="{colour}" fill-opacity=".22"'
-            f' stroke="{colour}" stroke-width="1.4"/>'
-        )
-        mean = -1 + 0.01 * (np.average(np.arange(low, high), weights=row) + 0.5)
-        labels.append(f'<span><i style="background:{colour}"></i>{name} (mean {mean:.2f})</span>')
-    step = next(s for s in (0.05, 0.1, 0.2, 0.5) if (high - low) * 0.01 / s <= 9)
-    start, end = -1 + low * 0.01, -1 + high * 0.01
-    ticks = []
-    for tick in np.arange(np.ceil(start / step - 1e-9), np.floor(end / step + 1e-9) + 1) * step:
-        at = (tick - start) / (end - start) * width
-        if 8 < at < width - 8:
-            ticks.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{height}" y2="{height + 4}" stroke="#9aa5b1"/>'
-                         f'<text x="{at:.1f}" y="{height + 16}">{tick + 0:.2g}</text>')  # fmt: skip
-    return (
-        f'<figure><svg viewBox="0 0 {width:.0f} {height + foot:.0f}" role="img">' + "".join(shapes)
-        + f'<line x1="0" x2="{width}" y1="{height}" y2="{height}" stroke="#9aa5b1"/>' + "".join(ticks)
-        + "</svg><figcaption>Teacher similarity of a query to targets: " + " ".join(labels) + "</figcaption></figure>"
-    )  # fmt: skip
+    share, by = r["queries_with_negatives_above_positive"], r["negatives_above_positive_by"]
+    text = (
+        f"For {percent(share)} of the queries the teacher scores at least one other target of the community above the"
+        f" query's own, by {by:.2f} on average. Some are right answers that the data does not list; others are pairs"
+        " whose own target the teacher does not understand, or that are wrong in the data."
+        if share
+        else "In no community does the teacher score another target above a query's own."
+    )
+    parts = [f"<h3>Likely false negatives</h3><p>{text}</p>"]
+    if cards is not None:
+        pairs, copies = r["likely_false_negatives"], r["duplicate_examples"]
+        if pairs:
+            parts.append(f"<p>The {len(pairs)} largest differences, each query and each target once:</p>")
+            parts.append(false_negative_table(cards, pairs, r["window"][1]))
+        if copies:
+            parts.append("<p>Members with the same target; training does not count them as each other's negatives:</p>")
+            parts.append(duplicate_table(cards, copies))
+    return "\n".join(parts)
 
 
-def _contact_sheets(section: Section) -> str:
-    records, plan = section.records, section.plan
-    examples = plan.report["examples"]
-    rows = {int(row) for example in examples for row in example["rows"][:MOST_MEMBERS]}
-    rows |= {int(row) for row in np.linspace(0, len(records) - 1, min(SAMPLE, len(records)))}
-    shared = {
-        side: shared_words(plain_text(getattr(records, side)(row).text) for row in sorted(rows))
-        for side in ("query", "target")
-    }
-    sheets, seen = [], set()
-    for example in examples:
-        if example["community"] in seen:
-            continue
-        seen.add(example["community"])
-        sheets.append(_sheet(records, example, shared, plan.report["community_size"]))
-    return "\n".join(sheets)
+def _hubs(r: dict[str, Any], cards: Cards) -> str:
+    if "hubs" not in r:
+        return ""
+    h = r["hubs"]
+    few = max(1, -(-r["num_distinct_targets"] // 100))
+    name = "most frequent target takes" if few == 1 else f"{few:,} most frequent targets (1\u00a0%) take"
+    text = (
+        f"Hubs are targets that are hard negatives of very many queries. Here the {name} {percent(h['top_share'])} of"
+        f" all places in windows. A target is in {h['mean']:.1f} windows on average, 99\u00a0% of them are in at most"
+        f" {h['p99']:,.0f}, the most frequent one is in {h['max']:,}; {percent(h['unused'])} are in none."
+    )
+    if "drawn_top_share" in h:
+        text += f" Of the hard negatives drawn for single queries, {percent(h['drawn_top_share'])} are such hubs."
+    reading = (
+        "Height: number of targets. The further a tail reaches to the right, the more often the same few targets"
+        " serve as negatives, whatever the query."
+    )
 
-
-def _sheet(records: Any, example: dict[str, Any], shared: dict[str, tuple[int, int]], size: int) -> str:
-    cards = []
-    for row, hits in list(zip(example["rows"], example["mined_negatives"], strict=True))[:MOST_MEMBERS]:
-        query = _side(records.query(row), shared["query"])
-        target = _side(records.target(row), shared["target"])
-        cards.append(
-            f'<div class="card"><div class="side">{query}</div><div class="side target">{target}</div>'
-            f'<div class="hits">{hits} of {size - 1} hard</div></div>'
-        )
-    more = f" (first {MOST_MEMBERS} members)" if size > MOST_MEMBERS else ""
-    return (
-        f"<h3>Community at the {example['percentile']}th percentile of hardness{more}"
-        f" <small>{example['mined_negatives_per_query']:.1f} hard negatives a query; each card: query above,"
-        f' its target below</small></h3><div class="sheet">' + "".join(cards) + "</div>"
+    return "\n".join(
+        [
+            f"<h3>Hubs</h3><p>{text}</p>",
+            hub_figure(h["histogram"], reading),
+            f"<p>The {len(h['targets'])} targets in most windows, with their share of all queries:</p>",
+            hub_cards(cards, h["targets"], r["n"]),
+        ]
     )
 
 
-def _side(item: Any, shared: tuple[int, int]) -> str:
-    full = plain_text(item.text)
-    text = drop_shared(full, shared)
-    picture = _picture(item)
-    if not text and not picture:
-        text = full
-    short = escape(shorten(text, 70 if picture else 120))
-    title = f' title="{escape(shorten(full, 300))}"' if full else ""
-    return picture + (f"<span{title}>{short}</span>" if short else "")
-
-
-def _picture(item: Any) -> str:
-    """The item's picture as an <img>, '' if it has none, a remark if it cannot be read."""
-    from b3.errors import InputError
-
-    if item.image is None:
-        return ""
-    try:
-        data = base64.b64encode(thumbnail(_open(item.image))).decode()
-    except (OSError, ValueError, SyntaxError, InputError):  # one bad picture must not cost the report
-        return '<em class="bad">unreadable picture</em>'
-    return f'<img alt="" src="data:image/png;base64,{data}">'
-
-
-def _open(image: Any) -> Image.Image:
-    from PIL import Image
-
-    if isinstance(image, (str, os.PathLike)):
-        return Image.open(image)
-    opened: Image.Image = image.open() if hasattr(image, "open") else image
-    return opened
-
-
-def thumbnail(image: Image.Image) -> bytes:
-    """PNG of at most 72 pixels a side and 128 colours, transparency laid over white."""
-    from PIL import Image
-
-    small = image.convert("RGBA")
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    sheet = Image.new("RGBA", small.size, "white")
-    sheet.alpha_composite(small)
-    buffer = io.BytesIO()
-    sheet.convert("RGB").quantize(128).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-STYLE = """
-:root{color-scheme:light}*{box-sizing:border-box}
-body{margin:0;background:#fff;color:#1f2933;font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1120px;margin:0 auto;padding:28px 24px 64px}
-h1{font-size:26px;margin:0 0 12px}h2{font-size:20px;margin:44px 0 2px;padding-top:18px;border-top:1px solid #e4e7eb}
-h3{font-size:15px;margin:26px 0 8px}h3 small{font-weight:400;color:#616e7c;margin-left:6px}
-a{color:#1c5d99;text-decoration:none}.facts{color:#616e7c;font-size:13.5px;margin:2px 0 14px}
-table{border-collapse:collapse;font-size:14px;font-variant-numeric:tabular-nums}
-th,td{padding:5px 12px 5px 0;text-align:right;border-bottom:1px solid #edf0f2;vertical-align:top}
-th{font-weight:400}th:first-child{text-align:left}thead th{color:#616e7c;font-size:12.5px}
-.pair{display:flex;flex-wrap:wrap;gap:20px 48px;align-items:flex-start;margin:6px 0 10px}
-figure{margin:0;flex:1 1 380px;max-width:500px}svg{width:100%;height:auto;display:block}
-svg text{font-size:11px;fill:#616e7c;text-anchor:middle}figcaption{font-size:12.5px;color:#616e7c}
-figcaption span{margin-left:8px;white-space:nowrap}
-figcaption i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:4px}
-.sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(124px,1fr));gap:8px}
-.card{border:1px solid #e4e7eb;border-radius:6px;overflow:hidden;display:flex;flex-direction:column;
-font-size:12px;line-height:1.35}
-.side{padding:7px 8px;display:flex;flex-direction:column;align-items:center;gap:4px;text-align:center;
-overflow-wrap:anywhere}
-.side img{max-width:72px;max-height:72px}.target{background:#f1f7f4;flex:1;justify-content:center}
-.side:not(.target){min-height:40px;justify-content:center}
-.hits{font-size:11px;color:#9a4a1c;background:#fdf4ee;text-align:center;padding:2px}.bad{color:#9aa5b1}
-""".replace("\n", "")
+def _communities(r: dict[str, Any], cards: Cards) -> str:
+    return (
+        "<h3>Communities to look at</h3><p>An easy, a typical and a hard community. Each card is one row: its query"
+        " above, its target below, and how many of the other targets are hard negatives for that query. The members"
+        " should be easy to confuse, yet no target should be a right answer to another member's query.</p>"
+        + contact_sheets(cards, r)
+    )  # fmt: skip

@@ -41,3 +41,8 @@ def shorten(text: str, most: int) -> str:
         return text
     cut = text[: most - 1]
     return (cut[: cut.rfind(" ")] if " " in cut[most // 2 :] else cut).rstrip() + "…"
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """0.2344 as "23.4 %", which does not break at the space."""
+    return f"{100 * share:.{digits}f}\u00a0%"

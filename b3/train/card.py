@@ -5,16 +5,46 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config, dump_config
+from b3.train.claim import plan_digest
 
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
-    from b3.mining.plan import BatchPlan
+    from b3.train.run import Plans
+
+
+def data_rows(datasets: list[PairDataset], plans: Plans) -> list[list[str]]:
+    """A header and a row a data set and plan: what was trained on, and what made its batches."""
+    header = ["data set", "rows", "data fingerprint"]
+    of_plan = ["plan", "K, p, m", "teacher", "plan fingerprint", "mined negatives a query"]
+    rows = [header + of_plan if plans else header]
+    for index, dataset in enumerate(datasets):
+        cells = [dataset.name, f"{len(dataset):,}", dataset.fingerprint()[:16]]
+        if not plans:
+            rows.append(cells)
+        for name, of_datasets in plans.items():
+            plan = of_datasets[index]
+            window = ", ".join(str(plan.manifest.get(key)) for key in ("K", "p", "m"))
+            mined = f"{plan.report['mined_negatives_per_query']:.2f}" if plan.measured else "imported"
+            rows.append([*cells, name, window, str(plan.manifest.get("teacher")), plan_digest(plan)[:16], mined])
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return lines
 
 
 def model_card(
-    config: Config, datasets: list[PairDataset], plans: list[BatchPlan] | None, metrics: list[dict[str, Any]]
+    config: Config,
+    datasets: list[PairDataset],
+    plans: Plans,
+    metrics: list[dict[str, Any]],
+    evaluation: dict[str, Any] | None = None,
+    replaced: list[dict[str, Any]] | None = None,
 ) -> str:
-    """Markdown: how to load the adapter, the data and plan fingerprints, the last metrics, the recipe."""
+    """Markdown: how to load the model, data and plan fingerprints, results, the recipe."""
+    where = config.output_dir
     lines = [
         "---",
         "library_name: peft",
@@ -25,24 +55,30 @@ def model_card(
         "",
         f"Adapter of an embedding model trained with b3: {config.train.steps} steps of {config.batch.size} pairs,"
         f" batches by policy `{config.batch.policy}`, temperature {config.train.temperature}. The vector is the last"
-        " token's final hidden state, L2-normalised; positions are 1-D.",
+        f" token's final hidden state, L2-normalised; positions are `{config.model.positions}`.",
         "",
         "```python",
         "from b3 import Embedder",
-        f'model = Embedder.from_pretrained("{config.model.name}", adapter="{config.output_dir}")',
+        f'model = Embedder.from_pretrained("{config.model.name}", adapter="{where}")',
+        *([f'model = Embedder.from_pretrained("{where}/merged")  # the same'] if config.train.save_merged else []),
         'vectors = model.encode([{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "picture.png"}])',
         "```",
         "",
-        "| data set | rows | data fingerprint | plan: K, p, m | mined negatives a query |",
-        "|---|---|---|---|---|",
+        "## Data",
+        "",
+        *markdown(data_rows(datasets, plans)),
     ]
-    for index, dataset in enumerate(datasets):
-        plan, entry = plans[index] if plans else None, config.data.datasets[index]
-        window = f"{config.mining.k}, {config.mining.p_of(entry)}, {entry.m or config.mining.m}" if plan else "none"
-        mined = f"{plan.report['mined_negatives_per_query']:.2f}" if plan else ""
-        lines.append(f"| {dataset.name} | {len(dataset)} | {dataset.fingerprint()[:16]} | {window} | {mined} |")
+    if replaced:
+        lines += ["", f"{len(replaced)} unreadable rows gave their place to others, see bad_rows.jsonl."]
+    lines += ["", "## Results", ""]
+    if evaluation:
+        scores = evaluation["evaluation"]
+        lines += markdown([["subset", "precision@1, %"], *([name, f"{100 * v:.1f}"] for name, v in scores.items())])
+        assert config.eval is not None
+        rows = f", first {config.eval.max_rows} rows of each subset" if config.eval.max_rows else ""
+        lines += ["", f"Measured by the run at step {evaluation['step']} on {config.eval.source}{rows}."]
     if metrics:
         last = metrics[-1]
         lines += ["", f"Last step: loss {last['loss']:.4f}, in-batch precision@1 {last['in_batch_precision']:.3f}."]
-    lines += ["", "Recipe:", "", "```yaml", dump_config(config).rstrip(), "```", ""]
+    lines += ["", "Curves: report.html.", "", "## Recipe", "", "```yaml", dump_config(config).rstrip(), "```", ""]
     return "\n".join(lines)

@@ -1,25 +1,22 @@
-"""What makes a run safe to kill: complete checkpoints, a log without replays, a folder that knows its run."""
+"""What makes a run safe to kill: checkpoints that are visible only when complete, and a log without replays."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from b3.config import Config, dump_config
-from b3.errors import RunError
 from b3.files import write_atomic
 
 MARKER = "complete.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
-# Keys that may change between the parts of an interrupted run.
-_FREE_KEYS = {"resume", "train.workers", "train.save_every", "train.keep_checkpoints", "train.log_every"}
+STAGING = ".saving"
+REMOVED = ".removed-"
 
 
 def mark_complete(folder: Path, facts: dict[str, Any]) -> None:
@@ -41,6 +38,49 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
+def publish(staged: Path, run: Path, facts: dict[str, Any]) -> Path:
+    """Give a finished checkpoint its place: its files and its marker are on disk before its name is."""
+    mark_complete(staged, facts)
+    target, damaged = run / staged.name, run / f"{REMOVED}{staged.name}"
+    shutil.rmtree(damaged, ignore_errors=True)
+    if target.exists():  # it was passed over
+        target.rename(damaged)
+    staged.rename(target)
+    sync_folder(run)
+    return target
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the `keep` newest complete checkpoints, and damaged ones that are older than the newest.
+
+    A folder leaves its name before its files, so that a kill does not leave half of one under it.
+    """
+    found = sorted((p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name)), key=checkpoint_step)
+    kept = [p for p in found if is_complete(p)][-keep:]
+    for folder in found:
+        if kept and folder not in kept and checkpoint_step(folder) < checkpoint_step(kept[-1]):
+            target = run / f"{REMOVED}{folder.name}"
+            shutil.rmtree(target, ignore_errors=True)  # left by a kill
+            folder.rename(target)
+    for folder in run.glob(f"{REMOVED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoint_facts(folder: Path) -> dict[str, Any]:
+    """What `publish` recorded: step, world size and whatever the trainer keeps there."""
+    facts: dict[str, Any] = json.loads((folder / MARKER).read_text())
+    return facts
+
+
 def checkpoint_step(folder: Path) -> int:
     match = _FOLDER.match(folder.name)
     assert match is not None, folder
@@ -51,47 +91,6 @@ def newest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint with the most steps; torn ones are passed over."""
     found = [p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name) and is_complete(p)]
     return max(found, key=checkpoint_step, default=None)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return result
-
-
-def claim_folder(config: Config) -> None:
-    """Write config.yaml into the run folder, or check that the run there is this one.
-
-    Raises:
-        RunError: the folder holds another run (the first difference is named), or a run although resume is 'never'.
-    """
-    run = Path(config.output_dir)
-    file = run / "config.yaml"
-    if not file.exists():
-        if run.exists() and not run.is_dir():
-            raise RunError(f"output_dir {run} is a file; choose another")
-        if run.is_dir() and any(run.iterdir()):
-            raise RunError(f"output_dir {run} is not empty and holds no run of b3; choose another or empty it")
-        try:
-            write_atomic(file, dump_config(config))
-        except OSError as error:
-            raise RunError(f"output_dir {run} cannot be written ({error.strerror})") from None
-        return
-    if config.resume == "never":
-        raise RunError(f"output_dir {run} holds a run and resume is 'never'; choose another output_dir or delete it")
-    here, there = _flat(config.model_dump(mode="json")), _flat(yaml.safe_load(file.read_text()))
-    if here != there and not (run / METRICS).exists() and not list(run.glob("checkpoint-*")):
-        write_atomic(file, dump_config(config))  # the earlier attempt failed before its first step
-        return
-    for key in sorted(here.keys() | there.keys()):
-        if key not in _FREE_KEYS and here.get(key) != there.get(key):
-            raise RunError(
-                f"output_dir {run} belongs to another run ({key} was {there.get(key)!r}, now {here.get(key)!r});"
-                " choose another output_dir or delete it"
-            )
 
 
 def rewind_metrics(run: Path, step: int) -> None:
@@ -109,7 +108,21 @@ def rewind_metrics(run: Path, step: int) -> None:
     write_atomic(file, "".join(line + "\n" for line in kept))
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+def read_metrics(run: Path, kind: str = "loss") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that carry `kind`: "loss" for training, "evaluation" for evaluations on the way."""
     file = run / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [line for line in lines if kind in line]
+
+
+def append_metrics(run: Path, line: dict[str, Any]) -> None:
+    with (run / METRICS).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def sync_metrics(run: Path) -> None:
+    """Put the log on disk, before a checkpoint relies on its lines."""
+    file = run / METRICS
+    if file.exists():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())

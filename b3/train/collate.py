@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,9 +16,11 @@ from b3.errors import DataError
 from b3.model.processing import Processor
 from b3.train.inputs import Pictures, StepInputs
 
+StepRow = tuple[int, int] | tuple[int, int, Sequence[int]]  # data set, row, hard negatives drawn for the batch
 
-class Rows(torch.utils.data.Dataset[tuple[int, int]]):
-    """Row numbers over several data sets; an element is (data set, row), no data is read here."""
+
+class Rows(torch.utils.data.Dataset[StepRow]):
+    """Row numbers over several data sets; an element is a `StepRow`, no data is read here."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -25,9 +28,11 @@ class Rows(torch.utils.data.Dataset[tuple[int, int]]):
     def __len__(self) -> int:
         return int(self.offsets[-1])
 
-    def __getitem__(self, row: int) -> tuple[int, int]:
-        dataset = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        return dataset, int(row - self.offsets[dataset])
+    def __getitem__(self, row: int | tuple[int, Sequence[int]]) -> StepRow:
+        number, *negatives = row if isinstance(row, tuple) else (row,)
+        dataset = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        own = int(number - self.offsets[dataset])
+        return (dataset, own, negatives[0]) if negatives else (dataset, own)
 
 
 def item_id(item: Item) -> int:
@@ -57,13 +62,14 @@ class _Packed:
 
 @dataclass(frozen=True)
 class StepCollator:
-    """Builds `StepInputs` from (data set, row) pairs.
+    """Builds `StepInputs` from `StepRow`s.
 
     Args:
         datasets: in the order of the sampler.
         processor: items to inputs.
         chunk_tokens: tokens a chunk may hold.
-        hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None.
+        hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None; where
+            a row comes with negatives of its own, those count.
         share_duplicates: encode equal items of a rank once. With dropout they then share one random mask.
         teachers: per data set a teacher's (queries, targets), each (N, D) floats; None: no mask reads them.
     """
@@ -75,9 +81,9 @@ class StepCollator:
     share_duplicates: bool = True
     teachers: list[tuple[np.ndarray, np.ndarray]] | None = None
 
-    def __call__(self, rows: list[tuple[int, int]]) -> StepInputs:
-        queries = [self.datasets[d].query(row) for d, row in rows]
-        columns = [column for d, row in rows for column in self._columns(d, row)]
+    def __call__(self, rows: list[StepRow]) -> StepInputs:
+        queries = [self.datasets[place[0]].query(place[1]) for place in rows]
+        columns = [column for place in rows for column in self._columns(place)]
         targets = [self.datasets[d].target(row) for d, row, _ in columns]
         items = queries + targets
         distinct, index = unique_items(items) if self.share_duplicates else (items, np.arange(len(items)))
@@ -100,23 +106,30 @@ class StepCollator:
             teacher_targets,
         )
 
-    def _columns(self, dataset: int, row: int) -> list[tuple[int, int, bool]]:
+    def negatives_of(self, place: StepRow) -> Sequence[int]:
+        """Row numbers whose targets are the hard negatives of a row, -1 for none: its own, or those of the plan."""
+        if len(place) == 3:
+            return place[2]
+        if self.hard_negatives is None:
+            return []
+        negatives: list[int] = self.hard_negatives[place[0]][place[1]].tolist()
+        return negatives
+
+    def _columns(self, place: StepRow) -> list[tuple[int, int, bool]]:
         """(data set, row of the target, valid) of a row's positive and its hard negatives.
 
         A missing negative is a copy of the positive, not valid.
         """
-        result = [(dataset, row, True)]
-        if self.hard_negatives is not None:
-            for negative in self.hard_negatives[dataset][row]:
-                result.append((dataset, int(negative), True) if negative >= 0 else (dataset, row, False))
-        return result
+        dataset, row = place[:2]
+        negatives = self.negatives_of(place)
+        return [(dataset, row, True), *((dataset, n, True) if n >= 0 else (dataset, row, False) for n in negatives)]
 
     def _teacher(
-        self, rows: list[tuple[int, int]], columns: list[tuple[int, int, bool]]
+        self, rows: list[StepRow], columns: list[tuple[int, int, bool]]
     ) -> tuple[Tensor | None, Tensor | None]:
         if self.teachers is None:
             return None, None
-        queries = np.stack([self.teachers[d][0][row] for d, row in rows])
+        queries = np.stack([self.teachers[place[0]][0][place[1]] for place in rows])
         targets = np.stack([self.teachers[d][1][row] for d, row, _ in columns])
         return torch.from_numpy(queries), torch.from_numpy(targets)
 

@@ -1,4 +1,4 @@
-"""Which rows make which batch: a pure function of (plan, seed, epoch).
+"""Which rows make which batch: a pure function of (plans, seed, step).
 
 Resuming is therefore indexing: a sampler started at step s gives batch s, s + 1, ... without replaying anything, and
 every rank knows the exact number of batches.
@@ -6,33 +6,45 @@ every rank knows the exact number of batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from b3.errors import InputError
+from b3.train.mix import Schedule
+from b3.train.pools import Epochs, Part, Pool
 
 
-class BatchPlanSampler(Sampler[list[int]]):
-    """Batches of |B| / K communities of one data set, re-drawn every epoch.
+class BatchPlanSampler(Sampler[list[Any]]):
+    """Batches of |B| / K communities of one pool (by default one data set), re-drawn every epoch.
 
     A row number counts over all data sets: row r of data set d is ``offsets[d] + r``. Communities that do not fill a
-    last batch are left out for one epoch; since they are drawn anew, others are left out the next time.
+    last batch, and rows in no community, rotate: after ``2 * C / n`` epochs, rounded up, with n of a data set's C
+    communities used an epoch, each of its rows was used. See `b3.train.pools`.
 
     Args:
         plans: one per data set: a `BatchPlan`, or its communities (C, K) int64. Random batches are communities of one
-            row each, see `random_rows`.
-        sizes: rows of each data set, for the offsets; default: largest row number of its plan + 1.
+            row each, see `random_rows`. With a schedule: such a list by the name of the plan.
+        sizes: rows of each data set, for the offsets; default: largest row number of its plans + 1.
+        names: of the data sets, for messages.
         batch_size: |B| over all ranks, a multiple of every K and of `world_size`.
         seed: of the draw.
         steps: number of batches in all; None: one epoch (the one of `set_epoch`).
         start: first batch, counted from the beginning of training.
         rank, world_size: a rank takes the consecutive slice `rank` of each batch.
+        weights: how often the rows of each data set are seen, against 1; at most 1: no row twice in an epoch.
+        pools: number of the pool of each data set; data sets of one pool share batches. Default: a pool each.
+        random_share: share of each batch that is drawn at random from its pool, in whole communities.
+        frozen: every epoch has the batches of the first one in a new order.
+        schedule: (step at which it ends, share of batches by name of plan) of each phase, in order; needs `steps`.
+            Each plan counts its own epochs, through all phases.
+        negatives: called as ``negatives(step, rows (B,))`` for the (B, h) hard negatives of a batch; an element of a
+            batch is then (row number, its negatives).
 
     Raises:
-        InputError: |B| does not fit K, the ranks, or the rows of a data set.
+        InputError: |B| does not fit K, the ranks, the rows of a data set, the weights or the share.
     """
 
     def __init__(
@@ -47,57 +59,80 @@ class BatchPlanSampler(Sampler[list[int]]):
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        weights: Sequence[float] | None = None,
+        pools: Sequence[int] | None = None,
+        random_share: float = 0.0,
+        frozen: bool = False,
+        schedule: Sequence[tuple[int, Mapping[str, float]]] | None = None,
+        negatives: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        plans = plans if isinstance(plans, (list, tuple)) else [plans]
-        self.communities = [np.asarray(getattr(plan, "communities", plan), dtype=np.int64) for plan in plans]
-        sizes = sizes or [int(c.max()) + 1 for c in self.communities]
+        self.negatives = negatives
+        if batch_size % world_size:
+            raise InputError(f"batch size {batch_size} does not divide over {world_size} ranks")
+        by_name = dict(plans) if isinstance(plans, Mapping) else {"base": plans}
+        lists = [list(p) if isinstance(p, (list, tuple)) else [p] for p in by_name.values()]
+        count = len(lists[0])
+        assert all(len(p) == count for p in lists), "one plan per data set under every name"
+        sizes = sizes or [max(int(_communities(p[d]).max()) + 1 for p in lists) for d in range(count)]
         self.offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        self.names = list(names) if names else [f"data set {d}" for d in range(len(plans))]
+        self.names = list(names) if names else [f"data set {d}" for d in range(count)]
         self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self._cached: tuple[int, list[np.ndarray]] | None = None
-        if batch_size % world_size:
-            raise InputError(f"batch size {batch_size} does not divide over {world_size} ranks")
-        self.per_epoch_of = [self._batches_of(d) for d in range(len(self.communities))]
+        self.pool_of = list(pools) if pools is not None else list(range(count))
+        weights = list(weights) if weights is not None else [1.0] * count
+        self.epochs = {
+            name: Epochs(self._pools(plan, weights, random_share), seed, frozen)
+            for name, plan in zip(by_name, lists, strict=True)
+        }
+        self.schedule: Schedule | None = None
+        if schedule is not None:
+            assert steps is not None, "a schedule runs over a number of steps"
+            self.schedule = Schedule(schedule, steps, seed)
+            assert set(self.schedule.names) <= set(self.epochs), "every scheduled plan is given"
+        else:
+            assert len(self.epochs) == 1, "several plans need a schedule"
 
-    def _batches_of(self, dataset: int) -> int:
-        count, size = self.communities[dataset].shape
-        if self.batch_size % size:
-            raise InputError(f"batch size {self.batch_size} is not a multiple of the community size {size}")
-        if count * size < self.batch_size:
-            raise InputError(
-                f"{self.names[dataset]} has {count * size} rows in communities, fewer than the batch size"
-                f" {self.batch_size}; reduce batch.size or drop the data set"
+    def _pools(self, plans: Sequence[Any], weights: Sequence[float], random_share: float) -> list[Pool]:
+        parts: dict[int, list[Part]] = {}
+        for number, plan in enumerate(plans):
+            remainder = np.asarray(getattr(plan, "remainder", ()), dtype=np.int64)
+            offset = self.offsets[number]
+            part = Part(
+                self.names[number],
+                number,
+                _communities(plan) + offset,
+                remainder + offset,
+                weights[number],
+                self.seed,
             )
-        return count * size // self.batch_size
+            parts.setdefault(self.pool_of[number], []).append(part)
+        return [Pool(parts[number], number, self.batch_size, random_share) for number in sorted(parts)]
+
+    @property
+    def pools(self) -> list[Pool]:
+        """The pools of the first plan, in the order of their numbers."""
+        return next(iter(self.epochs.values())).pools
 
     @property
     def batches_per_epoch(self) -> int:
-        return sum(self.per_epoch_of)
+        """Batches in an epoch of the first plan."""
+        return next(iter(self.epochs.values())).num_batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration (only without `steps`)."""
         self.epoch = epoch
 
-    def epoch_batches(self, epoch: int) -> list[np.ndarray]:
-        """All batches of an epoch in order, each (|B|,) int64 row numbers over all data sets."""
-        if self._cached is None or self._cached[0] != epoch:
-            batches: list[np.ndarray] = []
-            for dataset, communities in enumerate(self.communities):
-                order = np.random.default_rng([self.seed, epoch, dataset]).permutation(len(communities))
-                group = self.batch_size // communities.shape[1]
-                usable = order[: self.per_epoch_of[dataset] * group]
-                rows = communities[usable].reshape(-1, self.batch_size) + self.offsets[dataset]
-                batches.extend(rows)
-            shuffled = np.random.default_rng([self.seed, epoch, len(self.communities)]).permutation(len(batches))
-            self._cached = (epoch, [batches[i] for i in shuffled])
-        return self._cached[1]
+    def epoch_batches(self, epoch: int) -> np.ndarray:
+        """All batches of an epoch of the first plan in order: (batches, |B|) int64 row numbers over all data sets."""
+        return next(iter(self.epochs.values())).epoch(epoch)
 
     def batch(self, step: int) -> np.ndarray:
         """The whole batch of a step counted from the beginning of training: (|B|,) int64."""
-        epoch, index = divmod(step, self.batches_per_epoch)
-        return self.epoch_batches(epoch)[index]
+        if self.schedule is None:
+            return next(iter(self.epochs.values())).batch(step)
+        name, index = self.schedule.at(step)
+        return self.epochs[name].batch(index)
 
     def dataset_of(self, row: int) -> tuple[int, int]:
         """(data set, row in it) of a row number."""
@@ -107,11 +142,21 @@ class BatchPlanSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.batches_per_epoch if self.steps is None else max(0, self.steps - self.start)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         share = self.batch_size // self.world_size
+        own = slice(self.rank * share, (self.rank + 1) * share)
         first = self.epoch * self.batches_per_epoch if self.steps is None else self.start
         for step in range(first, first + len(self)):
-            yield self.batch(step)[self.rank * share : (self.rank + 1) * share].tolist()
+            batch = self.batch(step)
+            rows = batch[own].tolist()
+            if self.negatives is None:
+                yield rows
+            else:
+                yield list(zip(rows, self.negatives(step, batch)[own].tolist(), strict=True))
+
+
+def _communities(plan: Any) -> np.ndarray:
+    return np.asarray(getattr(plan, "communities", plan), dtype=np.int64)
 
 
 def random_rows(num_rows: int) -> np.ndarray:

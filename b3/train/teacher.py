@@ -21,7 +21,7 @@ def open_teachers(config: Config, datasets: list[PairDataset]) -> list[tuple[np.
         RunError: the recipe's teacher is a checkpoint, not vectors.
         DataError: a file is missing or does not fit its data set.
     """
-    from b3.mining.recipe import teacher_embeddings
+    from b3.mining.teacher import teacher_embeddings
 
     if config.train.mask_teacher_margin is None:
         return None

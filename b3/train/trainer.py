@@ -5,28 +5,36 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from b3 import distributed
 from b3.config import Config
 from b3.errors import DataError, InputError, RunError
+from b3.files import write_atomic
 from b3.model.adapter import load_trainable
 from b3.model.embedder import Embedder
 from b3.model.weights import load_full, save_full
-from b3.progress import bar
-from b3.train.checkpoint import METRICS, checkpoint_step, mark_complete
+from b3.train import checkpoint as checkpoints
+from b3.train.bad_rows import BadRows, GuardedCollator, Replaced
+from b3.train.callbacks import Evaluate, Progress, Stop
 from b3.train.collate import Rows, StepCollator
-from b3.train.gradcache import CachedStep, StepResult
+from b3.train.gradcache import CachedStep
 from b3.train.inputs import StepInputs
 from b3.train.loss import ContrastiveLoss
+from b3.train.metrics import Window
+from b3.train.ranks import Roll
 from b3.train.sampler import BatchPlanSampler
+from b3.train.shard import equal_chunks
+from b3.train.signals import StopRequest, ignore_in_worker
 
 
 def training_arguments(config: Config, world_size: int) -> TrainingArguments:
@@ -34,6 +42,7 @@ def training_arguments(config: Config, world_size: int) -> TrainingArguments:
     train = config.train
     return TrainingArguments(
         output_dir=config.output_dir,
+        run_name=config.name,
         max_steps=train.steps,
         per_device_train_batch_size=config.batch.size // world_size,
         learning_rate=train.lr,
@@ -45,12 +54,11 @@ def training_arguments(config: Config, world_size: int) -> TrainingArguments:
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=train.save_every,
-        save_total_limit=train.keep_checkpoints,
         seed=config.seed,
         ignore_data_skip=True,  # the sampler starts at the right batch by itself
         remove_unused_columns=False,
         disable_tqdm=True,  # our own bar
-        report_to=[],
+        report_to=list(train.trackers),
         use_cpu=not torch.cuda.is_available(),
     )
 
@@ -63,13 +71,24 @@ class ContrastiveTrainer(Trainer):
         config: the recipe.
         collator: builds a rank's `StepInputs`.
         sampler: batches of this rank, started at the first step to run.
+        request: asks the run to stop; default: never.
+        evaluator: scores by subset with the weights as they are; needed with `eval.every`.
     """
 
-    def __init__(self, embedder: Embedder, config: Config, collator: StepCollator, sampler: BatchPlanSampler) -> None:
+    def __init__(
+        self,
+        embedder: Embedder,
+        config: Config,
+        collator: StepCollator,
+        sampler: BatchPlanSampler,
+        request: StopRequest | None = None,
+        evaluator: Callable[[], dict[str, float]] | None = None,
+    ) -> None:
         self.embedder = embedder
         self.config = config
         self.collator = collator
         self.sampler = sampler
+        self.folder = Path(config.output_dir)
         train = config.train
         self.loss = ContrastiveLoss.from_config(train)
         if train.learn_temperature:
@@ -77,11 +96,20 @@ class ContrastiveTrainer(Trainer):
         self.step_function = CachedStep(
             embedder, self.loss, seed=config.seed, autocast=train.bf16, vision_cache_mib=train.vision_cache_mib
         )
-        self.window = _Window()
+        self.window = Window(embedder, low_precision=train.bf16 or embedder.dtype == torch.bfloat16)
+        self.bad_rows = BadRows(self.folder, sampler.start)
+        self.roll = Roll()
+        self.evaluator = evaluator
+        self.last_loss = 0.0
+        self.agreed = False  # every rank is about to raise the same
         super().__init__(model=embedder, args=training_arguments(config, sampler.world_size))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_Progress(sampler.start, config.train.steps))
+        self.add_callback(Progress(sampler.start, train.steps))
+        if config.eval is not None and config.eval.every is not None:
+            self.add_callback(Evaluate(config.eval.every))
+        self.stop = Stop(request or StopRequest())
+        self.add_callback(self.stop)
 
     def get_train_dataloader(self) -> _Batches:
         return _Batches(self)
@@ -90,41 +118,109 @@ class ContrastiveTrainer(Trainer):
         """One cached step; every rank returns the global mean loss. Raises `RunError` on all ranks if not finite."""
         self.embedder.train()
         result = self.step_function(inputs, self.state.global_step)
-        if not torch.isfinite(torch.tensor(result.loss)):
-            raise RunError(
-                f"loss is {result.loss} at step {self.state.global_step + 1}; the step was not applied. Lower train.lr,"
-                f" or resume from the last checkpoint in {self.config.output_dir}"
-            )
+        self.last_loss = result.loss
+        self._check_finite("loss", result.loss)
         self.window.add(result, inputs)
         return torch.tensor(result.loss, device=self.args.device)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm of the summed gradients, the same on every rank; the last look before the optimiser's step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._check_finite("gradient norm", float(norm))
+        return norm
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if torch.isfinite(torch.tensor(value)):
+            return
+        step = self.state.global_step + 1
+        file = self.folder / f"nonfinite-step-{step}.json"
+        if self.is_world_process_zero():
+            facts = {"step": step, "loss": str(self.last_loss), what: str(value), "rows": self._rows_of(step - 1)}
+            write_atomic(file, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        self.agreed = True
+        raise RunError(
+            f"{what} is {value} at step {step}; the step was not applied, its rows are in {file}. Lower train.lr, or"
+            f" resume from the last checkpoint in {self.folder}"
+        )
+
+    def _rows_of(self, index: int) -> list[dict[str, Any]]:
+        """The rows of a global batch, by data set and number, with their texts and pictures."""
+        places, rows = Rows([len(d) for d in self.collator.datasets]), []
+        for place in self.sampler.batch(index).tolist():
+            number, row = places[place][:2]
+            dataset = self.collator.datasets[number]
+            query, target = dataset.query(row).describe(), dataset.target(row).describe()
+            rows.append({"data_set": dataset.name, "row": row, "query": query, "target": target})
+        return rows
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], None]:
+        """The next batch of this rank; all ranks raise if one of them has none."""
         assert num_batches == 1, "gradient accumulation is replaced by the cached step"
         started = time.perf_counter()
+        problem: DataError | None = None
+        samples: list[Any] = []
+        replaced: list[Replaced] = []
         try:
-            samples = [next(epoch_iterator)]
+            inputs, replaced = next(epoch_iterator)
+            samples = [inputs]
         except StopIteration:
-            samples = []
+            pass
         except DataError as error:  # from a worker it comes with the worker's traceback around it
-            raise DataError(str(error).strip().splitlines()[-1].rpartition("DataError: ")[2]) from None
+            text = str(error).strip().splitlines()[-1]
+            problem = DataError(text.rpartition("DataError: ")[2])
         self.window.waited += time.perf_counter() - started
+        chunks = samples[0].num_chunks if samples else 0
+        status = distributed.numbers_of_ranks([problem is not None, len(replaced), chunks])
+        failed = [rank for rank, part in enumerate(status) if part[0]]
+        if failed:
+            self.agreed = True
+            raise problem or RunError(f"rank {failed[0]} cannot read its rows (see its message); all ranks stop")
+        if any(part[1] for part in status):
+            self._note_replaced(replaced)
+        if self.config.model.shard and samples:
+            samples = [equal_chunks(samples[0], int(max(part[2] for part in status)))]
         return samples, None
+
+    def _note_replaced(self, replaced: list[Replaced]) -> None:
+        everyone = [entry for part in distributed.gather_objects([asdict(r) for r in replaced]) for entry in part]
+        self.bad_rows.add(self.state.global_step + 1, everyone, self.is_world_process_zero())
+        data = self.config.data
+        if len(self.bad_rows) > data.max_bad_images:
+            last = everyone[-1]
+            self.agreed = True
+            raise DataError(
+                f"{len(self.bad_rows)} rows could not be read, more than data.max_bad_images {data.max_bad_images}; the"
+                f" last: {last['data_set']} row {last['row']}: {last['problem']}. All are in {self.bad_rows.file}"
+            )
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the parent's estimate knows neither chunks nor pictures
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Write a line of metrics.jsonl (rank 0) beside what the parent does."""
         if "loss" in logs:
             step = self.state.global_step
             self.state.epoch = step / self.sampler.batches_per_epoch  # the parent counts from the resumed step
             logs.update(self.window.summary(self.config.batch.size))
-            self.window = _Window()
+            logs["replaced_rows"] = len(self.bad_rows)
+            self.window.clear()
             if self.is_world_process_zero():
-                line = {"step": step, "epoch": round(self.state.epoch, 6), **logs}
-                with (Path(self.config.output_dir) / METRICS).open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-        super().log(logs, start_time)
+                checkpoints.append_metrics(self.folder, {"step": step, "epoch": round(self.state.epoch, 6), **logs})
+        super().log({key: value for key, value in logs.items() if value is not None}, start_time)
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        """Score the evaluation subsets with the weights as they are; all ranks share the work."""
+        assert self.evaluator is not None
+        started = time.perf_counter()
+        scores = self.evaluator()
+        seconds = time.perf_counter() - started
+        self.window.started += seconds  # not the training's time
+        self.control.should_evaluate = False
+        line = {"step": self.state.global_step, "evaluation": scores, "seconds": round(seconds, 2)}
+        if self.is_world_process_zero():
+            checkpoints.append_metrics(self.folder, line)
+        super().log({f"eval_{name}": value for name, value in scores.items()})
+        return scores
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Adapter, tokenizer and image budget; nothing pickled."""
@@ -132,34 +228,52 @@ class ContrastiveTrainer(Trainer):
         save_adapter(self.embedder, folder)
         self.loss.save(folder)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where the parent writes a checkpoint: out of sight until it is complete."""
+        return str(self.folder / checkpoints.STAGING)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.config.output_dir) / f"checkpoint-{self.state.global_step}"
+        staging, started = Path(self._get_output_dir(trial)), time.perf_counter()
         if self.is_world_process_zero():
-            shutil.rmtree(folder, ignore_errors=True)  # a torn one of an earlier attempt
+            shutil.rmtree(staging, ignore_errors=True)  # a torn one of an earlier attempt
+            checkpoints.sync_metrics(self.folder)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            mark_complete(folder, {"step": self.state.global_step, "world_size": self.args.world_size})
+            step = self.state.global_step
+            facts = {"step": step, "world_size": self.args.world_size, "window": self.window.state()}
+            checkpoints.publish(staging / f"checkpoint-{step}", self.folder, facts)
+            staging.rmdir()
+            checkpoints.prune(self.folder, self.config.train.keep_checkpoints)
+        self.window.started += time.perf_counter() - started  # not the time of steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
         load = load_full if self.config.model.train == "full" else load_trainable
-        load(self.embedder.backbone, Path(resume_from_checkpoint))
-        self.loss.load(Path(resume_from_checkpoint))
+        load(self.embedder.backbone, folder)
+        self.loss.load(folder)
+        self.window.restore(checkpoints.checkpoint_facts(folder).get("window", []))
 
-    def run(self, checkpoint: Path | None) -> None:
-        """Train to the last step, from a checkpoint if given.
+    def run(self, checkpoint: Path | None) -> bool:
+        """Train to the last step, from a checkpoint if given; False if a signal has stopped it before that.
 
-        An `InputError` on the way (a picture that does not decode, a loss that is not finite) leaves a checkpoint of
-        the steps before it; with several ranks, where another rank may be waiting, the last regular one remains.
+        An `InputError` that all ranks share (a picture that does not decode, a loss that is not finite) leaves a
+        checkpoint of the steps before it.
         """
-        assert self.sampler.start == (0 if checkpoint is None else checkpoint_step(checkpoint))
+        assert self.sampler.start == (0 if checkpoint is None else checkpoints.checkpoint_step(checkpoint))
         try:
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except InputError:
-            if self.args.world_size == 1 and self.state.global_step > self.sampler.start:
+            if self.agreed and self.state.global_step > self.sampler.start:
                 self._save_checkpoint(self.model, None)  # a bad row must not cost the steps before it
             raise
+        except RuntimeError as error:
+            lost = self.roll.lost(error, self.state.global_step)
+            if lost is None:
+                raise
+            raise lost from None
+        return not self.stop.stopped
 
 
 class _Batches:
@@ -169,14 +283,15 @@ class _Batches:
     """
 
     def __init__(self, trainer: ContrastiveTrainer) -> None:
-        collator, self.sampler = trainer.collator, trainer.sampler
-        workers = trainer.config.train.workers
+        collator, self.sampler, config = trainer.collator, trainer.sampler, trainer.config
+        workers = config.train.workers
         self.loader: DataLoader[Any] = DataLoader(
             Rows([len(d) for d in collator.datasets]),
             batch_sampler=self.sampler,
-            collate_fn=collator,
+            collate_fn=GuardedCollator(collator, config.data.bad_images == "replace", config.seed),
             num_workers=workers,
             persistent_workers=workers > 0,
+            worker_init_fn=ignore_in_worker,
             generator=torch.Generator().manual_seed(0),  # leaves the global random state alone
         )
 
@@ -184,61 +299,8 @@ class _Batches:
         assert self.sampler.steps is not None
         return self.sampler.steps
 
-    def __iter__(self) -> Iterator[StepInputs]:
+    def __iter__(self) -> Iterator[tuple[StepInputs, list[Replaced]]]:
         return iter(self.loader)
-
-
-class _Window:
-    """Sums between two lines of the log."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.waited = 0.0
-        self.tokens = 0
-        self.results: list[StepResult] = []
-
-    def add(self, result: StepResult, inputs: StepInputs) -> None:
-        self.results.append(result)
-        self.tokens += inputs.num_tokens
-
-    def summary(self, batch_size: int) -> dict[str, float]:
-        seconds, count = time.perf_counter() - self.started, len(self.results)
-        return {
-            "in_batch_precision": sum(r.precision for r in self.results) / count,
-            "positive_similarity": sum(r.positive for r in self.results) / count,
-            "hardest_negative_similarity": sum(r.hardest_negative for r in self.results) / count,
-            "pairs_per_second": batch_size * count / seconds,
-            "tokens_per_second_per_rank": self.tokens / seconds,
-            "waiting_for_data": self.waited / seconds,
-        }
-
-
-class _Progress(TrainerCallback):
-    """A bar with the last loss; only on the first rank."""
-
-    def __init__(self, start: int, steps: int) -> None:
-        self.start, self.steps = start, steps
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        label = "train" if state.is_world_process_zero else None
-        self.bar = bar(self.steps, label, "step", initial=self.start, leave=True)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(
-                {
-                    "loss": f"{logs['loss']:.3f}",
-                    "p@1": f"{logs['in_batch_precision']:.2f}",
-                    "pairs/s": f"{logs['pairs_per_second']:.0f}",
-                },
-                refresh=False,
-            )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
 
 
 def save_adapter(embedder: Embedder, folder: Path) -> None:

@@ -153,7 +153,7 @@ def test_distinct_targets_give_the_row_semantics_of_the_paper(kind: str, p: int,
     skipped = [set(row.tolist()) for row in ranking[:, :p]]
     found, groups = ranked(queries, targets, p, m)
     assert groups.all_distinct and np.array_equal(found.order, ranking[:, : p + m])
-    assert [set(row.tolist()) for row in found.window] == windows
+    assert [set(row.tolist()) for row in found.window(slice(None))] == windows
     for edges, veto in (("mutual", True), ("union", False), ("union", True)):
         expected = np.zeros((len(x), len(x)), dtype=int)
         for i in range(len(x)):
@@ -172,7 +172,7 @@ def mined(kind: str, distinct: bool, p: int, m: int, partitioner: str, size: int
 
 @both
 @windows
-@pytest.mark.parametrize("partitioner", ["metis", "paper", "random"])
+@pytest.mark.parametrize("partitioner", ["anneal", "metis", "paper", "kmeans", "random"])
 def test_measures_of_a_plan(kind: str, distinct: bool, p: int, m: int, partitioner: str) -> None:
     queries, targets = data(kind, distinct)
     expected = plain(queries, targets, p, m)

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 from mining import reference
 
-from b3.mining.graph import build_graph, window_rows
+from b3.mining.graph import build_graph, places, rows_of_targets
 from b3.mining.rank import Ranks, rank_targets
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
+
+
+def window_rows(ranks: Ranks, distinct: DistinctTargets, budget: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    everyone = np.arange(len(ranks.own))
+    return rows_of_targets(ranks.window, ranks, distinct, budget, seed, places(everyone, len(everyone)))
 
 
 def prepare(queries: np.ndarray, targets: np.ndarray, p: int, m: int) -> tuple[Ranks, DistinctTargets]:
@@ -25,7 +30,7 @@ def test_edges_equal_the_definition(edges: str, veto: bool, labels: int | None) 
     graph = build_graph(ranks, distinct, edges, veto, budget=10_000, seed=0)
     number, orders = reference.distinct_of(targets), reference.ranking(queries, targets)
     assert np.array_equal(reference.dense(graph), reference.weights(orders, number, p, m, edges, veto))
-    assert graph.indptr.dtype == graph.indices.dtype == graph.weights.dtype == np.int64
+    assert (graph.indptr.dtype, graph.indices.dtype, graph.weights.dtype) == (np.int64, np.int32, np.int8)
 
 
 def test_weight_inside_a_part_counts_window_hits() -> None:
@@ -42,7 +47,7 @@ def test_distinct_targets_are_never_sampled() -> None:
     ranks, distinct = prepare(queries, targets, 2, 30)
     indptr, rows = window_rows(ranks, distinct, 30, seed=0)
     for i in range(120):
-        assert set(rows[indptr[i] : indptr[i + 1]]) == set(ranks.window[i]) - {i}
+        assert set(rows[indptr[i] : indptr[i + 1]]) == set(ranks.order[i, 2:]) - {i}
 
 
 @pytest.mark.parametrize("rows", [500, 4000])

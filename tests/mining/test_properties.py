@@ -38,7 +38,7 @@ def cases(draw: st.DrawFn, rows: tuple[int, int] = (6, 70)) -> tuple[np.ndarray,
         "community_size": draw(st.integers(1, count)),
         "hard_negatives": draw(st.integers(0, 4)),
         "seed": draw(st.integers(0, 2**64)),
-        "partitioner": draw(st.sampled_from(["metis", "metis", "paper", "random"])),
+        "partitioner": draw(st.sampled_from(["anneal", "metis", "paper", "kmeans", "random"])),
         "veto": draw(st.booleans()),
         "refine_passes": draw(st.integers(0, 4)),
     }
@@ -95,7 +95,7 @@ def test_threads_and_blocks_do_not_matter_for_the_float32_search(labels: int, mo
     queries, targets = make(400, labels, 12, 24, 1)
     options: dict[str, Any] = {"p": 5, "m": 20, "community_size": 16, "hard_negatives": 3}
     first = mine(queries, targets, **options)
-    monkeypatch.setattr("b3.mining.rank.SMALL", 0)
+    monkeypatch.setattr("b3.mining.search.SMALL", 0)
     threads = torch.get_num_threads()
     try:
         for number, block_rows in ((1, None), (2, 1), (4, 399)):
@@ -105,7 +105,7 @@ def test_threads_and_blocks_do_not_matter_for_the_float32_search(labels: int, mo
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("partitioner", ["metis", "paper", "random"])
+@pytest.mark.parametrize("partitioner", ["anneal", "metis", "paper", "kmeans", "random"])
 @pytest.mark.parametrize("labels", [0, 40])
 def test_another_seed_gives_another_plan(partitioner: str, labels: int) -> None:
     queries, targets = make(203, labels, 8, 16, 0)
@@ -167,7 +167,7 @@ def test_the_report_is_consistent(case: tuple[np.ndarray, np.ndarray, dict[str, 
     if plan.hard_negatives is not None:
         assert r["hard_negatives_missing"] == int((plan.hard_negatives == -1).sum())
         assert plan.hard_negatives.max() < len(queries)
-    if options["partitioner"] == "metis":
+    if options["partitioner"] in ("anneal", "metis"):
         assert plan.manifest["refine_passes"] == options["refine_passes"]
     else:
         assert plan.manifest["refine_passes"] == 0 and "refinement_gains" not in r

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mining import reference
 
 import b3.mining.rank as rank
-from b3.mining.rank import NONE, TOP, WINDOW, Ranks, rank_targets
+import b3.mining.search as search
+from b3.mining.rank import NONE, TOP, WINDOW, Limits, Ranks, join_ranks, rank_targets
 from b3.mining.vectors import distinct_targets, unit_rows
 
 
@@ -36,33 +37,106 @@ def test_ranks_equal_exact_arithmetic_with_ties_and_duplicates(rows: int, dim: i
     assert np.array_equal(found.own, number)
 
 
-@pytest.mark.parametrize("labels", [None, 40])
-def test_both_searches_agree_bit_for_bit(labels: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    queries, targets = reference.clustered(400, labels=labels)
-    targets[5] = targets[4] * np.float32(1 + 2e-7)  # nearly equal scores: float32 cannot order them
-    whole = ranks_of(queries, targets, 5, 20)
-    monkeypatch.setattr(rank, "SMALL", 0)
-    assert equal(whole, ranks_of(queries, targets, 5, 20))
+SEARCHES = {
+    "bfloat16": lambda t, d: search._TileSearch(t, d, bfloat16=True),
+    "float32": lambda t, d: search._TileSearch(t, d, bfloat16=False),
+    "device": lambda t, d: search._DeviceSearch(t, d, "cpu"),
+}
 
 
-def test_rows_that_float32_cannot_decide_are_computed_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_search(queries: np.ndarray, targets: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    scores = queries.astype(np.float64) @ targets.astype(np.float64).T  # exact on the grid
+    ids = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    return ids, np.take_along_axis(scores, ids, axis=1)
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+@pytest.mark.parametrize(
+    ("rows", "dim", "depth"), [(700, 24, 30), (300, 5, 300), (3000, 70, 7), (9000, 3, 50), (1, 4, 1)]
+)
+def test_every_search_is_exact(method: str, rows: int, dim: int, depth: int) -> None:
+    rng = np.random.default_rng(rows)
+    targets = rng.normal(size=(rows, dim)) + 2 * rng.normal(size=dim)
+    targets[rows // 2 :: 3] = targets[rows // 3] * 3  # ties
+    targets = unit_rows(targets, "targets")
+    queries = unit_rows(np.concatenate([rng.normal(size=(40, dim)), -targets[:5], targets[:5]]), "queries")
+    ids, scores = SEARCHES[method](targets, depth)(queries)
+    wanted, exact = plain_search(queries, targets, depth)
+    assert np.array_equal(ids, wanted) and np.array_equal(scores, exact)
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_what_the_rough_pass_cannot_decide_is_computed_in_full(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
-    queries = rng.normal(size=(6, 16))
-    targets = np.ones((300, 16)) + 1e-7 * rng.normal(size=(300, 16))  # 300 targets within the float32 error
-    targets = np.concatenate([targets, queries])
-    queries = np.concatenate([np.ones((300, 16)), queries])
-    whole = ranks_of(queries, targets, 2, 10)
-    calls = []
-    original = rank._FilteredSearch._all_scores
-    monkeypatch.setattr(rank, "SMALL", 0)
-    monkeypatch.setattr(rank._FilteredSearch, "_all_scores", lambda s, q: calls.append(len(q)) or original(s, q))
-    assert equal(whole, ranks_of(queries, targets, 2, 10))
-    assert sum(calls) >= 300
+    targets = unit_rows(np.ones((20_000, 16)) + 1e-7 * rng.normal(size=(20_000, 16)), "targets")
+    queries = unit_rows(np.ones((3, 16)) + 1e-3 * rng.normal(size=(3, 16)), "queries")
+    counted = []
+    original = search.in_full
+    monkeypatch.setattr(
+        search, "in_full", lambda q, t, rows, i, s: counted.append(len(rows)) or original(q, t, rows, i, s)
+    )
+    ids, scores = SEARCHES[method](targets, 20)(queries)
+    wanted, exact = plain_search(queries, targets, 20)
+    assert np.array_equal(ids, wanted) and np.array_equal(scores, exact)
+    assert sum(counted) == 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 400), st.integers(1, 6), st.sampled_from(sorted(SEARCHES)))
+def test_any_search_of_a_grid_of_ties_is_exact(seed: int, rows: int, dim: int, method: str) -> None:
+    rng = np.random.default_rng(seed)
+    queries, targets = (unit_rows(rng.integers(-1, 2, (n, dim)) + 0.01, "rows") for n in (9, rows))
+    depth = int(rng.integers(1, rows + 1))
+    ids, _ = SEARCHES[method](targets, depth)(queries)
+    assert np.array_equal(ids, plain_search(queries, targets, depth)[0])
+
+
+def test_the_inverted_file_ranks_what_it_finds_exactly() -> None:
+    pytest.importorskip("faiss")
+    from b3.mining.search_ivf import CellSearch
+
+    queries, targets = (unit_rows(a, "rows") for a in reference.clustered(3000))
+    ids, scores = CellSearch(targets, 40)(queries[:200])
+    wanted, _ = plain_search(queries[:200], targets, 40)
+    recall = np.mean([len(np.intersect1d(a, b)) / 40 for a, b in zip(ids, wanted, strict=True)])
+    assert 0.8 < recall <= 1
+    exact = (queries[:200].astype(np.float64)[:, None] * targets[ids].astype(np.float64)).sum(axis=2)
+    assert np.array_equal(scores, exact) and (np.diff(scores, axis=1) <= 0).all()
+    assert all(len(set(row)) == 40 for row in ids.tolist())
+
+
+def test_parts_of_the_rows_join_to_the_whole() -> None:
+    queries, targets = reference.clustered(101, labels=40)
+    distinct, units = distinct_targets(unit_rows(targets, "targets")), unit_rows(queries, "queries")
+    whole = rank_targets(units, distinct, 3, 9, 4)
+    for parts in (1, 2, 3, 7):
+        shares = [rank_targets(units, distinct, 3, 9, 4, share=(k, parts)) for k in range(parts)]
+        assert equal(whole, join_ranks(shares))
+
+
+def test_limits_on_similarity_rule_out_the_top_of_the_window() -> None:
+    queries, targets = reference.clustered(80, labels=60)
+    distinct, units = distinct_targets(unit_rows(targets, "targets")), unit_rows(queries, "queries")
+    for limits in (Limits(max_similarity=0.5), Limits(max_relative=0.8), Limits(0.6, 0.9), Limits()):
+        found = rank_targets(units, distinct, 3, 20, 4, limits=limits)
+        scores = units.astype(np.float64) @ distinct.vectors.astype(np.float64).T
+        for i, own in enumerate(found.own):
+            cap = np.inf if limits.max_similarity is None else limits.max_similarity
+            if limits.max_relative is not None:
+                cap = min(cap, limits.max_relative * scores[i, own] if scores[i, own] > 0 else -np.inf)
+            ranked = found.order[i]
+            good = {int(u) for r, u in enumerate(ranked) if r >= 3 and scores[i, u] <= cap} - {int(own)}
+            window = found.window(np.array([i]))[0]
+            assert set(window.tolist()) - {int(own)} == good
+            skipped = set(found.skipped(np.array([i]))[0].tolist()) - {int(own)}
+            assert skipped == set(ranked.tolist()) - good - {int(own)}
+            kinds = found.classify(np.full(len(distinct), i), np.arange(len(distinct)))
+            assert set(np.flatnonzero(kinds == WINDOW)) - {int(own)} == good
 
 
 @pytest.mark.parametrize("small", [0, 6000])
 def test_ranks_do_not_depend_on_blocks_or_threads(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank, "SMALL", small)
+    monkeypatch.setattr(search, "SMALL", small)
     queries, targets = reference.clustered(300, dim=70)
     whole = ranks_of(queries, targets, 5, 30, block_rows=300)
     threads = torch.get_num_threads()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,9 @@ import train
 from b3.config import load_config
 from b3.errors import InputError
 from b3.mining import BatchPlan
+from b3.mining.batch_negatives import draw_batch
 from b3.mining.recipe import load_plan, mine_recipe
-from b3.train.run import load_datasets
+from b3.train.run import build_sampler, load_datasets, load_plans
 from scripts import mine as script
 
 
@@ -80,6 +84,25 @@ def test_training_on_mined_batches_with_hard_negatives(root: Path) -> None:
     assert "mined negatives" in (root / "run" / "README.md").read_text()
 
 
+def test_training_on_negatives_drawn_by_batch(root: Path) -> None:
+    tiny.write_model(root / "model")
+    recipe = [str(root / "recipe.yaml"), "negatives.scope=batch", "batch.policy=b3", "train.steps=3"]
+    assert script.main(recipe) == 0
+    plan = BatchPlan.load(root / "mining" / "words")
+    assert plan.hard_negatives is None and plan.candidates is not None
+    config = load_config(recipe[0], recipe[1:])
+    datasets = load_datasets(config)
+    sampler = build_sampler(config, datasets, load_plans(config, datasets))
+    for step, elements in enumerate(sampler):
+        rows = np.array([row for row, _ in elements])
+        assert np.array_equal(rows, sampler.batch(step))
+        number, offset = sampler.dataset_of(int(rows[0]))[0], sampler.offsets
+        base = load_plans(config, datasets)["base"][number]
+        assert [n for _, n in elements] == draw_batch(base, rows - offset[number], 2, config.seed, step).tolist()
+    assert train.main(recipe) == 0
+    assert script.main([*recipe, "negatives.scope=community"]) == 2
+
+
 def test_a_checkpoint_can_be_the_teacher(root: Path) -> None:
     tiny.write_model(root / "model")
     config = load_config(root / "recipe.yaml", [f"mining.teacher={root / 'model'}"])
@@ -127,3 +150,48 @@ def test_two_arrays_from_the_command_line(root: Path, capsys: pytest.CaptureFixt
     assert "holds a batch plan already" in capsys.readouterr().err
     assert script.main(arrays) == 2
     assert "missing: --out" in capsys.readouterr().err
+
+
+def mine_with(root: Path, ranks: int, out: str, *overrides: str, port: int = 0) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    return subprocess.run(
+        [*start, "scripts/mine.py", str(root / "recipe.yaml"), f"mining.dir={root / out}", *overrides],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def plan_files(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.npy"))}
+
+
+def test_one_two_and_three_ranks_give_the_same_bytes(root: Path) -> None:
+    tiny.write_model(root / "teacher-model")
+    teacher = f"mining.teacher={root / 'teacher-model'}"
+    found = []
+    for ranks in (1, 2, 3):
+        done = mine_with(root, ranks, f"mining-{ranks}", teacher, port=29610 + ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("mined negatives a query") == 2, "one rank prints"
+        found.append(plan_files(root / f"mining-{ranks}"))
+        assert (root / f"mining-{ranks}" / "report.html").exists()
+        assert not list((root / f"mining-{ranks}").glob(".*")), "stages are removed when the plan is saved"
+    assert len(found[0]) == 6 and found[0] == found[1] == found[2]
+
+
+def test_an_interrupted_recipe_continues_after_the_ranking(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config(root / "recipe.yaml")
+    mining = sys.modules["b3.mining.mine"]
+    original = mining.find_communities
+    monkeypatch.setattr(mining, "find_communities", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        mine_recipe(config)
+    assert (root / "mining" / ".pictures.stages" / "ranks.npz").exists()
+    monkeypatch.setattr(mining, "find_communities", original)
+    ranked: list[int] = []
+    rank_targets = mining.rank_targets
+    monkeypatch.setattr(mining, "rank_targets", lambda *a, **k: ranked.append(1) or rank_targets(*a, **k))
+    mine_recipe(config)
+    assert len(ranked) == 1, "only the second data set"
+    assert not (root / "mining" / ".pictures.stages").exists()

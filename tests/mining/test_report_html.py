@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from mining import reference
 from PIL import Image
 
 from b3.mining import BatchPlan, mine
+from b3.mining.report_cards import MOST_MEMBERS, smallest
 from b3.mining.report_html import THUMBNAIL, Section, render, thumbnail, write_report_html
 from b3.mining.report_text import drop_shared, plain_text, shared_words, shorten
 
@@ -69,6 +71,10 @@ def test_texts_lose_placeholder_and_shared_instruction(plan: BatchPlan) -> None:
 def test_without_records_there_are_numbers_only(plan: BatchPlan) -> None:
     page = render([Section(plan)])
     assert "<svg" in page and "<img" not in page and "percentile of hardness" not in page
+    pair = plan.report["likely_false_negatives"][0]
+    rows = [f"query of row {pair['row']}", f"target of row {pair['row']}", f"target of row {pair['other_row']}"]
+    shown = [f">{row}<" in page for row in rows]
+    assert all(shown) and f"target of row {plan.report['hubs']['targets'][0]['row']}" in page
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "LA", "1"])
@@ -93,6 +99,135 @@ def test_all_kinds_of_pictures_are_opened(plan: BatchPlan, tmp_path: Path) -> No
         page = render([Section(plan, Same())])
         assert "base64" in page and "unreadable" not in page
         assert ">What is this?<" not in page, "an instruction that all share is dropped where there is a picture"
+
+
+def text_of(page: str) -> str:
+    """What a reader sees: without tags, on one line."""
+    return " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL).split())
+
+
+def table(page: str) -> list[list[str]]:
+    """Cells of the first table of numbers, head first."""
+    body = re.search(r"<table>(.*?)</table>", page, re.DOTALL)
+    assert body
+    lines = re.findall(r"<tr>(.*?)</tr>", body[1], re.DOTALL)
+    return [[text_of(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", line, re.DOTALL)] for line in lines]
+
+
+def test_the_numbers_stand_beside_the_papers_recipe_and_random(plan: BatchPlan) -> None:
+    r = plan.report
+    head, *lines = table(render([Section(plan)]))
+    assert head == ["In a community of this plan", "mined", "paper's recipe", "random"]
+    forms = {
+        "mined_negatives_per_query": "{:.2f}", "teacher_mass_captured": "{:.2%}", "skipped_ranks_per_query": "{:.2f}",
+        "negatives_above_positive_per_query": "{:.2f}", "queries_with_negatives_above_positive": "{:.1%}",
+        "duplicate_targets_in_community": "{:.3f}",
+    }  # fmt: skip
+    for line, (key, form) in zip(lines, forms.items(), strict=True):
+        expected = [form.format(r[prefix + key]).replace("%", " %") for prefix in ("", "paper_", "random_")]
+        assert line[1:] == expected, key
+    papers = mine(*reference.clustered(60), p=2, m=10, community_size=10, partitioner="paper")
+    assert table(render([Section(papers)]))[0] == ["In a community of this plan", "mined", "random"]
+
+
+def test_contents_lead_to_every_data_set(plan: BatchPlan) -> None:
+    page = render([Section(plan, Records()), Section(plan, name="second & last"), Section(plan, name="third")])
+    links = re.findall(r'href="#([^"]*)"', page)
+    assert set(links) == {"top", "d0", "d1", "d2"} and links[:3] == ["d0", "d1", "d2"]
+    assert all(page.count(f'id="{link}"') == 1 for link in set(links))
+    assert '<a href="#d1">second &amp; last</a>' in page
+    assert "href" not in render([Section(plan)]), "one data set needs no contents"
+
+
+def test_terms_are_explained_before_they_are_used(plan: BatchPlan) -> None:
+    page = render([Section(plan)])
+    intro, rest = page.split('<section id="d0">')
+    for term in ("Teacher", "Window, hard negative", "Community", "Likely false negative", "Teacher mass captured"):
+        assert f"<dt>{term}</dt>" in intro and f"<dt>{term}</dt>" not in rest
+    assert rest.count("<figure>") == 3 and rest.count("</svg>") == 3
+
+
+def test_likely_false_negatives_and_hubs_are_shown() -> None:
+    queries, targets = reference.clustered(60, labels=20, noise=1.6)
+    plan = mine(queries, targets, p=2, m=10, community_size=15, hard_negatives=3)
+    page = render([Section(plan, Records())])
+    pairs, copies = plan.report["likely_false_negatives"], plan.report["duplicate_examples"]
+    assert len(pairs) > 2 and len(copies) > 1
+    seen = text_of(page)
+    for pair in pairs:
+        ranks = [f"rank {pair[key]}" if pair[key] is not None else "beyond rank 11" for key in pair if "rank" in key]
+        own = f"{pair['row']}&lt;/script&gt; similarity {pair['positive_score']:.2f}, {ranks[0]}"
+        other = f"{pair['other_row']}&lt;/script&gt; similarity {pair['negative_score']:.2f}, {ranks[1]}"
+        assert f"{own} {other}" in seen, "without the word that all targets start with"
+    assert seen.count("rows with another member") == len(copies)
+    for hub in plan.report["hubs"]["targets"]:
+        assert f"{hub['windows']} windows ({hub['windows'] / 0.6:.1f} %), drawn {hub['drawn']}×" in seen
+    assert f"{100 * plan.report['hubs']['drawn_top_share']:.1f} % are such hubs" in seen
+    share = plan.report["queries_with_negatives_above_positive"]
+    assert f"For {100 * share:.1f} % of the queries" in seen
+
+
+def test_reports_of_earlier_plans_still_render(plan: BatchPlan) -> None:
+    new = ("likely_false_negatives", "duplicate_examples", "hubs", "teacher_mass_histogram")
+    report = {
+        key: value
+        for key, value in plan.report.items()
+        if key not in new and "paper" not in key and "above_positive" not in key
+    }
+    report["histogram"] = {key: value for key, value in report["histogram"].items() if key != "paper"}
+    old = replace(plan, report=report)
+    page = render([Section(old, Records()), Section(plan)])
+    assert page.count("<h3>Hubs</h3>") == 1 and page.count("percentile of hardness") == 3
+    assert len(table(render([Section(old)]))) == 5 and "paper's recipe" not in text_of(render([Section(old)]))[1500:]
+
+
+def test_texts_get_wide_cards_and_long_ones_are_cut(plan: BatchPlan) -> None:
+    class Words(Records):
+        def query(self, row: int) -> Any:
+            return SimpleNamespace(text=f"word{row}", image=None)
+
+        def target(self, row: int) -> Any:
+            return SimpleNamespace(text=f"meaning{row} " + f"of word{row} " * 500, image=None)
+
+    page = render([Section(plan, Words())])
+    assert 'class="sheet texts"' in page and 'class="triples texts"' in page
+    assert 'class="sheet"' not in page and "<img" not in page
+    spans = re.findall(r"<span[^>]*>(meaning[^<]*)</span>", page)
+    assert len(spans) > 30 and 150 < max(map(len, spans)) <= 200
+    assert 'class="sheet"' in render([Section(plan, Records())])
+
+
+def test_photographs_become_jpegs_and_drawings_stay_pngs() -> None:
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (300, 200, 3), dtype=np.uint8))
+    for image, kind in ((noise.resize((60, 60)), "jpeg"), (Image.new("RGB", (80, 80), "red"), "png")):
+        name, data = smallest(image)
+        opened = Image.open(io.BytesIO(data))
+        assert name == kind and opened.format == kind.upper() and max(opened.size) <= THUMBNAIL
+        assert len(data) <= max(3000, len(thumbnail(image)))
+
+
+def test_a_page_of_the_worst_pictures_stays_light() -> None:
+    """Noise does not compress; the communities are as large as are shown, and all that can be shown is."""
+    rng = np.random.default_rng(0)
+    pool = [Image.fromarray(rng.integers(0, 256, (72, 72, 3), dtype=np.uint8)) for _ in range(20)]
+
+    class Noise:
+        name = "noise"
+
+        def __len__(self) -> int:
+            return 20 * MOST_MEMBERS
+
+        def query(self, row: int) -> Any:
+            return SimpleNamespace(text="x" * 5000, image=pool[row % 20])
+
+        target = query
+
+    queries, targets = reference.clustered(len(Noise()), noise=1.5)
+    plan = mine(queries, targets, p=5, m=50, community_size=MOST_MEMBERS)
+    page = render([Section(plan, Noise())])
+    assert len(plan.report["likely_false_negatives"]) == 12 and page.count("<img") == 3 * 36 * 2 + 12 * 3 + 10
+    assert len(page.encode()) < 1_500_000
 
 
 def test_plan_of_labels_and_tiny_plan_render(plan: BatchPlan) -> None:

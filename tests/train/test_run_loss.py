@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import yaml
+from forks import Job
 from safetensors.torch import load_file
-from test_run import ROOT, environment, metrics, start, without_times
 
 from b3.config import load_config
 from b3.errors import ConfigError
+from b3.train.metrics import without_times
+
+
+def start(root: Path, run: str, *overrides: str, recipe: str = "recipe.yaml") -> tuple[int, str]:
+    """(exit code, what was printed) of one run."""
+    job = Job(root / "logs" / run, str(root / recipe), f"output_dir={root / run}", *overrides)
+    (code,) = job.wait()
+    return 99 if code is None else code, job.text()
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +46,8 @@ def test_a_learned_temperature_survives_a_restart(root: Path) -> None:
         "train.temperature=0.05",
         "train.steps=4",
     ]
-    whole = start(root, "whole", *options)
-    assert whole.returncode == 0, whole.stderr
+    code, text = start(root, "whole", *options)
+    assert code == 0, text
     learned = load_file(root / "whole" / "checkpoint-4" / "loss.safetensors")["log_scale"]
     assert 0 < abs(float(learned) - 2.9957) < 1
     torn = root / "torn"
@@ -45,8 +56,8 @@ def test_a_learned_temperature_survives_a_restart(root: Path) -> None:
         (torn / name).unlink()
     text = (torn / "config.yaml").read_text()
     (torn / "config.yaml").write_text(text.replace(str(root / "whole"), str(torn)))
-    again = start(root, "torn", *options)
-    assert again.returncode == 0, again.stderr
+    code, text = start(root, "torn", *options)
+    assert code == 0, text
     assert without_times(metrics(torn)) == without_times(metrics(root / "whole"))
     assert (load_file(torn / "checkpoint-4" / "loss.safetensors")["log_scale"] == learned).all()
 
@@ -68,14 +79,15 @@ def test_options_that_cannot_be_meant(root: Path, overrides: list[str], message:
 
 def test_a_teachers_scores_mask_negatives(root: Path) -> None:
     options = ["train.steps=2", "train.mask_teacher_margin=0"]
-    missing = start(root, "missing", *options)
-    assert missing.returncode == 2 and "mining.teacher" in missing.stderr and missing.stderr.count("\n") == 1
+    code, text = start(root, "missing", *options)
+    assert code == 2 and "mining.teacher" in text.splitlines()[-1] and "Traceback" not in text
     (root / "teacher").mkdir()
     for seed, side in enumerate(("queries", "targets")):  # unrelated: about half of all targets outscore the positive
         for subset in ("pictures", "words"):
             np.save(root / "teacher" / f"{subset}_{side}.npy", np.random.default_rng(seed).normal(size=(96, 4)))
-    guided, plain = start(root, "guided", *options), start(root, "plain", *options[:1])
-    assert guided.returncode == plain.returncode == 0, guided.stderr + plain.stderr
+    for run, given in (("guided", options), ("plain", options[:1])):
+        code, text = start(root, run, *given)
+        assert code == 0, text
     assert metrics(root / "guided")[0]["loss"] < metrics(root / "plain")[0]["loss"]
 
 
@@ -85,9 +97,8 @@ def test_all_weights_but_the_frozen_are_trained_saved_and_resumed(root: Path) ->
     (root / "full.yaml").write_text(yaml.safe_dump(recipe))
 
     def run() -> None:
-        command = [sys.executable, str(ROOT / "train.py"), str(root / "full.yaml"), f"output_dir={root / 'full'}"]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        code, text = start(root, "full", recipe="full.yaml")
+        assert code == 0, text
 
     run()
     base, whole = (load_file(folder / "model.safetensors") for folder in (root / "model", root / "full"))

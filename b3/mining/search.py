@@ -1,0 +1,191 @@
+"""Exact top-k search over distinct targets: a fast rough pass, then exact scores of all that it cannot rule out.
+
+A rough score is off by at most some e that can be computed. With f the k-th best rough score of a query, every true
+member of its top k has a rough score of at least f - 2e: all targets above that bound are candidates, and their exact
+scores (`b3.mining.vectors`) decide. The result is that of exact arithmetic, whatever the rough pass computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+SMALL = 6000  # up to this many distinct targets the float64 product alone is as fast and loads no other library
+SCORES_IN_BLOCK = 1 << 24
+SCORES_ON_DEVICE = 1 << 28  # 1 GiB in float32
+TILE = 8192
+ROOM = 4  # a query's candidates are thinned out when they exceed this many times the depth
+
+Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def exact_search(targets: np.ndarray, depth: int, device: str | None = None) -> tuple[Search, int]:
+    """(search, queries to give it at a time).
+
+    The search takes queries (n, D) to (ids (n, depth), exact scores (n, depth) float64) in rank order, ties by id.
+
+    Args:
+        targets: (U, D), like the queries float32 unit vectors on the grid.
+        depth: 0 < depth <= U.
+        device: torch device for large inputs; default: a GPU if there is one.
+    """
+    assert 0 < depth <= len(targets)
+    if len(targets) <= SMALL:
+        wide = targets.astype(np.float64).T
+        step = max(1, min(4096, SCORES_IN_BLOCK // len(targets)))
+        return lambda queries: select(queries.astype(np.float64) @ wide, depth), step
+    if device is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        return _TileSearch(targets, depth), 1024
+    return _DeviceSearch(targets, depth, device), max(1, min(4096, SCORES_ON_DEVICE // len(targets)))
+
+
+def select(scores: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `depth` best of each row of scores (n, U), ties by column."""
+    num = scores.shape[1]
+    bound = np.partition(scores, num - depth, axis=1)[:, num - depth]
+    rows, columns = np.nonzero(scores >= bound[:, None])  # at least `depth` a row, more where the last ones tie
+    values = scores[rows, columns]
+    order = np.lexsort((columns, -values, rows))
+    starts = np.searchsorted(rows, np.arange(len(scores)))
+    kept = order[starts[:, None] + np.arange(depth)]
+    return columns[kept], values[kept]
+
+
+def pair_scores(queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Exact scores (n, k) float64 of queries (n, D) with their own targets (n, k, D), both on the grid."""
+    return np.matmul(targets.astype(np.float64), queries.astype(np.float64)[:, :, None])[:, :, 0]
+
+
+def error_of_products(dim: int) -> float:
+    """Most that a float32 dot product of unit vectors is off, for any order of summation (Higham 2002, section 3.1)."""
+    return 1.01 * (dim + 4) * 2.0**-24
+
+
+def fast_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 matrices in hardware."""
+    import torch
+
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
+
+
+class _TileSearch:
+    """On the CPU: products of tiles in bfloat16 where that is fast, in float32 otherwise; candidates by compiled code.
+
+    The error of a rough score is that of rounding both vectors, |q - q'| + |q'| |t - t'| by Cauchy-Schwarz, that of the
+    float32 sum, and that of rounding the result to bfloat16, 2**-9 of its size.
+    """
+
+    def __init__(self, targets: np.ndarray, depth: int, bfloat16: bool | None = None) -> None:
+        import torch
+
+        self.targets, self.depth = targets, depth
+        self.dtype = torch.bfloat16 if (fast_bfloat16() if bfloat16 is None else bfloat16) else torch.float32
+        self.rough_targets = torch.from_numpy(targets).to(self.dtype)
+        self.target_error = max(
+            float((torch.from_numpy(part) - rough.float()).double().norm(dim=1).max())
+            for part, rough in zip(
+                np.array_split(targets, -(-len(targets) // TILE)),
+                torch.tensor_split(self.rough_targets, -(-len(targets) // TILE)),
+                strict=True,
+            )
+        )
+        self.result_error = 2.0**-9 if self.dtype == torch.bfloat16 else 0.0
+        self.pool = ThreadPoolExecutor(torch.get_num_threads())
+        self.threads = torch.get_num_threads()
+
+    def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        from b3.mining.search_kernels import collect, finish
+
+        count, most = len(queries), self.depth * ROOM
+        exact = torch.from_numpy(np.ascontiguousarray(queries))
+        rough = exact.to(self.dtype)
+        rounding = (exact - rough.float()).double().norm(dim=1).numpy()
+        error = 1.01 * (rounding + 1.01 * self.target_error) + error_of_products(queries.shape[1])
+        bits: Any = torch.int16 if self.result_error else torch.int32
+        found = _Candidates(count, most + 2 * TILE, np.int16 if self.result_error else np.int32)
+        shares = [slice(s[0], s[-1] + 1) for s in np.array_split(np.arange(count), self.threads) if len(s)]
+        for start in range(0, len(self.targets), TILE):
+            with torch.inference_mode():
+                tile: Any = (rough @ self.rough_targets[start : start + TILE].T).view(bits).numpy()
+
+            def add(s: slice, tile: Any = tile, start: int = start) -> None:
+                candidates = found.keys[s], found.ids[s], found.counts[s], found.floors[s]
+                collect(tile[s], start, *candidates, error[s], self.result_error, self.depth, most)
+
+            list(self.pool.map(add, shares))
+        ids, scores = np.empty((count, self.depth), dtype=np.int64), np.empty((count, self.depth))
+
+        def rank(s: slice) -> None:
+            candidates = found.keys[s], found.ids[s], found.counts[s]
+            finish(queries[s], self.targets, *candidates, error[s], self.result_error, ids[s], scores[s])
+
+        list(self.pool.map(rank, shares))
+        in_full(queries, self.targets, np.flatnonzero(found.counts < 0), ids, scores)
+        return ids, scores
+
+
+def in_full(queries: np.ndarray, targets: np.ndarray, rows: np.ndarray, ids: np.ndarray, scores: np.ndarray) -> None:
+    """Fill ids and scores (n, depth) of some rows from the exact scores of all targets, which are widened in pieces."""
+    step = max(1, SCORES_IN_BLOCK // len(targets))
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        wide = queries[part].astype(np.float64)
+        pieces = [wide @ targets[s : s + TILE].astype(np.float64).T for s in range(0, len(targets), TILE)]
+        ids[part], scores[part] = select(np.concatenate(pieces, axis=1), ids.shape[1])
+
+
+class _Candidates:
+    """Targets that may belong to the top of each of n queries: keys of their rough scores, and ids; `counts` are used.
+
+    A key orders floats as integers; `floors` are the keys below which a target is ruled out.
+    """
+
+    def __init__(self, count: int, room: int, kind: type) -> None:
+        self.keys: np.ndarray = np.empty((count, room), dtype=kind)
+        self.ids = np.empty((count, room), dtype=np.int32)
+        self.counts = np.zeros(count, dtype=np.int64)
+        self.floors = np.full(count, np.iinfo(np.int64).min)
+
+
+class _DeviceSearch:
+    """On an accelerator: products in float32 and their top by torch; what these cannot decide is computed in full."""
+
+    def __init__(self, targets: np.ndarray, depth: int, device: str) -> None:
+        import torch
+
+        self.targets, self.depth = targets, depth
+        self.width = min(len(targets), depth + 16 + depth // 8)
+        self.margin = 2 * error_of_products(targets.shape[1])
+        self.device = torch.device(device)
+        self.on_device = torch.from_numpy(targets).to(self.device)
+
+    def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+
+        with torch.inference_mode():
+            block = torch.from_numpy(np.ascontiguousarray(queries)).to(self.device)
+            found = torch.topk(block @ self.on_device.T, self.width, dim=1)
+            rough, columns = found.values.cpu().numpy(), found.indices.cpu().numpy()
+        ids = np.sort(columns, axis=1)
+        scores = np.empty(ids.shape)
+        step = max(1, SCORES_IN_BLOCK // (self.width * queries.shape[1]))
+        for start in range(0, len(queries), step):
+            span = slice(start, start + step)
+            scores[span] = pair_scores(queries[span], self.targets[ids[span]])
+        by_rank = np.argsort(-scores, axis=1, kind="stable")[:, : self.depth]  # stable over sorted ids: ties by id
+        ids, scores = np.take_along_axis(ids, by_rank, axis=1), np.take_along_axis(scores, by_rank, axis=1)
+        if self.width < len(self.targets):
+            undecided = np.flatnonzero(rough[:, -1] >= rough[:, self.depth - 1] - self.margin)
+            in_full(queries, self.targets, undecided, ids, scores)
+        return ids, scores

@@ -1,0 +1,115 @@
+"""The teacher of a recipe: a checkpoint, a sentence-transformers model, or arrays; its embeddings of a data set."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from b3 import distributed
+from b3.config import Config, DatasetConfig
+from b3.data.records import Item, PairDataset
+from b3.data.sources import embedded_teacher, split_source
+from b3.errors import DataError, RunError
+
+SENTENCE_TRANSFORMER = "st:"
+CACHE = ".teacher"
+
+Encode = Callable[[list[Item], str], np.ndarray]  # (items, what the bar says) -> (N, D)
+
+
+def teacher_name(config: Config) -> str:
+    mining = config.mining
+    return mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
+
+
+def load_teacher(config: Config) -> Encode | None:
+    """What encodes items by the teacher model, or None when its embeddings are given as arrays.
+
+    Finished batches of a checkpoint are kept in `mining.dir`, so that an interrupted call continues, until
+    `forget_teacher`.
+    """
+    mining = config.mining
+    if mining.teacher.startswith(SENTENCE_TRANSFORMER):
+        if mining.teacher_adapter is not None:
+            raise RunError(f"mining.teacher_adapter has no effect with mining.teacher {mining.teacher}; leave it out")
+        from b3.model.sentence_transformer import SentenceTransformerTeacher
+
+        return SentenceTransformerTeacher(mining.teacher.removeprefix(SENTENCE_TRANSFORMER)).encode
+    folder = Path(mining.teacher)
+    if mining.teacher == "embedded" or (
+        folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists()
+    ):
+        if mining.teacher_adapter is not None:
+            raise RunError("mining.teacher_adapter needs mining.teacher to be a checkpoint")
+        return None
+    return _load_checkpoint(config)
+
+
+def _load_checkpoint(config: Config) -> Encode:
+    from b3.cache import EmbeddingCache
+    from b3.encode import Encoder, unit
+    from b3.model.backbones import adapter_key, checkpoint_key
+    from b3.model.embedder import Embedder
+
+    mining = config.mining
+    pixels: dict[str, Any] = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
+    model = Embedder.from_pretrained(
+        mining.teacher, adapter=mining.teacher_adapter, dtype=config.model.dtype, **pixels
+    )  # fmt: skip
+    facts: dict[str, Any] = {
+        "model": checkpoint_key(mining.teacher),
+        "adapter": None if mining.teacher_adapter is None else adapter_key(mining.teacher_adapter),
+        "numerics": f"{model.dtype} on {model.device.type}",
+        **pixels,
+    }
+    encoder = Encoder(model, cache=EmbeddingCache(Path(mining.dir) / CACHE, facts))
+    return lambda items, label: unit(encoder.encode(items, label))
+
+
+def forget_teacher(config: Config) -> None:
+    """Delete what `load_teacher` kept: the plans are saved."""
+    if distributed.rank() == 0:
+        shutil.rmtree(Path(config.mining.dir) / CACHE, ignore_errors=True)
+
+
+def teacher_embeddings(
+    config: Config, entry: DatasetConfig, dataset: PairDataset, teacher: Encode | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(queries, targets), each (N, D), of the recipe's teacher for one data set."""
+    if teacher is not None:
+        queries = teacher([dataset.query(i) for i in range(len(dataset))], f"{dataset.name} queries")
+        targets = teacher([dataset.target(i) for i in range(len(dataset))], f"{dataset.name} targets")
+        return queries, targets
+    if config.mining.teacher == "embedded":
+        kind, name = split_source(entry.source or config.data.source)
+        if kind != "embedded":
+            raise DataError(
+                f"mining.teacher 'embedded' needs embedded data, but {entry.subset} comes from {kind}:{name}"
+            )
+        queries, targets = embedded_teacher(name, entry.subset)
+    else:
+        folder = Path(config.mining.teacher)
+        queries, targets = (load_matrix(folder / f"{entry.subset}_{side}.npy") for side in ("queries", "targets"))
+    if entry.max_rows is not None:
+        queries, targets = queries[: entry.max_rows], targets[: entry.max_rows]
+    for side, array in (("queries", queries), ("targets", targets)):
+        if len(array) != len(dataset):
+            raise DataError(f"teacher {side} of {entry.subset} have {len(array)} rows, the data set {len(dataset)}")
+    return queries, targets
+
+
+def load_matrix(file: Path) -> np.ndarray:
+    """A (N, D) array of floats, memory-mapped. Raises `DataError` naming the file and what is wrong with it."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{file} does not exist; write the teacher's embeddings there as a (N, D) .npy file") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{file} is not a readable .npy file ({str(error).splitlines()[0]})") from None
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise DataError(f"{file} has shape {array.shape} and type {array.dtype}; expected floats of shape (N, D)")
+    return array

@@ -1,0 +1,143 @@
+"""Rows whose pictures cannot be read: named, and either the end of the run or replaced by other rows and counted.
+
+A collator meets such a row in a worker, in the middle of a batch. `GuardedCollator` then looks for the rows to blame.
+Under the policy "replace" each gives its place to another row of its data set, drawn by a hash of (seed, data set,
+row), so that the batch is the same in every run, for any number of ranks, and after every resume; should that row be in
+the batch already, the mask of duplicates sees to it. A row is replaced as well when one of its hard negatives cannot be
+read; one that was drawn for the batch is left out instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from b3.errors import DataError
+from b3.files import write_atomic
+
+if TYPE_CHECKING:
+    from b3.data.records import Item
+    from b3.train.collate import StepCollator, StepRow
+    from b3.train.inputs import StepInputs
+
+BAD_ROWS = "bad_rows.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A row that could not be read: where, why, and which row of the same data set took its place."""
+
+    data_set: str
+    row: int
+    replaced_by: int
+    problem: str
+
+
+@dataclass(frozen=True)
+class GuardedCollator:
+    """Calls the collator; where that fails, names or replaces the rows to blame.
+
+    Args:
+        collator: what builds the inputs.
+        replace: whether rows with unreadable pictures are replaced; else they raise.
+        seed: of the draw of the replacements.
+    """
+
+    collator: StepCollator
+    replace: bool = False
+    seed: int = 0
+
+    def __call__(self, rows: list[StepRow]) -> tuple[StepInputs, list[Replaced]]:
+        """Inputs of rows, and what was replaced. Raises `DataError` naming data set, row and file."""
+        try:
+            return self.collator(rows), []
+        except DataError as error:
+            original = error
+        replaced: list[Replaced] = []
+        good = list(rows)
+        for position, place in enumerate(rows):
+            problem = self._problem(place)
+            if problem is not None:
+                good[position] = self._other(place)
+                name = self.collator.datasets[place[0]].name
+                replaced.append(Replaced(name, place[1], good[position][1], problem))
+        if not replaced:
+            raise original
+        return self.collator(good), replaced
+
+    def _items(self, place: StepRow) -> Iterable[Item]:
+        dataset = self.collator.datasets[place[0]]
+        yield dataset.query(place[1])
+        yield dataset.target(place[1])
+        for negative in self.collator.negatives_of(place):
+            if negative >= 0:
+                yield dataset.target(negative)
+
+    def _problem(self, place: StepRow) -> str | None:
+        """Why a row cannot be used, or None. Raises `DataError` if that is not to be replaced."""
+        for item in self._items(place):
+            try:
+                self.collator.processor(item)
+            except DataError as error:
+                if not self.replace or item.image is None:
+                    raise DataError(f"{self.collator.datasets[place[0]].name} row {place[1]}: {error}") from None
+                return str(error)
+        return None
+
+    def _other(self, place: StepRow) -> StepRow:
+        """A readable row in place of this one, whatever else is in the batch: a rank knows only its share of it."""
+        dataset, row = place[:2]
+        drawn = [[n if n >= 0 and self._readable(dataset, n) else -1 for n in given] for given in place[2:]]
+        count = len(self.collator.datasets[dataset])
+        for attempt in range(4 * count):
+            digest = hashlib.sha256(f"{self.seed}/{dataset}/{row}/{attempt}".encode()).digest()
+            other: StepRow = (dataset, int.from_bytes(digest[:8], "big") % count, *drawn)  # type: ignore[assignment]
+            if self._problem(other) is None:
+                return other
+        name = self.collator.datasets[dataset].name
+        raise DataError(f"{name} row {row} cannot be read, and no other row of {name} can take its place")
+
+    def _readable(self, dataset: int, row: int) -> bool:
+        try:
+            self.collator.processor(self.collator.datasets[dataset].target(row))
+        except DataError:
+            return False
+        return True
+
+
+class BadRows:
+    """The list of replaced rows in the run folder; on every rank, written by the first."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.file = run / BAD_ROWS
+        self.lines = [line for line in _read(self.file) if line["step"] <= step]
+
+    def rewind(self) -> None:
+        """Drop the lines after the step, which run again."""
+        if self.file.exists():
+            write_atomic(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def add(self, step: int, replaced: list[dict[str, Any]], write: bool) -> None:
+        new = [{"step": step, **entry} for entry in replaced]
+        self.lines += new
+        if write:
+            with self.file.open("a") as file:
+                file.write("".join(json.dumps(line) + "\n" for line in new))
+
+    def __len__(self) -> int:
+        """Distinct rows."""
+        return len({(line["data_set"], line["row"]) for line in self.lines})
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue  # torn by a kill; its step runs again
+    return lines

@@ -1,0 +1,147 @@
+"""The miniature of a recipe: its settings on a tiny model and the embedded data, three steps on any machine.
+
+What makes a recipe heavy is replaced: the backbone, the data sets (by embedded ones of the same families), the teacher,
+and the sizes. Everything else stays, so that a recipe that starts this way has no mistake left in it but paths and
+memory. Nothing is fetched from the network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from b3 import distributed
+from b3.config import Config
+from b3.data.sources import embedded_families, split_source
+from b3.errors import RunError
+from b3.files import write_atomic
+from b3.train.claim import DEBUG
+
+DATA = "emoji"
+ROWS, STEPS, SIZE, SHRINK = 160, 3, 16, 8  # rank windows are cut to an eighth
+
+
+def debug_config(config: Config, ranks: int = 1) -> Config:
+    """The recipe with what is heavy replaced; a pure function of both arguments."""
+    tree: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    folder = f"{config.output_dir.rstrip('/')}-debug"
+    tree |= {"name": f"{config.name}, debug", "output_dir": folder, "resume": "auto"}
+    tree["model"] |= {
+        "name": f"{folder}/model",
+        "init_adapter": None,
+        "dtype": "float32",
+        "attention": "auto",
+        "min_pixels": 3136,
+        "max_pixels": 12544,
+        "shard": config.model.shard and ranks > 1,
+    }
+    stand_ins = _stand_ins(config)
+    tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": stand_ins}
+    tree["mining"] |= {"dir": f"{folder}/mining", "teacher": "embedded", "teacher_adapter": None}
+    tree["mining"] |= _small_windows(config.mining.model_dump(include={"p", "m", "k"}), config.negatives.per_query)
+    for name, variant in config.mining.variants.items():
+        tree["mining"]["variants"][name] |= _small_windows(variant.replaced, 0)
+    step = math.lcm(ranks, *(_small_k(config.mining_of(name).k) for name in ("base", *config.mining.variants)))
+    size = 2 * SIZE if config.batch.random_share else min(config.batch.size, SIZE)
+    tree["batch"] |= {"size": step * math.ceil(size / step)}
+    plans = config.batch_plans
+    if config.batch.schedule:  # a step or more for each plan
+        tree["batch"]["schedule"] = [{"until": (i + 1) / len(plans), "plans": {p: 1.0}} for i, p in enumerate(plans)]
+    tree["train"] |= {
+        "steps": max(STEPS, len(plans)),
+        "warmup_steps": min(config.train.warmup_steps, 1),
+        "save_every": 2,
+        "log_every": 1,
+        "workers": 0,
+        "bf16": False,
+        "chunk_tokens": 256,
+        "trackers": [],
+    }
+    if config.eval is not None:
+        tree["eval"] |= {"source": f"embedded:{DATA}", "split": "test", "subsets": ["emoji_i2t"], "image_dir": None}
+        if config.eval.every is not None:
+            tree["eval"] |= {"every": 2, "max_rows": 8}
+    return Config.model_validate(tree)
+
+
+def _small_k(k: int) -> int:
+    """A community size that keeps the order of the real ones: 2, 4 or 8."""
+    return 2 if k < 16 else 4 if k < 128 else 8
+
+
+def _small_windows(mining: dict[str, Any], h: int) -> dict[str, Any]:
+    """The keys p, m and k, as far as they are given, for so few rows; wide enough for `h` hard negatives."""
+    small: dict[str, Any] = {}
+    if "p" in mining:
+        p = mining["p"]
+        small["p"] = {f: math.ceil(n / SHRINK) for f, n in p.items()} if isinstance(p, dict) else math.ceil(p / SHRINK)
+    if "m" in mining:
+        small["m"] = max(math.ceil(mining["m"] / SHRINK), 2 * h, 5)
+    if "k" in mining:
+        small["k"] = _small_k(mining["k"])
+    return small
+
+
+def _stand_ins(config: Config) -> list[dict[str, Any]]:
+    """Embedded data sets of the recipe's families; as many of a family as the recipe has, and as there are."""
+    left: dict[str, list[str]] = {}
+    for subset, family in embedded_families(DATA).items():
+        left.setdefault(family, []).append(subset)
+    if config.batch.policy == "b3_merged":  # merges classification sets, and one is no merger
+        left["classification"].append(left["retrieval"].pop())
+    chosen: list[dict[str, Any]] = []
+    for entry in config.data.datasets:
+        if left[entry.family]:
+            kept = entry.model_dump(mode="json", exclude_unset=True)
+            kept |= {"subset": left[entry.family].pop(0), "max_rows": ROWS}
+            for key in ("source", "split", "image_dir", "p", "m"):
+                kept.pop(key, None)
+            chosen.append(kept)
+    return chosen
+
+
+def prepare(config: Config) -> Config:
+    """Make the folder, the tiny model and the plans of a debug run, anew each time; returns its recipe.
+
+    Raises:
+        RunError: the folder is there and was not made by a debug run.
+    """
+    from b3.mining.recipe import mine_recipe
+
+    small = debug_config(config, distributed.launched_ranks())
+    distributed.start(config.train.timeout_minutes)
+    problem = None
+    if distributed.rank() == 0:
+        try:
+            _make(small)
+        except RunError as error:
+            problem = str(error)
+    problem = distributed.gather_objects(problem)[0]
+    if problem is not None:
+        raise RunError(problem)
+    if small.needs_plan:
+        mine_recipe(small)  # ranks share the ranking
+        distributed.barrier()
+    return small
+
+
+def _make(config: Config) -> None:
+    from b3.data.recipe import load_datasets
+    from b3.model.tiny import make_tiny_model
+    from b3.progress import no_bars
+
+    run = Path(config.output_dir)
+    if run.exists():
+        if not (run / DEBUG).is_file() and (not run.is_dir() or any(run.iterdir())):
+            raise RunError(f"{run} is there and not of a debug run; choose another output_dir or delete it")
+        shutil.rmtree(run)
+    facts = {"stands for": config.name.removesuffix(", debug"), "data": f"{split_source(config.data.source)[1]}"}
+    write_atomic(run / DEBUG, json.dumps(facts) + "\n")
+    texts = [
+        item.text.replace("<|image_1|>", "") for dataset in load_datasets(config) for pair in dataset for item in pair
+    ]
+    with no_bars():
+        make_tiny_model(config.model.name, texts, hidden=32, layers=2, vision_layers=1, vocab_size=512)

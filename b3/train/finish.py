@@ -1,0 +1,43 @@
+"""What a finished run leaves: the adapter, merged weights if asked, the model card, the report, the result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from b3.config import Config
+from b3.files import write_atomic
+from b3.train.checkpoint import RESULT, read_metrics
+
+if TYPE_CHECKING:
+    from b3.data.records import PairDataset
+    from b3.train.run import Plans
+
+
+def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: Plans, seconds: float) -> None:
+    """Write everything; last the file that says the run is complete. On the first rank only."""
+    from b3.train.card import model_card
+    from b3.train.report_page import write_report
+    from b3.train.trainer import save_adapter
+
+    folder = Path(config.output_dir)
+    save_adapter(trainer.embedder, folder)
+    if config.train.save_merged:
+        from b3.train.merge import save_merged
+
+        save_merged(config, folder, trainer.embedder.dtype)
+    metrics, evaluations = read_metrics(folder), read_metrics(folder, "evaluation")
+    last = evaluations[-1] if evaluations else None
+    write_atomic(folder / "README.md", model_card(config, datasets, plans, metrics, last, trainer.bad_rows.lines))
+    result = {
+        "steps": config.train.steps,
+        "seconds": round(seconds, 2),
+        "last": metrics[-1] if metrics else None,
+        "evaluation": last,
+        "replaced_rows": len(trainer.bad_rows),
+    }
+    write_report(folder, config, datasets, plans, result)
+    shutil.rmtree(folder / ".saving", ignore_errors=True)
+    write_atomic(folder / RESULT, json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,51 @@
+"""A trained adapter folded into its backbone and written as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from b3.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+MERGED = "merged"
+# Files of the backbone that say how it is used; copied as they are.
+COMPANIONS = ("chat_template.json", "chat_template.jinja", "generation_config.json")
+
+
+def save_merged(config: Config, folder: Path, dtype: torch.dtype) -> Path:
+    """Write `folder`/merged: weights in `dtype`, tokenizer and image budget, in the layout of the hub.
+
+    The sum is formed in float32 and rounded once, as when an adapter is merged on loading, so the vectors are those of
+    `Embedder.from_pretrained(base, adapter=folder)`. Runs on the CPU, beside the trained model.
+    """
+    from b3.model.backbones import fetch
+    from b3.model.embedder import Embedder
+    from b3.progress import no_bars
+
+    target, staged = folder / MERGED, folder / f".{MERGED}.tmp"
+    shutil.rmtree(staged, ignore_errors=True)
+    model = Embedder.from_pretrained(
+        config.model.name,
+        adapter=folder,
+        dtype=str(dtype).removeprefix("torch."),
+        device="cpu",
+        attention="sdpa",
+        min_pixels=config.model.min_pixels,
+        max_pixels=config.model.max_pixels,
+    )
+    backbone: Any = model.backbone
+    backbone.config._attn_implementation = None  # how it was run here is no fact about the weights
+    with no_bars():
+        backbone.save_pretrained(str(staged))
+    model.processor.save_pretrained(staged)
+    base = fetch(config.model.name)
+    for name in COMPANIONS:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, staged / name)
+    shutil.rmtree(target, ignore_errors=True)
+    staged.rename(target)
+    return target

@@ -1,0 +1,91 @@
+"""What a line of metrics.jsonl says: means over the steps since the last line, and how fast they went."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from b3 import distributed
+from b3.train.flops import ModelFlops, peak_flops
+from b3.train.gradcache import StepResult
+
+if TYPE_CHECKING:
+    from b3.model.embedder import Embedder
+    from b3.train.inputs import StepInputs
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that the device had allocated, or on a CPU the most that the process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+class Window:
+    """Sums between two lines of the log.
+
+    The results of the steps travel with a checkpoint, so that a resumed run writes the lines of an uninterrupted one.
+    """
+
+    def __init__(self, embedder: Embedder, low_precision: bool) -> None:
+        self.embedder = embedder
+        self.flops_of = ModelFlops.of(embedder)
+        cuda = embedder.device.type == "cuda"
+        self.peak = peak_flops(torch.cuda.get_device_name(embedder.device)) if cuda and low_precision else None
+        self.results: list[StepResult] = []
+        self.clear()
+
+    def clear(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = self.flops = 0.0
+        self.tokens = self.timed = 0
+        self.results = []
+
+    def add(self, result: StepResult, inputs: StepInputs) -> None:
+        self.results.append(result)
+        self.timed += 1
+        self.tokens += inputs.num_tokens
+        self.flops += self.flops_of.step(inputs)
+
+    def state(self) -> list[dict[str, Any]]:
+        return [asdict(result) for result in self.results]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        self.results = [StepResult(**result) for result in state]
+
+    def summary(self, batch_size: int) -> dict[str, float | None]:
+        """Means, and speeds over all ranks: a collective call."""
+        seconds, count = time.perf_counter() - self.started, len(self.results)
+        memory = peak_memory(self.embedder.device)
+        ranks = distributed.numbers_of_ranks([self.tokens, self.flops, self.waited, memory])
+        tokens, flops = (sum(part[i] for part in ranks) for i in (0, 1))
+        waited, most = (max(part[i] for part in ranks) for i in (2, 3))
+        return {
+            "loss": sum(r.loss for r in self.results) / count,
+            "in_batch_precision": sum(r.precision for r in self.results) / count,
+            "positive_similarity": sum(r.positive for r in self.results) / count,
+            "hardest_negative_similarity": sum(r.hardest_negative for r in self.results) / count,
+            "pairs_per_second": batch_size * self.timed / seconds,
+            "tokens_per_second": tokens / seconds,
+            "waiting_for_data": waited / seconds,
+            "peak_memory_bytes": int(most),
+            "tflops_per_rank": flops / len(ranks) / seconds / 1e12,
+            "mfu": None if self.peak is None else flops / len(ranks) / seconds / self.peak,
+        }
+
+
+# Of these the two runs that must be equal may differ.
+TIMES = frozenset(
+    "pairs_per_second tokens_per_second waiting_for_data peak_memory_bytes tflops_per_rank mfu seconds".split()
+)
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of the log without what depends on the machine."""
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]

@@ -1,0 +1,51 @@
+"""Frozen weights spread over the ranks (FSDP2), for backbones that do not fit on one GPU beside their activations.
+
+Only the frozen weights of the decoder layers are sharded; each layer is put together while it runs. The adapter stays
+whole on every rank, so the cached step, its one gradient reduction, the optimiser and the checkpoints are those of an
+unsharded run, and so are the results. What sharding asks for is that all ranks run the layers equally often: ranks with
+fewer chunks than others run an empty one (`equal_chunks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from b3 import distributed
+from b3.errors import RunError
+from b3.model.embedder import Embedder
+from b3.train.inputs import StepInputs
+
+
+def shard_frozen(embedder: Embedder) -> None:
+    """Shard in place. Raises `RunError` for a single rank, or if no decoder layer is trained."""
+    from torch.distributed.fsdp import fully_shard
+
+    if distributed.world_size() == 1:
+        raise RunError("model.shard has no effect on a single rank; leave it out or start more ranks with torchrun")
+    language: Any = embedder.core.language_model
+    if not any(p.requires_grad for layer in language.layers for p in layer.parameters()):
+        raise RunError("model.shard needs an adapter in the decoder layers; see adapter.target_modules")
+    for layer in language.layers:
+        fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad})
+    inside = {p for layer in language.layers for p in layer.parameters()}
+    whole = {p for p in language.parameters() if p.requires_grad or p not in inside}
+    fully_shard(language, ignored_params=whole)  # lets the layers fetch ahead of each other
+    # Trainer wraps the model although the step never calls the wrapper; it must not touch the shards
+    wrapped: Any = embedder
+    wrapped._ddp_params_and_buffers_to_ignore = [n for n, p in embedder.named_parameters() if not p.requires_grad]
+
+
+def equal_chunks(inputs: StepInputs, count: int) -> StepInputs:
+    """The inputs with empty chunks up to `count`: one token each, an item that no row refers to, gradient zero."""
+    missing, items = max(0, count - inputs.num_chunks), inputs.num_items
+    return replace(
+        inputs,
+        input_ids=torch.cat([inputs.input_ids, torch.zeros(missing, dtype=torch.int64)]),
+        lengths=[*inputs.lengths, *[1] * missing],
+        picture_of=[*inputs.picture_of, *[-1] * missing],
+        groups=[*inputs.groups, *(np.array([items + k]) for k in range(missing))],
+    )

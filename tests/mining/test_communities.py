@@ -1,0 +1,174 @@
+"""Partitioners, penalty, pieces, balanced k-means; continuing after a finished stage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mining import reference
+
+from b3.errors import InputError
+from b3.mining import mine
+from b3.mining.graph import build_graph
+from b3.mining.kmeans import balanced_kmeans, pair_vectors
+from b3.mining.rank import rank_targets
+from b3.mining.stages import Stages
+from b3.mining.vectors import distinct_targets, unit_rows
+
+OPTIONS: dict[str, Any] = {"p": 4, "m": 20, "community_size": 8, "hard_negatives": 0}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(0, 2**31), st.booleans())
+def test_clusters_have_sizes_as_equal_as_units_allow(unit: int, clusters: int, seed: int, equal: bool) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.permutation(200)[: unit * clusters * (1 if equal else int(rng.integers(1, 3)))]
+    vectors = unit_rows(rng.normal(size=(200, 6)), "rows")
+    labels = balanced_kmeans(vectors, rows, clusters, unit, seed)
+    sizes = np.bincount(labels, minlength=clusters)
+    assert len(sizes) == clusters and (sizes % unit == 0).all()
+    assert (sizes == unit).all() if len(rows) == unit * clusters else sizes.max() - sizes.min() <= 2 * unit
+    assert np.array_equal(labels, balanced_kmeans(vectors, rows, clusters, unit, seed))
+
+
+def test_bisection_finds_separate_clusters() -> None:
+    rng = np.random.default_rng(1)
+    centres = 5 * rng.normal(size=(8, 16))
+    truth = rng.permutation(np.repeat(np.arange(8), 20))
+    vectors = unit_rows(centres[truth] + 0.1 * rng.normal(size=(160, 16)), "rows")
+    labels = balanced_kmeans(vectors, np.arange(160), 8, 20, 0)
+    assert len(set(zip(truth.tolist(), labels.tolist(), strict=True))) == 8
+
+
+def test_a_bisection_is_a_fixed_point_of_balanced_k_means() -> None:
+    """For the halves' own means, no exchange of two rows raises the similarity of rows to their centroid."""
+    rng = np.random.default_rng(2)
+    vectors = unit_rows(rng.normal(size=(60, 4)) + rng.normal(size=4), "rows").astype(np.float64)
+    labels = balanced_kmeans(vectors.astype(np.float32), np.arange(60), 2, 30, 0)
+    means = [vectors[labels == k].mean(axis=0) for k in range(2)]
+    lean = vectors @ (means[0] - means[1])
+    assert lean[labels == 0].min() >= lean[labels == 1].max() or lean[labels == 1].min() >= lean[labels == 0].max()
+
+
+def test_pair_vectors_point_between_query_and_target() -> None:
+    queries, targets = reference.clustered(50)
+    units, distinct = unit_rows(queries, "queries"), distinct_targets(unit_rows(targets, "targets"))
+    found = pair_vectors(units, distinct)
+    total = units.astype(np.float64) + distinct.vectors[distinct.of_row]
+    np.testing.assert_allclose(found, total / np.linalg.norm(total, axis=1, keepdims=True), atol=2e-8)
+
+
+@pytest.mark.parametrize("labels", [None, 60])
+def test_a_penalty_trades_hits_for_fewer_rows_above_the_window(labels: int | None) -> None:
+    queries, targets = reference.clustered(600, labels=labels)
+    reports = [mine(queries, targets, **OPTIONS, penalty=penalty).report for penalty in (0, 1, 8)]
+    skipped = [r["skipped_ranks_per_query"] for r in reports]
+    hits = [r["mined_negatives_per_query"] for r in reports]
+    assert skipped[0] > 1.3 * skipped[1] and skipped[1] >= skipped[2], skipped
+    assert hits[0] >= hits[1] >= hits[2] > 1.5 * reports[0]["random_mined_negatives_per_query"]
+
+
+def test_penalised_pairs_are_those_above_the_window() -> None:
+    queries, targets = reference.clustered(90)
+    distinct = distinct_targets(unit_rows(targets, "targets"))
+    ranks = rank_targets(unit_rows(queries, "queries"), distinct, 3, 12, 3)
+    graph = build_graph(ranks, distinct, "union", True, 10_000, 0, penalty=5)
+    number, orders = reference.distinct_of(targets), reference.ranking(queries, targets)
+    wanted = reference.weights(orders, number, 3, 12, "union", True)
+    for i, order in enumerate(orders):
+        for j in order[:3]:
+            if i != j:
+                wanted[i, j] = wanted[j, i] = -5
+    assert np.array_equal(reference.dense(graph), wanted)
+    part = np.arange(1, 90, 2)
+    inside = build_graph(ranks, distinct, "union", True, 10_000, 0, penalty=5, members=part)
+    assert np.array_equal(reference.dense(inside), wanted[np.ix_(part, part)])
+    assert (inside.positive().weights > 0).all()
+    assert np.array_equal(reference.dense(inside.positive()), np.maximum(wanted[np.ix_(part, part)], 0))
+
+
+def test_annealing_equals_metis_and_beats_what_a_few_greedy_passes_find() -> None:
+    queries, targets = reference.clustered(1500)
+    found = {
+        name: mine(queries, targets, **OPTIONS, **options).report["mined_negatives_per_query"]
+        for name, options in {
+            "anneal": {},
+            "metis": {"partitioner": "metis"},
+            "greedy": {"partitioner": "metis", "refine_passes": 4},
+            "kmeans": {"partitioner": "kmeans"},
+            "random": {"partitioner": "random"},
+        }.items()
+    }
+    assert found["anneal"] > 0.98 * found["metis"] > found["greedy"]
+    assert found["anneal"] > found["kmeans"] > found["random"]
+
+
+@pytest.mark.parametrize("partitioner", ["anneal", "metis"])
+def test_pieces_keep_sizes_exact_and_cost_some_quality(partitioner: str) -> None:
+    queries, targets = reference.clustered(1003)
+    whole = mine(queries, targets, **OPTIONS, partitioner=partitioner)
+    plan = mine(queries, targets, **OPTIONS, partitioner=partitioner, piece_rows=300)
+    assert plan.report["pieces"] == 4 and plan.communities.shape == (125, 8) and len(plan.remainder) == 3
+    assert np.array_equal(np.sort(np.concatenate([plan.communities.ravel(), plan.remainder])), np.arange(1003))
+    kept = plan.report["mined_negatives_per_query"] / whole.report["mined_negatives_per_query"]
+    assert 0.5 < kept <= 1.02
+    assert "pieces" not in mine(queries, targets, **OPTIONS, partitioner=partitioner, piece_rows=1003).report
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"penalty": -1}, "penalty is -1; give an integer of at least 0"),
+        ({"penalty": 100}, "penalty is 100; give at most 60"),
+        ({"penalty": 1, "veto": False}, "penalty 1 needs union edges with the veto"),
+        ({"penalty": 1, "edges": "mutual"}, "penalty 1 needs union edges"),
+        ({"penalty": 1, "partitioner": "kmeans"}, "penalty 1 has no effect with partitioner kmeans"),
+        ({"piece_rows": 9}, "piece_rows is 9; give an integer of at least 16"),
+        ({"piece_rows": 64, "partitioner": "random"}, "piece_rows has no effect with partitioner random"),
+        ({"max_relative": 0}, "max_relative is 0; give a positive share"),
+        ({"search": "hnsw"}, "search is 'hnsw'; choose from exact, ivf"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    queries, targets = reference.clustered(100)
+    with pytest.raises(InputError, match=message):
+        mine(queries, targets, **OPTIONS, **options)
+
+
+def test_a_finished_ranking_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, targets = reference.clustered(200)
+    stages = Stages(tmp_path / "stages")
+    whole = mine(queries, targets, **OPTIONS, stages=stages)
+    calls: list[int] = []
+    module = sys.modules["b3.mining.mine"]  # the package exports a function of that name
+    monkeypatch.setattr(module, "rank_targets", lambda *a, **k: calls.append(1) or rank_targets(*a, **k))
+    cuts: list[int] = []
+    find = module.find_communities
+    monkeypatch.setattr(module, "find_communities", lambda *a: cuts.append(1) or find(*a))
+    again = mine(queries, targets, **OPTIONS, stages=stages)
+    assert not calls and not cuts and np.array_equal(again.communities, whole.communities)
+    reports = [{k: v for k, v in p.report.items() if k not in ("seconds", "peak_memory_bytes")} for p in (whole, again)]
+    assert reports[0] == reports[1]
+    mine(queries, targets, **OPTIONS, refine_passes=5, stages=stages)
+    assert not calls and len(cuts) == 1, "other communities of the same ranks"
+    for changed in ({"p": 5}, {"m": 21}, {"max_similarity": 0.5}):
+        mine(queries, targets, **OPTIONS | changed, stages=stages)
+    mine(queries * 2 + 1, targets, **OPTIONS, stages=stages)
+    assert len(calls) == 4
+    file = tmp_path / "stages" / "ranks.npz"
+    file.write_bytes(file.read_bytes()[:-200])  # torn
+    mine(queries * 2 + 1, targets, **OPTIONS, stages=stages)
+    assert len(calls) == 5
+
+
+def test_an_approximate_search_reports_its_recall() -> None:
+    pytest.importorskip("faiss")
+    queries, targets = reference.clustered(2500)
+    report = mine(queries, targets, **OPTIONS, search="ivf").report
+    assert 0.7 < report["search_recall"] <= 1 and report["search"] == "ivf"
+    assert "search_recall" not in mine(queries, targets, **OPTIONS).report

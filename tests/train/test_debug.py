@@ -1,0 +1,60 @@
+"""Every recipe that is delivered runs in its debug form: no mistake is left in it but paths and memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from forks import Job
+
+from b3.config import load_config
+from b3.train.debug import debug_config
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "accelerate" not in p.parts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.relative_to(ROOT / "configs").with_suffix("").as_posix())
+def test_every_recipe_runs_in_its_debug_form(recipe: Path, tmp_path: Path) -> None:
+    """On a CPU and without network (HF_HUB_OFFLINE is set for all tests, and no recipe's data is here)."""
+    job = Job(tmp_path / "logs", str(recipe), f"output_dir={tmp_path / 'run'}", "--debug")
+    assert job.wait() == [0], job.text()
+    folder = tmp_path / "run-debug"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert (folder / "result.json").exists() and (folder / "report.html").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_ranks_and_again(tmp_path: Path) -> None:
+    """A debug run starts anew each time, whatever the last one left."""
+    recipe = str(ROOT / "configs" / "b3pp_qwen2vl_2b.yaml")
+    for ranks in (2, 1):
+        job = Job(tmp_path / "logs", recipe, f"output_dir={tmp_path / 'run'}", "--debug", ranks=ranks)
+        assert job.wait() == [0] * ranks, job.text()
+        assert json.loads((tmp_path / "run-debug" / "environment.json").read_text())["world_size"] == ranks
+
+
+def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run-debug").mkdir()
+    (tmp_path / "run-debug" / "mine.txt").write_text("mine")
+    job = Job(tmp_path / "logs", str(ROOT / "configs" / "demo.yaml"), f"output_dir={tmp_path / 'run'}", "--debug")
+    assert job.wait() == [2]
+    assert "not of a debug run" in job.text()
+    assert (tmp_path / "run-debug" / "mine.txt").read_text() == "mine"
+
+
+def test_what_a_recipe_is_about_stays() -> None:
+    config = load_config(ROOT / "configs" / "b3pp_qwen2vl_2b.yaml")
+    small = debug_config(config, ranks=3)
+    assert small.batch.size % small.mining.k == 0 and small.batch.size % 3 == 0
+    assert {d.family for d in small.data.datasets} == {d.family for d in config.data.datasets}
+    for kept in ("adapter", "negatives"):
+        assert getattr(small, kept) == getattr(config, kept)
+    for key in ("edges", "veto", "partitioner", "refine_passes"):
+        assert getattr(small.mining, key) == getattr(config.mining, key)
+    for key in ("lr", "schedule", "temperature", "mask", "max_grad_norm"):
+        assert getattr(small.train, key) == getattr(config.train, key)
+    assert small.batch.policy == config.batch.policy

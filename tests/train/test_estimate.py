@@ -1,0 +1,115 @@
+"""What is said about cost, against counting: tokens of real batches, operations as torch counts them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from b3.config import Config, load_config
+from b3.data.recipe import load_datasets
+from b3.train.estimate import estimate
+from b3.train.flops import ModelFlops, peak_flops
+from b3.train.run import _build_trainer
+from b3.train.signals import StopRequest
+from b3.train.vision_cache import VisionCache
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("estimate")
+    tiny.write_data(folder / "data")
+    tiny.write_model(folder / "model")
+    tiny.write_recipe(folder)
+    return folder
+
+
+def build(root: Path, *overrides: str) -> tuple[Config, object]:
+    config = load_config(root / "recipe.yaml", [f"output_dir={root / 'run'}", *overrides])
+    return config, _build_trainer(config, load_datasets(config), {}, None, StopRequest())
+
+
+def step_inputs(trainer: object, step: int) -> object:
+    places = [divmod(row, 96) for row in trainer.sampler.batch(step).tolist()]
+    return trainer.collator(places)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["equal items once", "every item"])
+def test_the_estimate_of_tokens_and_chunks_is_that_of_real_batches(root: Path, dropout: float) -> None:
+    """Where equal items are encoded once, fewer tokens than estimated are met, never more."""
+    config, trainer = build(root, f"adapter.dropout={dropout}", "batch.size=24")
+    told = estimate(config, load_datasets(config), trainer.sampler, trainer.embedder)
+    steps = [step_inputs(trainer, step) for step in range(trainer.sampler.batches_per_epoch)]
+    mean = sum(s.num_tokens for s in steps) / len(steps)
+    chunks = sum(s.num_chunks for s in steps) / len(steps)
+    if dropout:
+        assert told.tokens == pytest.approx(mean, rel=0.05)
+        assert told.chunks == pytest.approx(chunks, abs=1.5)
+    else:
+        assert 0.5 * told.tokens < mean < 1.05 * told.tokens
+    assert told.weights == sum(p.numel() * p.element_size() for p in trainer.embedder.parameters())
+    assert told.longest >= max(max(s.lengths) for s in steps) - 2
+
+
+TARGETS = {
+    "language adapter": "[q_proj, k_proj, v_proj, o_proj, down_proj]",
+    "vision adapter too": r"'.*\.(q_proj|down_proj|attn\.qkv|fc1|fc2)'",
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS.keys())
+def test_operations_of_a_step_are_those_that_torch_counts(root: Path, targets: str) -> None:
+    """Counted on forward and backward of every chunk once, a frozen tower on each picture once; deep enough that the
+    first layer, whose input needs no gradient, does not show."""
+    from b3.model.tiny import make_tiny_model
+
+    deep = make_tiny_model(root / "deep", ["a b c"], hidden=64, layers=12, vision_layers=8, vocab_size=400)
+    _, trainer = build(root, f"model.name={deep}", f"adapter.target_modules={targets}", "train.chunk_tokens=256")
+    assert any(step_inputs(trainer, step).pictures is not None for step in range(8))
+    ours = counted = 0.0
+    model = ModelFlops.of(trainer.embedder)
+    for step in range(8):
+        inputs = step_inputs(trainer, step)
+        ours += model.step(inputs)
+        cache = VisionCache(trainer.embedder, inputs.pictures, 2**30)
+        for chunk in map(inputs.chunk, range(inputs.num_chunks)):
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention as products
+                trainer.embedder(chunk.batch, features=cache.features(chunk)).sum().backward()
+            counted += counter.get_total_flops()
+    assert ours == pytest.approx(counted, rel=0.08)
+
+
+def test_peaks_are_found_by_the_name_of_the_device() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA L40S") == 362e12 and peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("Some Card") is None
+
+
+def test_memory_kept_by_a_chunk_is_about_what_is_estimated(root: Path) -> None:
+    """Bytes that autograd keeps, counted by hooks, weights left out."""
+    config, trainer = build(root, "adapter.use_dora=true", "adapter.dropout=0.1", "adapter.target_modules=null")
+    embedder = trainer.embedder.train()
+    weights = {p.untyped_storage().data_ptr() for p in embedder.parameters()}
+    inputs = step_inputs(trainer, 1)
+    chunk, cache = inputs.chunk(0), VisionCache(embedder, inputs.pictures, 0)
+    kept: dict[int, int] = {}
+    held = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        embedder(chunk.batch, features=cache.features(chunk))
+    told = estimate(config, load_datasets(config), trainer.sampler, embedder)
+    per_token = told.activations / max(min(config.train.chunk_tokens, told.tokens), told.longest)
+    assert per_token == pytest.approx(sum(kept.values()) / sum(chunk.batch.lengths), rel=0.3)
