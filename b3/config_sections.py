@@ -1,0 +1,202 @@
+"""The sections of a recipe but those of mining: keys, types, defaults, and what contradicts itself within one."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Family = Literal["retrieval", "classification", "vqa", "grounding"]
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are refused, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    name: str = Field(description="hub name or folder of the backbone (or of an adapter repository)")
+    init_adapter: str | None = Field(None, description="adapter to continue from; its shape must be that of `adapter`")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the frozen weights; auto: bfloat16 on GPU"
+    )
+    attention: Literal["auto", "flash_attention_2", "sdpa"] = Field("auto", description="attention kernel")
+    min_pixels: int = Field(3136, gt=0, description="smallest picture after resizing, pixels")
+    max_pixels: int = Field(1003520, gt=0, description="largest picture after resizing, pixels (28*28 a token)")
+    max_length: int | None = Field(None, gt=0, description="cut text-only items to this many tokens")
+    positions: Literal["1d", "mrope"] = Field("1d", description="rotary positions; 1d as all B3 and VLM2Vec models")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    shard: bool = Field(False, description="spread the decoder layers' frozen weights over the ranks (FSDP2)")
+    train: Literal["adapter", "full"] = Field("adapter", description="full: all weights, in float32, without adapter")
+    freeze: list[str] = Field([], description="regular expressions; parameters whose name one of them finds stay fixed")
+
+    @model_validator(mode="after")
+    def _full(self) -> ModelConfig:
+        if self.train == "full" and self.init_adapter is not None:
+            raise ValueError(
+                "model.init_adapter has no effect with model.train full; name an adapter repository instead"
+            )
+        if self.train == "full" and self.dtype == "bfloat16":
+            raise ValueError("model.dtype bfloat16 has no effect with model.train full; use float32 and train.bf16")
+        return self
+
+
+class AdapterConfig(Section):
+    r: int = Field(8, gt=0, description="rank")
+    alpha: int = Field(64, gt=0, description="scale is alpha / r")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the adapter's input")
+    use_dora: bool = Field(True, description="weight-decomposed (DoRA), as the released models")
+    init: Literal["gaussian", "kaiming"] = Field("gaussian", description="of the A matrices")
+    target_modules: str | list[str] | None = Field(
+        None,
+        description="regular expression or suffixes of linear layers; null: the paper's (language model q k v o down)",
+    )
+
+
+class DatasetConfig(Section):
+    subset: str = Field(description="name of the subset: hub configuration, folder or file stem")
+    family: Family = Field("retrieval", description="decides the rank window's default p")
+    source: str | None = Field(None, description="overrides data.source")
+    split: str | None = Field(None, description="overrides data.split")
+    image_dir: str | None = Field(None, description="overrides data.image_dir")
+    max_rows: int | None = Field(None, gt=1, description="use only the first rows")
+    p: int | None = Field(None, ge=0, description="overrides mining.p for this data set")
+    m: int | None = Field(None, gt=0, description="overrides mining.m for this data set")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="its rows are seen this many times as often as with 1; at most 1: no row twice in an epoch",
+    )
+
+
+class DataConfig(Section):
+    source: str = Field(description="embedded:NAME, hub:OWNER/NAME, parquet:PATH or jsonl:PATH")
+    split: str = Field("train", description="'original' or 'diverse_instruction' in MMEB-train")
+    image_dir: str | None = Field(None, description="folder (or .parquet) of the images; embedded data brings its own")
+    prefix_targets: bool = Field(True, description="put the paper's prefixes before text-only targets")
+    bad_images: Literal["fail", "replace"] = Field(
+        "fail", description="a row whose picture cannot be read ends the run, or gives its place to another row"
+    )
+    max_bad_images: int = Field(100, gt=0, description="rows that may be replaced in a run (with bad_images replace)")
+    datasets: list[DatasetConfig] = Field(min_length=1, description="the data sets to train on")
+
+    @model_validator(mode="after")
+    def _cap(self) -> DataConfig:
+        if self.bad_images == "fail" and self.max_bad_images != 100:
+            raise ValueError(f"data.max_bad_images {self.max_bad_images} has no effect without data.bad_images replace")
+        return self
+
+    @model_validator(mode="after")
+    def _unique(self) -> DataConfig:
+        names = [d.subset for d in self.datasets]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"subset(s) {', '.join(twice)} listed twice")
+        return self
+
+
+class PhaseConfig(Section):
+    until: float = Field(gt=0, le=1, description="share of train.steps after which the phase ends; the last has 1.0")
+    plans: dict[str, float] = Field(
+        min_length=1, description="share of the batches by plan: base or a name of mining.variants; they sum to 1"
+    )
+
+
+class BatchConfig(Section):
+    size: int = Field(gt=1, description="rows |B| of a batch, over all ranks")
+    policy: Literal["b3", "b3_merged", "b3_mixed", "random", "random_mixed"] = Field(
+        "b3",
+        description="b3: mined communities of one data set; b3_merged: all classification sets are one; b3_mixed:"
+        " communities of all; random: random rows of one data set (fair control); random_mixed: of all",
+    )
+    random_share: float = Field(
+        0.0, ge=0, lt=1, description="share of each batch drawn at random instead of in communities (b3 policies)"
+    )
+    remix: Literal["epoch", "frozen"] = Field(
+        "epoch", description="frozen: batches of the first epoch throughout, in a new order, as the authors' sampler"
+    )
+    schedule: list[PhaseConfig] = Field([], description="phases of training that mix plans; empty: base throughout")
+
+    @property
+    def mined(self) -> bool:
+        """Whether batches are made of mined communities."""
+        return self.policy.startswith("b3")
+
+
+class TrainConfig(Section):
+    steps: int = Field(gt=0, description="optimiser steps")
+    lr: float = Field(1e-4, gt=0, description="peak learning rate (AdamW)")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
+    temperature: float = Field(0.02, gt=0, description="of InfoNCE")
+    learn_temperature: bool = Field(False, description="train log(1 / temperature), as CLIP; needs temperature >= 0.01")
+    symmetric: bool = Field(False, description="mean of query to target and target to query, as CLIP")
+    mask: Literal["none", "duplicates"] = Field(
+        "duplicates",
+        description="duplicates: a target equal to the positive, or belonging to an equal query, is no negative",
+    )
+    mask_margin: float | None = Field(
+        None,
+        ge=0,
+        description="a target scored above the positive by more than this cosine is no negative; Qwen3-Embedding: 0.1",
+    )
+    mask_teacher_margin: float | None = Field(
+        None,
+        ge=0,
+        description="a target whose teacher score exceeds the positive's less this is no negative; GISTEmbed: 0",
+    )
+    hardness_weight: float = Field(0.0, ge=0, description="beta: a negative weighs exp(beta cosine); LLaVE: 9; 0: off")
+    chunk_tokens: int = Field(8192, gt=0, description="tokens of one forward pass; bounds memory at any batch size")
+    vision_cache_mib: int = Field(
+        4096, ge=0, description="picture features kept between the two passes if the vision tower is frozen; 0: none"
+    )
+    share_duplicates: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="encode equal items of a rank once; auto: if adapter.dropout is 0 (else they share a dropout mask)",
+    )
+    bf16: bool = Field(False, description="bfloat16 autocast")
+    workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead of the step")
+    log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
+    save_every: int = Field(500, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints that are kept")
+    save_merged: bool = Field(
+        False, description="also write OUTPUT/merged: the backbone with the adapter in its weights"
+    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="report to these beside metrics.jsonl (pip install 'b3[trackers]')"
+    )
+    timeout_minutes: float = Field(30.0, gt=0, description="a rank that waits longer for the others ends the run")
+
+    @model_validator(mode="after")
+    def _warmup(self) -> TrainConfig:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"train.warmup_steps {self.warmup_steps} exceeds train.steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _temperature(self) -> TrainConfig:
+        if self.learn_temperature and self.temperature < 0.01:
+            raise ValueError(
+                f"train.temperature {self.temperature} is below 0.01, the least that train.learn_temperature allows"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    source: str = Field(description="source line of the evaluation data, as data.source")
+    split: str = "test"
+    subsets: list[str] = Field(min_length=1, description="subsets to score")
+    image_dir: str | None = None
+    prefix_targets: bool = Field(True, description="as --tgt_prefix_mod")
+    every: int | None = Field(None, gt=0, description="steps between evaluations during training; null: none")
+    max_rows: int | None = Field(None, gt=0, description="score only the first rows of each subset during training")
+
+    @model_validator(mode="after")
+    def _rows(self) -> EvalConfig:
+        if self.max_rows is not None and self.every is None:
+            raise ValueError(f"eval.max_rows {self.max_rows} has no effect without eval.every")
+        return self
