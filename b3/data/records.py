@@ -71,6 +71,12 @@ class Item:
         return f"text {self.text[:60]!r}" + (f" with image {image}" if image else "")
 
 
+def item_id(item: Item) -> int:
+    """64-bit id, equal for equal items on every rank."""
+    digest = hashlib.sha256("\0".join(item.key).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
 def as_item(value: Item | dict[str, Any] | str) -> Item:
     """Accept an `Item`, a plain text, or ``{"text": ..., "image": ...}``."""
     if isinstance(value, Item):

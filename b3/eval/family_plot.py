@@ -7,7 +7,7 @@ from typing import Any
 
 from b3.errors import InputError
 from b3.eval.baselines import family_means, load_baselines
-from b3.eval.plots import COLOURS, _figure, _finish
+from b3.eval.plots import COLOURS, new_figure, save_figure
 from b3.eval.tasks import FAMILIES
 
 DEFAULT_BASELINES = (
@@ -61,7 +61,7 @@ def plot_families(
     if not groups:
         return False
     columns = {model: family_means(published[model]) for model in chosen} | {name: ours}
-    figure, axes = _figure(max(5.0, 2.0 + len(groups) * (0.5 + 0.22 * len(columns))), 3.8)
+    figure, axes = new_figure(max(5.0, 2.0 + len(groups) * (0.5 + 0.22 * len(columns))), 3.8)
     width = 0.84 / len(columns)
     for index, (label, means) in enumerate(columns.items()):
         last = index == len(columns) - 1
@@ -77,5 +77,5 @@ def plot_families(
     axes.set_ylabel("precision@1, percent")
     axes.set_ylim(0, 1.08 * max(100 * means[group] for means in columns.values() for group in groups))
     figure.legend(loc="outside lower center", frameon=False, ncols=3, fontsize=8)
-    _finish(figure, axes, path)
+    save_figure(figure, axes, path)
     return True

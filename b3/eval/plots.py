@@ -10,7 +10,7 @@ from b3.eval.tasks import FAMILIES, family_of
 COLOURS = {"untrained": "#9aa0a6", "random": "#4c78a8", "b3": "#e4572e"}
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -19,7 +19,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _finish(figure: Any, axes: Any, path: Path) -> None:
+def save_figure(figure: Any, axes: Any, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
@@ -37,7 +37,7 @@ def plot_losses(metrics: dict[str, list[dict[str, Any]]], path: Path, width: int
 
     Arms see different batches, so a higher loss of one means harder batches, not a worse model.
     """
-    figure, axes = _figure(7, 3.6)
+    figure, axes = new_figure(7, 3.6)
     for arm, lines in metrics.items():
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         colour = COLOURS.get(arm)
@@ -47,7 +47,7 @@ def plot_losses(metrics: dict[str, list[dict[str, Any]]], path: Path, width: int
     axes.set_ylabel("InfoNCE loss")
     axes.set_title("Training loss (harder batches have a higher loss)", fontsize=10)
     axes.legend(frameon=False)
-    _finish(figure, axes, path)
+    save_figure(figure, axes, path)
 
 
 def plot_precision(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -55,7 +55,7 @@ def plot_precision(results: dict[str, dict[str, Any]], path: Path) -> None:
     first = next(iter(results.values()))
     subsets = sorted(first["subsets"], key=lambda s: ((*FAMILIES, "Other").index(family_of(s)), s))
     labels = [*subsets, "mean"]
-    figure, axes = _figure(max(7.0, 0.9 * len(labels) + 1.5), 3.6)
+    figure, axes = new_figure(max(7.0, 0.9 * len(labels) + 1.5), 3.6)
     width = 0.8 / len(results)
     for index, (name, result) in enumerate(results.items()):
         values = [*(100 * result["subsets"][s] for s in subsets), 100 * result["mean"]]
@@ -65,4 +65,4 @@ def plot_precision(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize=8)
     axes.set_ylabel("precision@1, percent")
     axes.legend(frameon=False, ncols=len(results))
-    _finish(figure, axes, path)
+    save_figure(figure, axes, path)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 SUPPORTED = ("qwen2_vl",)
+HEADS = "b3_heads"  # see `b3.model.heads`
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "tokenizer*", "adapter_model.bin")
 
 
@@ -125,6 +126,10 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, attent
 
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
+    if kind == HEADS:
+        from b3.model.heads import Heads
+
+        return Heads.load(folder)
     if kind not in SUPPORTED:
         raise InputError(f"{folder}/config.json has model_type '{kind}'; supported: {', '.join(SUPPORTED)}")
     bar = logging.is_progress_bar_enabled()

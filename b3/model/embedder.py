@@ -27,7 +27,7 @@ from b3.errors import InputError
 from b3.model import adapter as adapters
 from b3.model import attention as attention_kernels
 from b3.model.attention import Packing
-from b3.model.backbones import choose_attention, choose_device, choose_dtype, fetch, load_backbone, read_json
+from b3.model.backbones import HEADS, choose_attention, choose_device, choose_dtype, fetch, load_backbone, read_json
 from b3.model.processing import MAX_PIXELS, MIN_PIXELS, Processed, Processor
 from b3.model.rotary import mrope_positions, round_frequencies
 
@@ -149,6 +149,12 @@ class Embedder(nn.Module):
         if adapter_folder is None and adapters.is_adapter(folder):
             base, adapter_folder = fetch(read_json(folder / adapters.CONFIG_FILE)["base_model_name_or_path"]), folder
         target = choose_device(device)
+        if read_json(base / "config.json").get("model_type") == HEADS:
+            from b3.model.heads import HeadsEmbedder
+
+            if adapter_folder is not None:
+                raise InputError(f"{base} holds heads over frozen vectors, which take no adapter ({adapter_folder})")
+            return HeadsEmbedder.load(base, target)
         torch_dtype = choose_dtype(dtype, target)
         backbone = load_backbone(base, torch_dtype, target, choose_attention(attention, target, torch_dtype))
         if adapter_folder is not None:
@@ -170,6 +176,11 @@ class Embedder(nn.Module):
         if hasattr(backbone, "get_base_model"):
             backbone = backbone.get_base_model()
         return backbone.model
+
+    @property
+    def vision(self) -> nn.Module | None:
+        """The vision tower, if there is one."""
+        return getattr(self.core, "visual", None)
 
     @property
     def device(self) -> torch.device:

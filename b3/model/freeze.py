@@ -18,12 +18,11 @@ def unfreeze_all(backbone: nn.Module) -> None:
     A language head of its own weights stays frozen: it is never run. Tied to the embedding, it is trained as that.
     """
     core: Any = backbone
-    embedding = core.model.language_model.embed_tokens.weight
     backbone.float()
     for parameter in backbone.parameters():
         parameter.requires_grad_(True)
     head = getattr(core, "lm_head", None)
-    if head is not None and head.weight is not embedding:
+    if head is not None and head.weight is not core.get_input_embeddings().weight:
         head.weight.requires_grad_(False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from b3.data.records import Item, PairDataset
+from b3.data.records import Item, PairDataset, item_id
 from b3.encode import token_batches, unique_items
 from b3.errors import DataError
 from b3.model.processing import Processor
@@ -33,12 +32,6 @@ class Rows(torch.utils.data.Dataset[StepRow]):
         dataset = int(np.searchsorted(self.offsets, number, side="right")) - 1
         own = int(number - self.offsets[dataset])
         return (dataset, own, negatives[0]) if negatives else (dataset, own)
-
-
-def item_id(item: Item) -> int:
-    """64-bit id, equal for equal items on every rank."""
-    digest = hashlib.sha256("\0".join(item.key).encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 @dataclass

@@ -78,12 +78,13 @@ class ModelFlops:
 
     @classmethod
     def of(cls, embedder: Embedder) -> ModelFlops:
-        language, vision = embedder.core.language_model, embedder.core.visual
-        text, picture = language.config, vision.config
-        return cls(
-            Tower(*_linear_weights(language), text.num_hidden_layers * text.hidden_size),
-            Tower(*_vision_weights(vision), picture.depth * picture.embed_dim),
-        )
+        language, vision = embedder.core.language_model, embedder.vision
+        text = language.config
+        tower = Tower(*_linear_weights(language), text.num_hidden_layers * text.hidden_size)
+        if vision is None:
+            return cls(tower, Tower(0, 0, 0))
+        picture: Any = vision.config
+        return cls(tower, Tower(*_vision_weights(vision), picture.depth * picture.embed_dim))
 
     def step(self, inputs: StepInputs) -> float:
         """Operations of one rank's share of a step, forward and backward."""

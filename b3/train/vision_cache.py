@@ -17,7 +17,8 @@ from b3.train.inputs import Chunk, Pictures
 
 def is_vision_frozen(embedder: Embedder) -> bool:
     """Whether no parameter of the vision tower is trained."""
-    return not any(parameter.requires_grad for parameter in embedder.core.visual.parameters())
+    tower = embedder.vision
+    return tower is None or not any(parameter.requires_grad for parameter in tower.parameters())
 
 
 class VisionCache:

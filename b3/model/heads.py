@@ -1,0 +1,202 @@
+"""Heads over frozen vectors: a student whose frozen part has already seen every item.
+
+Where an encoder stays frozen, each item passes it once, and what is left to train is a small network on its vectors.
+Such a student takes a thousand steps in seconds, runs through the same trainer, batches and loss as a whole model, and
+starts as good as its vectors: the blocks are residual and begin at zero. For trying recipes, and for adapting vectors
+of a model that cannot be trained (an API's).
+
+A folder of this kind holds config.json (``model_type: b3_heads``), model.safetensors, and keys.npy and vectors.npy or
+the path of the folder that has them. `write_heads` makes one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+from torch.nn.functional import normalize as l2_normalize
+
+from b3.data.records import Item, item_id
+from b3.errors import DataError, InputError
+from b3.files import write_atomic
+from b3.model.backbones import HEADS, read_json
+from b3.model.embedder import Batch, Embedder
+from b3.model.processing import Processed, Processor
+
+KEYS, VECTORS, CONFIG, WEIGHTS = "keys.npy", "vectors.npy", "config.json", "model.safetensors"
+
+
+class Block(nn.Module):
+    """x + W2 gelu(W1 LayerNorm(x)); W2 starts at zero, so that an untrained block changes nothing."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(gelu(self.up(self.norm(x))))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsConfig:
+    """Shape of the network and the folder of the vectors."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    vectors: str
+
+
+class Heads(nn.Module):
+    """Residual blocks, (N, D) to (N, D) float32."""
+
+    def __init__(self, config: HeadsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.Sequential(
+            *(Block(config.hidden_size, config.intermediate_size) for _ in range(config.num_hidden_layers))
+        )
+
+    @property
+    def language_model(self) -> Heads:
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.blocks(x)
+        return output
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write config.json and model.safetensors; the vectors stay where they are."""
+        from safetensors.torch import save_file
+
+        config = self.config
+        tree = {"model_type": HEADS, **{name: getattr(config, name) for name in HeadsConfig.__slots__}}
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, str(Path(folder) / WEIGHTS))
+        write_atomic(Path(folder) / CONFIG, json.dumps(tree, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Heads:
+        """Raises `InputError` naming what is missing or does not fit."""
+        from safetensors.torch import load_file
+
+        tree = read_json(folder / CONFIG)
+        try:
+            heads = cls(HeadsConfig(**{name: tree[name] for name in HeadsConfig.__slots__}))
+            heads.load_state_dict(load_file(str(folder / WEIGHTS)))
+        except (KeyError, OSError, RuntimeError) as error:
+            raise InputError(f"heads in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+        return heads
+
+
+@dataclass(frozen=True)
+class KeyedProcessor(Processor):
+    """An item becomes the number of its vector: one token.
+
+    Args:
+        keys: (N,) int64 of the known items, sorted (`b3.data.records.item_id`).
+    """
+
+    tokenizer: Any = None
+    image_token: str = ""
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+    @property
+    def image_token_id(self) -> int:  # type: ignore[override]
+        return -1
+
+    def measure(self, item: Item) -> tuple[bytes, int]:
+        return item_id(item).to_bytes(8, "big", signed=True), 1
+
+    def __call__(self, item: Item) -> Processed:
+        return Processed(self.token_ids(item, None))
+
+    def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
+        """(1,) int64. Raises `DataError` for an item that has no vector."""
+        key = item_id(item)
+        row = int(np.searchsorted(self.keys, key))
+        if row == len(self.keys) or self.keys[row] != key:
+            raise DataError(f"{item.describe()}: no vector of it in {KEYS}; write the folder again with all items")
+        return np.asarray([row], dtype=np.int64)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Nothing to write: the keys lie beside the vectors."""
+
+
+class HeadsEmbedder(Embedder):
+    """Heads with the vectors that they read.
+
+    Args:
+        vectors: (N, D) float32, in the order of the processor's keys.
+    """
+
+    def __init__(
+        self, heads: Heads, processor: KeyedProcessor, vectors: Tensor, source: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(heads, processor, source)
+        self.register_buffer("vectors", vectors, persistent=False)
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> HeadsEmbedder:
+        """Raises `InputError` naming what is missing or does not fit."""
+        heads = Heads.load(folder)
+        heads.requires_grad_(False)
+        place = folder / heads.config.vectors
+        try:
+            keys, vectors = (np.load(place / name, allow_pickle=False) for name in (KEYS, VECTORS))
+        except (OSError, ValueError) as error:
+            raise InputError(f"vectors of {folder} cannot be read from {place}: {error}") from None
+        if vectors.shape != (len(keys), heads.config.hidden_size):
+            raise InputError(
+                f"{place}/{VECTORS} has shape {vectors.shape}; {len(keys)} keys and hidden_size"
+                f" {heads.config.hidden_size} in {folder} need ({len(keys)}, {heads.config.hidden_size})"
+            )
+        model = cls(heads, KeyedProcessor(keys=keys), torch.from_numpy(vectors.astype(np.float32)))
+        model.source = {"base": str(folder), "adapter": None}
+        return model.to(device).eval()
+
+    @property
+    def core(self) -> Any:
+        return self.backbone
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def dim(self) -> int:
+        return int(self.core.config.hidden_size)
+
+    def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
+        pooled: Tensor = self.backbone(self.vectors[batch.input_ids])
+        return l2_normalize(pooled, dim=-1) if normalize else pooled
+
+
+def write_vectors(folder: Path, items: Sequence[Item], vectors: np.ndarray) -> None:
+    """Write keys.npy and vectors.npy, (N, D) float32 of distinct items."""
+    keys = np.asarray([item_id(item) for item in items], dtype=np.int64)
+    order = np.argsort(keys)
+    assert len(vectors) == len(keys) and (np.diff(keys[order]) > 0).all(), "items must be distinct"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / VECTORS, vectors[order].astype(np.float32))
+    np.save(folder / KEYS, keys[order])
+
+
+def write_heads(folder: Path, vectors: Path, hidden: int, blocks: int, seed: int = 0) -> None:
+    """Write untrained heads of `blocks` blocks of width `hidden` over the vectors in another folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dim = int(np.load(vectors / VECTORS, mmap_mode="r").shape[1])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        heads = Heads(HeadsConfig(dim, hidden, blocks, str(vectors.resolve())))
+    heads.save_pretrained(str(folder))

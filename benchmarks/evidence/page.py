@@ -1,0 +1,58 @@
+"""docs/evidence.md: the prose of page.md with tables and plots from the committed results in its places."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence import tables
+from benchmarks.evidence.grid import HERE
+from benchmarks.evidence.results import Results
+
+PICTURES = "pictures"
+_PLACE = re.compile(r"^\{\{(.+)\}\}$", re.MULTILINE)
+
+
+def write_page(results: Results, docs: Path) -> None:
+    """Fill the places of page.md: ``{{pivot question key=value ...}}``, ``{{listing ...}}``, ``{{plot FILE ...}}``.
+
+    Values are those of the functions in `benchmarks.evidence.tables`; a comma makes a list, ``a:b,c:d`` a table.
+    """
+    makers: dict[str, Callable[..., str]] = {
+        "pivot": lambda question, **given: tables.pivot(results, question, **given),
+        "listing": lambda question, **given: tables.listing(results, question, **given),
+        "plot": lambda question, **given: _plot(results, docs, question, **given),
+        "machine": lambda: results.machine,
+        "runs": lambda: str(len(results.runs)),
+    }
+
+    def fill(match: re.Match[str]) -> str:
+        kind, *words = shlex.split(match[1])
+        plain = [w for w in words if "=" not in w]
+        given = {key: _value(text) for key, _, text in (w.partition("=") for w in words if "=" in w)}
+        return makers[kind](*plain, **given)
+
+    (docs / "evidence.md").write_text(_PLACE.sub(fill, (HERE / "page.md").read_text()))
+
+
+def _plot(results: Results, docs: Path, question: str, **given: Any) -> str:
+    file = Path(PICTURES) / f"{given.pop('file')}.png"
+    title = given.get("title", "")
+    tables.plot_lines(results, question, path=docs / file, **given)
+    return f"![{title}]({file})"
+
+
+def _value(text: str) -> Any:
+    if ":" in text:
+        return {key: _value(value) for key, _, value in (part.partition(":") for part in text.split(","))}
+    if "," in text:
+        return [_value(part) for part in text.split(",") if part]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text, text)

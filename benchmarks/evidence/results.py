@@ -1,0 +1,135 @@
+"""What the runs gave, in two committed files, and the statistics of it.
+
+evidence.json: the runs by key and, for each question, (labels, seed, key). evidence.npz: for each key the uint16 ranks of
+all held-out queries, data set after data set. The measure is MRR, the mean over data sets of the mean reciprocal rank;
+on the emoji, where a rank is 0 or 1, that is precision@1 of the right candidate plus a half of the rest, so there
+`precision` is the measure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.grid import Run
+
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one setting, one a seed. values: (seeds, queries) per-query measure. weights: (queries,), sum 1."""
+
+    records: list[dict[str, Any]]
+    values: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def by_seed(self) -> np.ndarray:
+        means: np.ndarray = self.values @ self.weights
+        return means
+
+    @property
+    def mean(self) -> float:
+        return float(self.by_seed.mean())
+
+    @property
+    def sd(self) -> float:
+        """Standard deviation over seeds (n - 1); 0 for one seed."""
+        return float(self.by_seed.std(ddof=1)) if len(self.records) > 1 else 0.0
+
+    def fact(self, name: str) -> float:
+        """Mean over seeds of something recorded beside the score; nan where it is missing."""
+        found = [record["facts"].get(name, record.get(name)) for record in self.records]
+        return float("nan") if None in found else float(np.mean(found))
+
+
+def difference(cell: Cell, control: Cell, draws: int = DRAWS) -> tuple[float, float, float]:
+    """(mean, low, high) of the paired difference: 95 % percentile interval of a bootstrap over seeds and queries.
+
+    Seeds and queries are drawn with replacement, the same for both; a query counts with its data set's weight.
+    """
+    assert [r["seed"] for r in cell.records] == [r["seed"] for r in control.records], "paired by seed"
+    delta = (cell.values - control.values) * cell.weights * len(cell.weights)
+    random = np.random.default_rng(0)
+    seeds, queries = delta.shape
+    by_query = random.multinomial(queries, np.full(queries, 1 / queries), size=draws) / queries
+    by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+    drawn = ((by_query @ delta.T) * by_seed).sum(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(delta.mean()), float(low), float(high)
+
+
+class Results:
+    """Reads the two files."""
+
+    def __init__(self, file: Path) -> None:
+        tree = json.loads(file.read_text())
+        self.runs: dict[str, dict[str, Any]] = tree["runs"]
+        self.questions: dict[str, list[tuple[dict[str, Any], int, str]]] = tree["questions"]
+        self.machine: str = tree["machine"]
+        self.ranks = dict(np.load(file.with_suffix(".npz")))
+
+    def values_of(self, question: str, axis: str) -> list[Any]:
+        """Values of an axis in a question, in the order of the grid."""
+        return list(dict.fromkeys(labels.get(axis) for labels, _, _ in self.questions[question]))
+
+    def cell(self, question: str, precision: bool = False, **wanted: Any) -> Cell | None:
+        """The runs of a question with these labels, by seed; None if there are none. They must be of one setting."""
+        chosen = [
+            (seed, json.dumps(labels, sort_keys=True), key)
+            for labels, seed, key in self.questions[question]
+            if all(labels.get(axis) == value for axis, value in wanted.items()) and key in self.runs
+        ]
+        if not chosen:
+            return None
+        assert len({labels for _, labels, _ in chosen}) == 1, f"{question} {wanted} is several settings"
+        records = [self.runs[key] for _, _, key in sorted(chosen)]
+        sizes = list(records[0]["queries"].values())
+        ranks = np.stack([self.ranks[record["key"]] for record in records]).astype(np.float64)
+        values = (ranks == 0).astype(np.float64) if precision else 1 / (1 + ranks)
+        weights = np.repeat([1 / (n * len(sizes)) for n in sizes], sizes)
+        return Cell(records, values, weights)
+
+
+def collect(root: Path, questions: Mapping[str, list[Run]], file: Path, machine: str) -> int:
+    """Write the two files from the results below `root`; returns how many runs of the grid have none."""
+    runs: dict[str, Any] = {}
+    ranks: dict[str, np.ndarray] = {}
+    places: dict[str, list[Any]] = {}
+    missing = 0
+    for name, listed in questions.items():
+        places[name] = []
+        for run in listed:
+            key = run.key
+            found = root / "results" / f"{key}.json"
+            if not found.exists():
+                missing += 1
+                continue
+            if key not in runs:
+                arrays = np.load(found.with_suffix(".npz"))
+                ranks[key] = np.concatenate([arrays[part] for part in arrays.files])
+                runs[key] = {**_rounded(json.loads(found.read_text())), "queries": {p: len(arrays[p]) for p in arrays}}
+            places[name].append([dict(run.labels), run.seed, key])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f"  {json.dumps(key)}: {json.dumps(runs[key])}" for key in sorted(runs)]
+    listing = [
+        f"  {json.dumps(name)}: [\n" + ",\n".join(f"   {json.dumps(place)}" for place in placed) + "\n  ]"
+        for name, placed in places.items()
+    ]
+    file.write_text(
+        f'{{"machine": {json.dumps(machine)},\n "runs": {{\n' + ",\n".join(lines) + '\n },\n "questions": {\n'
+        + ",\n".join(listing) + "\n }}\n"
+    )
+    np.savez_compressed(file.with_suffix(".npz"), **{key: ranks[key] for key in sorted(ranks)})
+    return missing
+
+
+def _rounded(record: dict[str, Any]) -> dict[str, Any]:
+    """Floats to five significant digits."""
+    return json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.5g}"))

