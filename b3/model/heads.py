@@ -112,7 +112,7 @@ class KeyedProcessor(Processor):
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     @property
-    def image_token_id(self) -> int:  # type: ignore[override]
+    def image_token_id(self) -> int:
         return -1
 
     def measure(self, item: Item) -> tuple[bytes, int]:
@@ -144,6 +144,7 @@ class HeadsEmbedder(Embedder):
         self, heads: Heads, processor: KeyedProcessor, vectors: Tensor, source: dict[str, Any] | None = None
     ) -> None:
         super().__init__(heads, processor, source)
+        self.vectors: Tensor
         self.register_buffer("vectors", vectors, persistent=False)
 
     @classmethod

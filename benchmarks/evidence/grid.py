@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from b3.config import Config
 
 HERE = Path(__file__).parent
+ROOT = "runs/evidence"  # below which recipes and grids expect what is made; another root takes its place
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Run:
     def _load(self, *more: str) -> Config:
         from b3.config import load_config
 
-        return load_config(HERE.parents[1] / self.recipe, [*self.overrides, f"seed={self.seed}", *more])
+        file = HERE.parents[1] / self.recipe
+        moved = [o.replace(ROOT, self.root) for o in [*_places(yaml.safe_load(file.read_text())), *self.overrides]]
+        return load_config(file, [*moved, f"seed={self.seed}", *more])
 
     @property
     def key(self) -> str:
@@ -62,6 +65,13 @@ class Run:
         return self._load(f"output_dir={self.root}/runs/{self.key}", f"mining.dir={self.root}/plans/{plans}")
 
 
+def _places(tree: Any, prefix: str = "") -> list[str]:
+    """Overrides that say again what a recipe says of paths below `ROOT`."""
+    if isinstance(tree, dict):
+        return [o for key, value in tree.items() for o in _places(value, f"{prefix}.{key}" if prefix else str(key))]
+    return [f"{prefix}={tree}"] if isinstance(tree, str) and ROOT in tree else []
+
+
 def _digest(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -74,10 +84,10 @@ def read_grid(file: Path) -> dict[str, Any]:
 def expand(grid: dict[str, Any], root: str) -> dict[str, list[Run]]:
     """Runs by question.
 
-    A question has `over`: values by axis, whose product is taken; `fixed`: value by axis; `only`: value lists that
-    replace an axis's. An axis is a table of overrides by value, or one template for all values with ``{}`` in it. The
-    axis `size` also sets steps and warm-up, so that all sizes see `examples` pairs, and the learning rate by
-    `lr_at_64` times (size / 64) ** `lr_power`.
+    A question has `parts`, each a value or a list of values by axis, whose product is taken, and `fixed`, values for
+    all parts; what neither says is in `defaults`. An axis is a table of overrides by value, or a list of templates for
+    all values with ``{}`` in them. With `examples` the axis `size` also sets steps and warm-up, so that all sizes see
+    as many pairs, and the learning rate: `lr_at_64` times (size / 64) ** `lr_power`.
     """
     return {name: _question(grid, question, root) for name, question in grid["questions"].items()}
 
@@ -90,9 +100,10 @@ def _question(grid: dict[str, Any], question: dict[str, Any], root: str) -> list
         for values in itertools.product(*(v if isinstance(v, list) else [v] for v in part.values())):
             chosen = {**setting, **dict(zip(names, values, strict=True))}
             overrides = [o for axis, value in chosen.items() for o in _overrides(grid, axis, value)]
-            overrides += _scale(chosen, grid)
+            overrides += _scale(chosen)
             labels = tuple((axis, chosen[axis]) for axis in chosen)
-            runs += [Run(chosen["recipe"], tuple(overrides), labels, seed, root) for seed in range(question.get("seeds", 3))]
+            seeds = range(question.get("seeds", grid.get("seeds", 3)))
+            runs += [Run(chosen["recipe"], tuple(overrides), labels, seed, root) for seed in seeds]
     return runs
 
 
@@ -106,7 +117,7 @@ def _overrides(grid: dict[str, Any], axis: str, value: Any) -> list[str]:
     return overrides
 
 
-def _scale(chosen: dict[str, Any], grid: dict[str, Any]) -> list[str]:
+def _scale(chosen: dict[str, Any]) -> list[str]:
     if "examples" not in chosen:
         return []
     size = chosen["size"]

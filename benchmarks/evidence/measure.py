@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 BATCHES = 12  # looked at to say what batches are made of
 
 
-def ranks_of_answers(queries: np.ndarray, pool: np.ndarray, answers: np.ndarray, also_right: list[list[int]]) -> np.ndarray:
+def ranks_of_answers(
+    queries: np.ndarray, pool: np.ndarray, answers: np.ndarray, also_right: list[list[int]]
+) -> np.ndarray:
     """(n,) int64: how many wrong candidates score above each query's answer; ties count as above.
 
     Args:
@@ -50,9 +52,7 @@ def wordnet_ranks(model: str, folder: Path) -> dict[str, np.ndarray]:
     found = {}
     for name, rows in parts["queries"].items():
         queries = embedder.encode([row["query"] for row in rows])
-        right = [
-            [] if name == "example" else by_lemma.get(row["query"].lower(), []) for row in rows
-        ]
+        right = [[] if name == "example" else by_lemma.get(row["query"].lower(), []) for row in rows]
         found[name] = ranks_of_answers(queries, pool, np.asarray([where[row["target"]] for row in rows]), right)
     return found
 

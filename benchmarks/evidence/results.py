@@ -1,9 +1,8 @@
 """What the runs gave, in two committed files, and the statistics of it.
 
-evidence.json: the runs by key and, for each question, (labels, seed, key). evidence.npz: for each key the uint16 ranks of
-all held-out queries, data set after data set. The measure is MRR, the mean over data sets of the mean reciprocal rank;
-on the emoji, where a rank is 0 or 1, that is precision@1 of the right candidate plus a half of the rest, so there
-`precision` is the measure.
+evidence.json: the runs by key and, for each question, (labels, seed, key). evidence.npz: for each key the uint16 ranks
+of all held-out queries, data set after data set. The measure is the mean over data sets of the mean reciprocal rank, or
+of precision@1 (the share of ranks that are 0).
 """
 
 from __future__ import annotations
@@ -123,8 +122,11 @@ def collect(root: Path, questions: Mapping[str, list[Run]], file: Path, machine:
         for name, placed in places.items()
     ]
     file.write_text(
-        f'{{"machine": {json.dumps(machine)},\n "runs": {{\n' + ",\n".join(lines) + '\n },\n "questions": {\n'
-        + ",\n".join(listing) + "\n }}\n"
+        f'{{"machine": {json.dumps(machine)},\n "runs": {{\n'
+        + ",\n".join(lines)
+        + '\n },\n "questions": {\n'
+        + ",\n".join(listing)
+        + "\n }}\n"
     )
     np.savez_compressed(file.with_suffix(".npz"), **{key: ranks[key] for key in sorted(ranks)})
     return missing

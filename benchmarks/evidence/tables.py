@@ -31,11 +31,17 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def pivot(
-    results: Results, question: str, rows: str, columns: str, control: str | None = None, precision: bool = False,
+    results: Results,
+    question: str,
+    rows: str,
+    columns: str,
+    control: str | None = None,
+    precision: bool = False,
     **fixed: Any,
 ) -> str:
     """Mean and standard deviation over seeds, in percent, by two axes; with `control` (a value of `rows`) the paired
-    differences from it below, with 95 % intervals, bold where they leave out zero."""  # fmt: skip
+    differences from it below, with 95 % intervals, bold where they leave out zero.
+    """
     across, down = results.values_of(question, columns), results.values_of(question, rows)
 
     def cell(row: Any, column: Any) -> Cell | None:
@@ -53,10 +59,15 @@ def pivot(
 
 
 def listing(
-    results: Results, question: str, axes: Sequence[str], control: dict[str, Any], facts: Sequence[str] = (),
-    precision: bool = False, control_question: str | None = None,
+    results: Results,
+    question: str,
+    axes: Sequence[str],
+    control: dict[str, Any],
+    facts: Sequence[str] = (),
+    precision: bool = False,
+    control_question: str | None = None,
 ) -> str:
-    """One line a setting: labels, recorded facts, score, difference from the control of the same size and student."""  # fmt: skip
+    """One line a setting: labels, recorded facts, score, difference from the control of the same size and student."""
     seen: list[dict[str, Any]] = []
     for labels, _, _ in results.questions[question]:
         if labels not in seen:
@@ -77,10 +88,19 @@ def _shared(labels: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot_lines(
-    results: Results, question: str, x: str, by: str, path: Path, *, log: bool = True, precision: bool = False,
-    title: str = "", fact: str | None = None, **fixed: Any,
+    results: Results,
+    question: str,
+    x: str,
+    by: str,
+    path: Path,
+    *,
+    log: bool = True,
+    precision: bool = False,
+    title: str = "",
+    fact: str | None = None,
+    **fixed: Any,
 ) -> None:
-    """Score against an axis (or a recorded fact), a line for each value of another axis; bars: standard deviation."""  # fmt: skip
+    """Score against an axis (or a recorded fact), a line for each value of another axis; bars: standard deviation."""
     from b3.eval.plots import new_figure, save_figure
 
     figure, axes = new_figure(6.4, 3.8)

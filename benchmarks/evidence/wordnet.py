@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,7 @@ def split(synsets: list[dict[str, Any]], scale: float = 1.0, seed: int = 0) -> d
     def unseen(synset: dict[str, Any]) -> bool:
         return not any(x.lower() in lemmas for x in synset["lemmas"])
 
-    train = {
-        kind: take(kind, max(64, round(TRAIN[kind] * scale)), unseen) for kind in ("example", "other", "noun")
-    }
+    train = {kind: take(kind, max(64, round(TRAIN[kind] * scale)), unseen) for kind in ("example", "other", "noun")}
     others = [i for i in order if i not in taken]
     answers = [i for rows in held.values() for i in rows]
     pool = answers + others[: max(0, round(POOL * scale) - len(answers))]
@@ -103,15 +102,15 @@ def hidden_means(model_folder: Path, texts: list[str], batch: int = 128) -> dict
 
 def hashed_ngrams(texts: list[str], dim: int = HASH_DIM) -> np.ndarray:
     """(n, dim) float32: tf-idf of character 3- to 5-grams within words, folded to `dim` by signed hashing."""
-    grams: list[list[int]] = []
+    grams = []
     for text in texts:
-        padded = [f" {word} " for word in text.lower().split()]
-        grams.append([zlib.crc32(w[s : s + n].encode()) for w in padded for n in (3, 4, 5) for s in range(len(w) - n + 1)])
-    everything, counts = np.unique(np.concatenate([np.unique(np.asarray(g, dtype=np.int64)) for g in grams]), return_counts=True)
+        words = [f" {word} " for word in text.lower().split()]
+        cut = (w[s : s + n] for w in words for n in (3, 4, 5) for s in range(len(w) - n + 1))
+        grams.append(np.asarray([zlib.crc32(gram.encode()) for gram in cut], dtype=np.int64))
+    everything, counts = np.unique(np.concatenate([np.unique(gram) for gram in grams]), return_counts=True)
     weights = np.log(len(texts) / counts)
     vectors = np.zeros((len(texts), dim), dtype=np.float32)
-    for row, gram in enumerate(grams):
-        ids = np.asarray(gram, dtype=np.int64)
+    for row, ids in enumerate(grams):
         sign = np.where(ids & 1, 1.0, -1.0)
         np.add.at(vectors[row], (ids >> 1) % dim, (sign * weights[np.searchsorted(everything, ids)]).astype(np.float32))
     return vectors
@@ -122,23 +121,16 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return scaled
 
 
-def prepare(folder: Path, scale: float = 1.0, model_folder: Path | None = None, synsets: Any = None) -> None:
-    """Write the data sets, the frozen vectors and the teachers below `folder`; does nothing when it is complete.
+def write_data(folder: Path, parts: dict[str, Any], means: Callable[[list[str]], dict[int, np.ndarray]]) -> None:
+    """Write the data sets, the frozen vectors and the teachers below `folder`.
 
     Args:
-        scale: share of the full size.
-        model_folder, synsets: in place of MiniLM and WordNet, for tests without network.
+        parts: of `split`.
+        means: gives for some texts the (n, D) vectors of each of `LAYERS`, as `hidden_means`.
     """
     from b3.data.records import Item
     from b3.model.heads import write_vectors
 
-    done = folder / "complete.json"
-    if done.exists():
-        return
-    if model_folder is None or synsets is None:
-        dictionary, model_folder = fetch(folder / "download")
-        synsets = read_synsets(dictionary)
-    parts = split(synsets, scale)
     (folder / "train").mkdir(parents=True, exist_ok=True)
     for kind, rows in parts["train"].items():
         lines = [
@@ -149,14 +141,24 @@ def prepare(folder: Path, scale: float = 1.0, model_folder: Path | None = None, 
     everything = [*parts["pool"], *(r for side in ("train", "queries") for rows in parts[side].values() for r in rows)]
     texts = sorted({row[key] for row in everything for key in ("query", "target")})
     where = {text: i for i, text in enumerate(texts)}
-    means = hidden_means(model_folder, texts)
-    for layer, vectors in means.items():
+    by_layer = means(texts)
+    for layer, vectors in by_layer.items():
         write_vectors(folder / f"vectors-{layer}", [Item(text) for text in texts], _unit(vectors))
-    teachers = {"ngram": hashed_ngrams(texts), "shallow": means[2], "full": means[6]}
+    teachers = {"ngram": hashed_ngrams(texts), "shallow": by_layer[2], "full": by_layer[6]}
     for name, vectors in teachers.items():
         (folder / "teachers" / name).mkdir(parents=True, exist_ok=True)
         for kind, rows in parts["train"].items():
             for side, key in (("queries", "query"), ("targets", "target")):
                 chosen = [where[row[key]] for row in rows]
                 np.save(folder / "teachers" / name / f"{kind}_{side}.npy", _unit(vectors[chosen]))
-    done.write_text(json.dumps({"texts": len(texts), "pool": len(parts["pool"])}) + "\n")
+
+
+def prepare(folder: Path) -> None:
+    """Make everything below `folder`; does nothing when it is complete."""
+    done = folder / "complete.json"
+    if done.exists():
+        return
+    dictionary, model_folder = fetch(folder / "download")
+    parts = split(read_synsets(dictionary))
+    write_data(folder, parts, lambda texts: hidden_means(model_folder, texts))
+    done.write_text(json.dumps({"pool": len(parts["pool"])}) + "\n")

@@ -1,4 +1,4 @@
-"""Heads over frozen vectors: untrained they change nothing, trained they are written and read back, mistakes are named."""
+"""Heads over frozen vectors: untrained they change nothing, trained they are read back, mistakes are named."""
 
 import json
 import shutil
@@ -54,7 +54,9 @@ def test_blocks_are_residual_mlps(folder: Path) -> None:
 
 
 def test_a_run_trains_them_and_its_folder_is_a_model(folder: Path) -> None:
-    pairs = [{"qry": TEXTS[i], "pos_text": TEXTS[i + 30], "qry_image_path": "", "pos_image_path": ""} for i in range(30)]
+    pairs = [
+        {"qry": TEXTS[i], "pos_text": TEXTS[i + 30], "qry_image_path": "", "pos_image_path": ""} for i in range(30)
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     recipe = folder / "recipe.yaml"
     recipe.write_text(
