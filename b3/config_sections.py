@@ -130,7 +130,7 @@ class TrainConfig(Section):
     lr: float = Field(1e-4, gt=0, description="peak learning rate (AdamW)")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="linear warm-up")
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="not of norms, biases and a learned temperature")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
     temperature: float = Field(0.02, gt=0, description="of InfoNCE")
     learn_temperature: bool = Field(False, description="train log(1 / temperature), as CLIP; needs temperature >= 0.01")

@@ -71,6 +71,7 @@ class Window:
             "in_batch_precision": sum(r.precision for r in self.results) / count,
             "positive_similarity": sum(r.positive for r in self.results) / count,
             "hardest_negative_similarity": sum(r.hardest_negative for r in self.results) / count,
+            "masked_columns": sum(r.masked for r in self.results) / count,
             "pairs_per_second": batch_size * self.timed / seconds,
             "tokens_per_second": tokens / seconds,
             "waiting_for_data": waited / seconds,

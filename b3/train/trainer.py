@@ -193,6 +193,11 @@ class ContrastiveTrainer(Trainer):
                 f" last: {last['data_set']} row {last['row']}: {last['problem']}. All are in {self.bad_rows.file}"
             )
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay spares what the parent's rule spares (biases, norms) and a learned temperature."""
+        spared = {f"loss.{name}" for name, _ in self.loss.named_parameters()}
+        return [name for name in super().get_decay_parameter_names(model) if name not in spared]
+
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # the parent's estimate knows neither chunks nor pictures
 

@@ -140,7 +140,7 @@ def test_the_card_and_the_report_tell_the_run(scored: Path) -> None:
 
 def test_a_line_of_the_log_says_what_it_promises(scored: Path) -> None:
     promised = (
-        "loss grad_norm learning_rate in_batch_precision positive_similarity hardest_negative_similarity"
+        "loss grad_norm learning_rate in_batch_precision positive_similarity hardest_negative_similarity masked_columns"
         " pairs_per_second tokens_per_second waiting_for_data peak_memory_bytes tflops_per_rank mfu replaced_rows"
     )
     for line in lines(scored):

@@ -62,6 +62,17 @@ def test_a_learned_temperature_survives_a_restart(root: Path) -> None:
     assert (load_file(torn / "checkpoint-4" / "loss.safetensors")["log_scale"] == learned).all()
 
 
+def test_weight_decay_spares_a_learned_temperature(root: Path) -> None:
+    options = ["train.learn_temperature=true", "train.temperature=0.05", "train.lr=1e-9", "train.weight_decay=1e6"]
+    code, text = start(root, "decayed", *options, "train.steps=4")
+    assert code == 0, text
+    folder = root / "decayed" / "checkpoint-4"
+    assert float(load_file(folder / "loss.safetensors")["log_scale"]) == pytest.approx(np.log(20), abs=1e-6)
+    largest = [max(abs(v).max() for v in load_file(root / f / "adapter_model.safetensors").values())
+               for f in (folder, root / "whole")]  # fmt: skip
+    assert largest[0] < 0.999 * largest[1], "the adapter does decay"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
