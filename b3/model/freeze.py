@@ -18,7 +18,7 @@ def unfreeze_all(backbone: nn.Module) -> None:
     A language head of its own weights stays frozen: it is never run. Tied to the embedding, it is trained as that.
     """
     core: Any = backbone
-    embedding = core.model.language_model.embed_tokens.weight
+    embedding = core.get_input_embeddings().weight
     backbone.float()
     for parameter in backbone.parameters():
         parameter.requires_grad_(True)
