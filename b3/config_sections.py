@@ -26,6 +26,9 @@ class ModelConfig(Section):
     max_pixels: int = Field(1003520, gt=0, description="largest picture after resizing, pixels (28*28 a token)")
     max_length: int | None = Field(None, gt=0, description="cut text-only items to this many tokens")
     positions: Literal["1d", "mrope"] = Field("1d", description="rotary positions; 1d as all B3 and VLM2Vec models")
+    pooling: Literal["auto", "last", "mean", "cls"] = Field(
+        "auto", description="last for Qwen2-VL, mean or cls for text encoders; auto: what the checkpoint says"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     shard: bool = Field(False, description="spread the decoder layers' frozen weights over the ranks (FSDP2)")
     train: Literal["adapter", "full"] = Field("adapter", description="full: all weights, in float32, without adapter")
@@ -50,7 +53,8 @@ class AdapterConfig(Section):
     init: Literal["gaussian", "kaiming"] = Field("gaussian", description="of the A matrices")
     target_modules: str | list[str] | None = Field(
         None,
-        description="regular expression or suffixes of linear layers; null: the paper's (language model q k v o down)",
+        description="regular expression or suffixes of linear layers; null: the paper's (language model q k v o down),"
+        " all linear layers of a text encoder",
     )
 
 
@@ -156,7 +160,7 @@ class TrainConfig(Section):
     )
     share_duplicates: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="encode equal items of a rank once; auto: if adapter.dropout is 0 (else they share a dropout mask)",
+        description="encode equal items of a rank once; auto: if nothing drops out (else they share a dropout mask)",
     )
     bf16: bool = Field(False, description="bfloat16 autocast")
     workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead of the step")

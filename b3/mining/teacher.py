@@ -53,10 +53,12 @@ def _load_checkpoint(config: Config) -> Encode:
     from b3.cache import EmbeddingCache
     from b3.encode import Encoder, unit
     from b3.model.backbones import adapter_key, checkpoint_key
-    from b3.model.embedder import Embedder
+    from b3.model.embedder import Embedder, reads_pictures
 
     mining = config.mining
-    pixels: dict[str, Any] = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
+    pixels: dict[str, Any] = {}
+    if reads_pictures(mining.teacher):
+        pixels = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
     model = Embedder.from_pretrained(
         mining.teacher, adapter=mining.teacher_adapter, dtype=config.model.dtype, **pixels
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Attention over packed sequences without FlashAttention: no padding outside the attention itself.
 
-Sequences lie end to end in one row of T tokens. FlashAttention takes that as it is. Here, for PyTorch's own kernel, the
-causal language model's queries, keys and values of similarly long sequences are laid out as rows padded on the right
-(where causal attention needs no mask), and the vision tower's pictures, which attend in both directions, are grouped by
-equal size. All other layers run on the T real tokens.
+Sequences lie end to end in one row of T tokens. FlashAttention takes that as it is. Here, for PyTorch's own kernel,
+queries, keys and values of similarly long sequences are laid out as rows padded on the right: where attention is causal
+that needs no mask, in a text encoder the padded keys are masked. The vision tower's pictures, which attend in both
+directions and come in few sizes, are grouped by equal size. All other layers run on the T real tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Bucket:
     """Sequences of similar length.
 
     tokens: (t,) int64, their places among the packed tokens. rows, columns: (t,) int64, their places in a rectangle of
-    count x longest.
+    count x longest. keys: (count, 1, 1, longest) bool, True for tokens and False for padding; None: attention is
+    causal, or nothing is padded.
     """
 
     tokens: Tensor
@@ -35,6 +36,7 @@ class Bucket:
     columns: Tensor
     count: int
     longest: int
+    keys: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Packing:
     longest: int
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> Packing:
+    def of(cls, lengths: list[int], device: torch.device, causal: bool = True) -> Packing:
         sizes = np.asarray(lengths, dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         rows = np.repeat(np.arange(len(sizes)), sizes)
@@ -64,7 +66,11 @@ class Packing:
             place[members] = np.arange(len(members))
             tokens = np.flatnonzero(place[rows] >= 0)
             where = [torch.from_numpy(x).to(device) for x in (tokens, place[rows[tokens]], columns[tokens])]
-            buckets.append(Bucket(where[0], where[1], where[2], len(members), int(sizes[members].max())))
+            count, longest, keys = len(members), int(sizes[members].max()), None
+            if not causal and len(tokens) < count * longest:
+                real = np.arange(longest) < sizes[members, None]
+                keys = torch.from_numpy(real).to(device)[:, None, None]
+            buckets.append(Bucket(where[0], where[1], where[2], count, longest, keys))
         boundaries = torch.from_numpy(starts.astype(np.int32)).to(device)
         return cls(torch.from_numpy(columns).to(device), boundaries, buckets, int(sizes.max()))
 
@@ -74,30 +80,38 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """An attention function for `transformers`: (1, H, T, D) in, (1, T, H, D) out.
 
-    The language model passes `packing`; the vision tower passes `cu_seq_lens_q` (boundaries of the pictures).
+    A model of texts passes `packing`; the vision tower passes `cu_seq_lens_q` (boundaries of the pictures).
     """
     assert attention_mask is None, "packed sequences carry no mask"
     scaling, dropout = options.get("scaling"), options.get("dropout", 0.0)
     packing: Packing | None = options.get("packing")
     if packing is not None:
-        return _causal(module, query, key, value, packing, scaling, dropout), None
+        return _bucketed(module, query, key, value, packing, scaling, dropout), None
     return _pictures(module, query, key, value, options["cu_seq_lens_q"], scaling, dropout), None
 
 
-def _sdpa(module: Any, parts: list[Tensor], causal: bool, scaling: float | None, dropout: float) -> Tensor:
+def _sdpa(
+    module: Any,
+    parts: list[Tensor],
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+    keys: Tensor | None = None,
+) -> Tensor:
     """(B, H, L, D) in, (B, L, H, D) out, by upstream's wrapper (it repeats keys of grouped heads)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    return sdpa_attention_forward(module, *parts, None, dropout=dropout, scaling=scaling, is_causal=causal)[0]
+    return sdpa_attention_forward(module, *parts, keys, dropout=dropout, scaling=scaling, is_causal=causal)[0]
 
 
-def _causal(
+def _bucketed(
     module: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, dropout: float
 ) -> Tensor:
     pieces = []
     for bucket in packing.buckets:
         parts = [_spread(part, bucket) for part in (query, key, value)]
-        pieces.append(_sdpa(module, parts, True, scaling, dropout)[bucket.rows, bucket.columns])
+        padded = _sdpa(module, parts, module.is_causal, scaling, dropout, bucket.keys)
+        pieces.append(padded[bucket.rows, bucket.columns])
     if len(pieces) == 1:
         return pieces[0][None]
     places = torch.cat([bucket.tokens for bucket in packing.buckets])
@@ -136,10 +150,10 @@ def _pictures(
     return result.index_copy(0, torch.cat(places), torch.cat(pieces))[None]
 
 
-def use_packed_attention(core: Any) -> None:
-    """Make both towers of a loaded Qwen2-VL run `packed_attention`."""
+def use_packed_attention(*towers: Any) -> None:
+    """Make loaded `transformers` models run `packed_attention`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
-    core.visual.config._attn_implementation = NAME
-    core.language_model.config._attn_implementation = NAME
+    for tower in towers:
+        tower.config._attn_implementation = NAME

@@ -1,9 +1,11 @@
-"""Loading a Qwen2-VL backbone through `transformers`, and the few places where we reach into it."""
+"""Loading a backbone through `transformers`: Qwen2-VL or a text encoder."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SUPPORTED = ("qwen2_vl",)
-HEADS = "b3_heads"  # see `b3.model.heads`
+TEXT_ENCODERS = ("bert", "roberta", "xlm-roberta")
+HEADS = "b3_heads"  # `b3.model.heads`
+SUPPORTED = ("qwen2_vl", *TEXT_ENCODERS, HEADS)
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "tokenizer*", "adapter_model.bin")
 
 
@@ -72,7 +75,8 @@ def adapter_key(name: str | Path) -> str:
 
 def _content_key(folder: Path) -> str:
     digest = hashlib.sha256()
-    patterns = ("*.safetensors", "adapter_model.bin", "config.json", "adapter_config.json", "tokenizer.json")
+    patterns = ("*.safetensors", "adapter_model.bin", "config.json", "adapter_config.json", "tokenizer.json",
+                "1_Pooling/config.json", "sentence_bert_config.json")  # fmt: skip
     for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
         digest.update(f"{file.name}\0{sha256(file)}\n".encode())
     return digest.hexdigest()
@@ -116,32 +120,60 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
     return "flash_attention_2" if fits and name != "sdpa" else "sdpa"
 
 
+def model_type(folder: Path) -> str:
+    """What `config.json` calls the architecture. Raises `InputError` if it is none of `SUPPORTED`."""
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind not in SUPPORTED:
+        raise InputError(f"{folder}/config.json has model_type '{kind}'; supported: {', '.join(SUPPORTED)}")
+    return str(kind)
+
+
 def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
-    """The checkpoint as upstream's `Qwen2VLForConditionalGeneration`, in eval mode, parameters frozen.
+    """The checkpoint as upstream's model, in eval mode, parameters frozen.
 
-    The language head stays attached, so that adapter key names are those other software expects, but it is never run.
+    Qwen2-VL keeps its language head, so that adapter key names are those other software expects, but it is never run.
+    A text encoder comes without head and pooler: what reaches the vectors is its last hidden state.
+
+    Raises `InputError` if it cannot be loaded or lacks weights.
     """
-    from transformers import Qwen2VLForConditionalGeneration
-    from transformers.utils import logging
-
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
+    kind = model_type(folder)
     if kind == HEADS:
         from b3.model.heads import Heads
 
-        return Heads.load(folder)
-    if kind not in SUPPORTED:
-        raise InputError(f"{folder}/config.json has model_type '{kind}'; supported: {', '.join(SUPPORTED)}")
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+        return Heads.load(folder).to(device).eval()
+
+    from transformers import AutoModel, Qwen2VLForConditionalGeneration
+
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    text = kind in TEXT_ENCODERS
     try:
-        model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+        with _silence():
+            if text:
+                model, found = AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
+            else:
+                model, found = Qwen2VLForConditionalGeneration.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"backbone in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    finally:
-        if bar:
-            logging.enable_progress_bar()
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise InputError(f"backbone in {folder} lacks {len(missing)} weights, first: '{missing[0]}'")
     if attention == "sdpa":
-        use_packed_attention(model.model)
+        use_packed_attention(*([model] if text else [model.model.visual, model.model.language_model]))
     model.requires_grad_(False)
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without upstream's bar and its table of weights that a model leaves out on purpose."""
+    from transformers.utils import logging
+
+    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

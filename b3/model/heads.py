@@ -15,19 +15,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
-from torch.nn.functional import normalize as l2_normalize
 
 from b3.data.records import Item, item_id
 from b3.errors import DataError, InputError
 from b3.files import write_atomic
 from b3.model.backbones import HEADS, read_json
-from b3.model.embedder import Batch, Embedder
+from b3.model.embedder import Batch, Embedder, Options
 from b3.model.processing import Processed, Processor
 
 KEYS, VECTORS, CONFIG, WEIGHTS = "keys.npy", "vectors.npy", "config.json", "model.safetensors"
@@ -67,10 +66,6 @@ class Heads(nn.Module):
         self.blocks = nn.Sequential(
             *(Block(config.hidden_size, config.intermediate_size) for _ in range(config.num_hidden_layers))
         )
-
-    @property
-    def language_model(self) -> Heads:
-        return self
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.blocks(x)
@@ -115,6 +110,9 @@ class KeyedProcessor(Processor):
     def image_token_id(self) -> int:
         return -1
 
+    def check(self, item: Item) -> None:
+        """Any item will do that has a vector."""
+
     def measure(self, item: Item) -> tuple[bytes, int]:
         return item_id(item).to_bytes(8, "big", signed=True), 1
 
@@ -140,6 +138,9 @@ class HeadsEmbedder(Embedder):
         vectors: (N, D) float32, in the order of the processor's keys.
     """
 
+    causal: ClassVar[bool] = False
+    adapter_targets: ClassVar[tuple[str, ...]] = ()
+
     def __init__(
         self, heads: Heads, processor: KeyedProcessor, vectors: Tensor, source: dict[str, Any] | None = None
     ) -> None:
@@ -148,39 +149,50 @@ class HeadsEmbedder(Embedder):
         self.register_buffer("vectors", vectors, persistent=False)
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> HeadsEmbedder:
-        """Raises `InputError` naming what is missing or does not fit."""
-        heads = Heads.load(folder)
-        heads.requires_grad_(False)
-        place = folder / heads.config.vectors
+    def check_options(cls, options: Options) -> None:
+        for name in Options.__slots__:
+            if getattr(options, name) != getattr(Options(), name):
+                raise InputError(f"{name} {getattr(options, name)} has no meaning for heads over vectors; leave it out")
+
+    @classmethod
+    def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, options: Options) -> HeadsEmbedder:
+        assert isinstance(backbone, Heads)
+        config = backbone.config
+        place = base / config.vectors
         try:
             keys, vectors = (np.load(place / name, allow_pickle=False) for name in (KEYS, VECTORS))
         except (OSError, ValueError) as error:
-            raise InputError(f"vectors of {folder} cannot be read from {place}: {error}") from None
-        if vectors.shape != (len(keys), heads.config.hidden_size):
+            raise InputError(f"vectors of {base} cannot be read from {place}: {error}") from None
+        if vectors.shape != (len(keys), config.hidden_size):
             raise InputError(
-                f"{place}/{VECTORS} has shape {vectors.shape}; {len(keys)} keys and hidden_size"
-                f" {heads.config.hidden_size} in {folder} need ({len(keys)}, {heads.config.hidden_size})"
+                f"{place}/{VECTORS} has shape {vectors.shape}; {len(keys)} keys and hidden_size {config.hidden_size} in"
+                f" {base} need ({len(keys)}, {config.hidden_size})"
             )
-        model = cls(heads, KeyedProcessor(keys=keys), torch.from_numpy(vectors.astype(np.float32)))
-        model.source = {"base": str(folder), "adapter": None}
-        return model.to(device).eval()
+        device = next(backbone.parameters()).device
+        source = {"base": str(base), "adapter": None}
+        return cls(backbone, KeyedProcessor(keys=keys), torch.from_numpy(vectors.astype(np.float32)).to(device), source)
+
+    def describe(self) -> str:
+        return "residual blocks over the vector of a frozen encoder, L2-normalised"
 
     @property
     def core(self) -> Any:
         return self.backbone
 
     @property
+    def language(self) -> Any:
+        return self.backbone
+
+    @property
+    def vision(self) -> None:
+        return None
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    @property
-    def dim(self) -> int:
-        return int(self.core.config.hidden_size)
-
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
-        pooled: Tensor = self.backbone(self.vectors[batch.input_ids])
-        return l2_normalize(pooled, dim=-1) if normalize else pooled
+        return self._finish(self.backbone(self.vectors[batch.input_ids]), normalize)
 
 
 def write_vectors(folder: Path, items: Sequence[Item], vectors: np.ndarray) -> None:

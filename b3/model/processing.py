@@ -189,18 +189,22 @@ class Processor:
         blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # (h/2, w/2, 2, 2, C, 14, 14)
         return blocks.reshape(rows * columns, 3, PATCH * PATCH), (rows, columns)
 
+    def check(self, item: Item) -> None:
+        """Raise `DataError` if the backbone cannot read the item, as far as can be told without its picture."""
+        if item.image is not None:
+            self._check_placeholder(to_backbone(item.text, self.image_token), item)
+
     def measure(self, item: Item) -> tuple[bytes, int]:
         """(digest of the content, number of tokens) of an item, without decoding its picture.
 
         The digest covers the prompt and the picture's encoded bytes: equal pictures under different names are one.
         Raises `DataError` as processing would, as far as can be told.
         """
+        self.check(item)
         text = to_backbone(item.text, self.image_token)
         digest = hashlib.sha256(text.encode())
         if item.image is None:
-            count = len(self._tokenize(text, item))
-            return digest.digest(), count if self.max_length is None else min(count, self.max_length)
-        self._check_placeholder(text, item)
+            return digest.digest(), len(self.token_ids(item, None))
         content, size = item.peek_image()
         digest.update(b"\0" + content)
         return digest.digest(), len(self._tokenize(text, item)) - 1 + self.tokens_of_image(*size)
@@ -214,10 +218,10 @@ class Processor:
 
     def __call__(self, item: Item) -> Processed:
         """Process one item. Raises `DataError` naming the item for an empty text or a misplaced image token."""
+        self.check(item)
         image = item.open_image()
         if image is None:
             return Processed(self.token_ids(item, None))
-        self._check_placeholder(to_backbone(item.text, self.image_token), item)
         pixels, grid = self.process_image(image)
         return Processed(self.token_ids(item, grid), pixels, grid)
 

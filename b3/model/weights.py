@@ -18,7 +18,7 @@ def save_full(embedder: Embedder, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     backbone: Any = embedder.backbone
     backbone.save_pretrained(str(folder))
-    embedder.processor.save_pretrained(folder)
+    embedder.save_settings(folder)
 
 
 def load_full(backbone: nn.Module, folder: Path) -> None:

@@ -9,6 +9,7 @@ from b3.train.claim import plan_digest
 
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
+    from b3.model.embedder import Embedder
     from b3.train.run import Plans
 
 
@@ -37,6 +38,7 @@ def markdown(rows: list[list[str]]) -> list[str]:
 
 def model_card(
     config: Config,
+    embedder: Embedder,
     datasets: list[PairDataset],
     plans: Plans,
     metrics: list[dict[str, Any]],
@@ -44,7 +46,9 @@ def model_card(
     replaced: list[dict[str, Any]] | None = None,
 ) -> str:
     """Markdown: how to load the model, data and plan fingerprints, results, the recipe."""
-    where = config.output_dir
+    where, example = config.output_dir, '"a text"'
+    if embedder.vision is not None:
+        example = '{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "picture.png"}'
     lines = [
         "---",
         "library_name: peft",
@@ -54,14 +58,14 @@ def model_card(
         f"# {config.name}",
         "",
         f"Adapter of an embedding model trained with b3: {config.train.steps} steps of {config.batch.size} pairs,"
-        f" batches by policy `{config.batch.policy}`, temperature {config.train.temperature}. The vector is the last"
-        f" token's final hidden state, L2-normalised; positions are `{config.model.positions}`.",
+        f" batches by policy `{config.batch.policy}`, temperature {config.train.temperature}. The vector is"
+        f" {embedder.describe()}.",
         "",
         "```python",
         "from b3 import Embedder",
         f'model = Embedder.from_pretrained("{config.model.name}", adapter="{where}")',
         *([f'model = Embedder.from_pretrained("{where}/merged")  # the same'] if config.train.save_merged else []),
-        'vectors = model.encode([{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "picture.png"}])',
+        f"vectors = model.encode([{example}])",
         "```",
         "",
         "## Data",

@@ -131,6 +131,7 @@ class StepCollator:
         packed, seen = _Packed(), dict[str, int]()
         for item in items:
             try:
+                self.processor.check(item)
                 number = self._picture(item, packed, seen)
                 ids = self.processor.token_ids(item, None if number < 0 else packed.grids[number])
             except DataError as error:

@@ -113,7 +113,7 @@ def _kept_per_token(config: Config, embedder: Embedder) -> int:
     A decoder layer keeps 7 + 4 r numbers per token and unit of hidden size, with r the ratio of the MLP's width to it;
     DoRA keeps 8 more, dropout 1.25 (4 + r) (measured with saved-tensor hooks; within a tenth).
     """
-    text: Any = embedder.core.language_model.config
+    text: Any = embedder.language.config
     size = 2 if config.train.bf16 or embedder.dtype.itemsize == 2 else 4
     ratio = text.intermediate_size / text.hidden_size
     per_layer = 7 + 4 * ratio

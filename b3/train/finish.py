@@ -30,7 +30,8 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: Pla
         save_merged(config, folder, trainer.embedder.dtype)
     metrics, evaluations = read_metrics(folder), read_metrics(folder, "evaluation")
     last = evaluations[-1] if evaluations else None
-    write_atomic(folder / "README.md", model_card(config, datasets, plans, metrics, last, trainer.bad_rows.lines))
+    card = model_card(config, trainer.embedder, datasets, plans, metrics, last, trainer.bad_rows.lines)
+    write_atomic(folder / "README.md", card)
     result = {
         "steps": config.train.steps,
         "seconds": round(seconds, 2),

@@ -6,6 +6,7 @@ when causal, and twice as much backwards. The token embedding, norms and element
 over a step (N: all linear weights that a token passes, N_t: those of them that are trained):
 
     language model   4 N L + 2 N_t L + 3 attention     gradients pass through it whatever is trained
+    text encoder     4 N L + 2 N_t L + 3 attention     not causal
     vision tower     the same if anything in it is trained, else 2 N P + attention     P patches
 
 A frozen tower sees each distinct picture of a rank once, a trained one each distinct picture of a chunk.
@@ -74,23 +75,24 @@ class ModelFlops:
     """Operations of a model; build one with `of`."""
 
     language: Tower
-    vision: Tower
+    vision: Tower | None
+    causal: bool = True
 
     @classmethod
     def of(cls, embedder: Embedder) -> ModelFlops:
-        language, vision = embedder.core.language_model, embedder.vision
-        text = language.config
-        tower = Tower(*_linear_weights(language), text.num_hidden_layers * text.hidden_size)
-        if vision is None:
-            return cls(tower, Tower(0, 0, 0))
-        picture: Any = vision.config
-        return cls(tower, Tower(*_vision_weights(vision), picture.depth * picture.embed_dim))
+        language, vision = embedder.language, embedder.vision
+        text, pictures = language.config, None
+        if vision is not None:
+            pictures = Tower(*_vision_weights(vision), vision.config.depth * vision.config.embed_dim)
+        texts = Tower(*_linear_weights(language), text.num_hidden_layers * text.hidden_size)
+        return cls(texts, pictures, embedder.causal)
 
     def step(self, inputs: StepInputs) -> float:
         """Operations of one rank's share of a step, forward and backward."""
         lengths = inputs.lengths
-        total = self.language.cost(sum(lengths), sum(n * n for n in lengths), causal=True, backward=True)
+        total = self.language.cost(sum(lengths), sum(n * n for n in lengths), self.causal, backward=True)
         if inputs.pictures is not None:
+            assert self.vision is not None
             sizes, trained = inputs.pictures.sizes, self.vision.trained > 0
             groups = (
                 [[inputs.picture_of[i] for i in group] for group in inputs.groups] if trained else [range(len(sizes))]

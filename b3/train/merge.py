@@ -36,12 +36,13 @@ def save_merged(config: Config, folder: Path, dtype: torch.dtype) -> Path:
         attention="sdpa",
         min_pixels=config.model.min_pixels,
         max_pixels=config.model.max_pixels,
+        pooling=config.model.pooling,
     )
     backbone: Any = model.backbone
     backbone.config._attn_implementation = None  # how it was run here is no fact about the weights
     with no_bars():
         backbone.save_pretrained(str(staged))
-    model.processor.save_pretrained(staged)
+    model.save_settings(staged)
     base = fetch(config.model.name)
     for name in COMPANIONS:
         if (base / name).is_file():

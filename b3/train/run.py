@@ -113,7 +113,10 @@ def build_embedder(config: Config) -> Embedder:
         max_pixels=model.max_pixels,
         max_length=model.max_length,
         positions=model.positions,
+        pooling=model.pooling,
     )
+    if embedder.vision is None:
+        _check_text_only(config)
     if model.train == "full":
         unfreeze_all(embedder.backbone)
     else:
@@ -126,12 +129,25 @@ def build_embedder(config: Config) -> Embedder:
     return embedder
 
 
+def _check_text_only(config: Config) -> None:
+    """Raise `RunError` for a key that the recipe sets and a text encoder has no use for."""
+    model, train = config.model, config.train
+    useless = [f"model.{key}" for key in ("min_pixels", "max_pixels", "positions") if key in model.model_fields_set]
+    useless += [f"train.{key}" for key in ("vision_cache_mib",) if key in train.model_fields_set]
+    if useless:
+        raise RunError(f"{useless[0]} has no effect with the text encoder {model.name}; leave it out")
+    if model.shard:
+        raise RunError(f"model.shard spreads decoder layers, and {model.name} is a text encoder; leave it out")
+
+
 def _attach(embedder: Embedder, config: Config) -> None:
     from transformers import set_seed
 
-    from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable
+    from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable
     from b3.model.backbones import fetch
 
+    if not embedder.adapter_targets:
+        raise RunError(f"{config.model.name} takes no adapter; set model.train=full")
     spec = config.adapter
     targets = spec.target_modules
     set_seed(config.seed)  # the adapter's initial values
@@ -143,7 +159,7 @@ def _attach(embedder: Embedder, config: Config) -> None:
             spec.dropout,
             spec.use_dora,
             spec.init,
-            PAPER_TARGETS if targets is None else targets if isinstance(targets, str) else tuple(targets),
+            embedder.adapter_targets if targets is None else targets if isinstance(targets, str) else tuple(targets),
         ),
     )
     if config.model.init_adapter is not None:
@@ -319,13 +335,13 @@ def _build_trainer(
         mined = [plan.hard_negatives for plan in plans[BASE]]
         assert all(rows is not None for rows in mined), "load_plans checks this"
         negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]
-    share, no_dropout = config.train.share_duplicates, config.model.train == "full" or config.adapter.dropout == 0
+    share = config.train.share_duplicates
     collator = StepCollator(
         datasets,
         embedder.processor,
         config.train.chunk_tokens,
         negatives,
-        share_duplicates=share == "always" or (share == "auto" and no_dropout),
+        share_duplicates=share == "always" or (share == "auto" and not embedder.has_dropout),
         teachers=teachers,
     )
     evaluator = Evaluator(config, embedder) if config.eval and config.eval.every else None

@@ -26,7 +26,7 @@ def shard_frozen(embedder: Embedder) -> None:
 
     if distributed.world_size() == 1:
         raise RunError("model.shard has no effect on a single rank; leave it out or start more ranks with torchrun")
-    language: Any = embedder.core.language_model
+    language: Any = embedder.language
     if not any(p.requires_grad for layer in language.layers for p in layer.parameters()):
         raise RunError("model.shard needs an adapter in the decoder layers; see adapter.target_modules")
     for layer in language.layers:

@@ -320,5 +320,5 @@ def save_adapter(embedder: Embedder, folder: Path) -> None:
         return
     backbone.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
-    embedder.processor.save_pretrained(folder)
+    embedder.save_settings(folder)
     backbone.get_base_model().config.save_pretrained(str(folder))

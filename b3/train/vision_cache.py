@@ -16,9 +16,9 @@ from b3.train.inputs import Chunk, Pictures
 
 
 def is_vision_frozen(embedder: Embedder) -> bool:
-    """Whether no parameter of the vision tower is trained."""
-    tower = embedder.vision
-    return tower is None or not any(parameter.requires_grad for parameter in tower.parameters())
+    """Whether no parameter of the vision tower is trained, or there is none."""
+    vision = embedder.vision
+    return vision is None or not any(parameter.requires_grad for parameter in vision.parameters())
 
 
 class VisionCache:

@@ -92,6 +92,8 @@ def test_vectors_of_another_width_are_refused(folder: Path) -> None:
         Embedder.from_pretrained(folder / "heads")
 
 
-def test_an_adapter_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="take no adapter"):
+def test_options_without_meaning_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="takes no adapter"):
         Embedder.from_pretrained(folder / "heads", adapter=folder)
+    with pytest.raises(InputError, match="max_pixels 99 has no meaning"):
+        Embedder.from_pretrained(folder / "heads", max_pixels=99)

@@ -1,0 +1,203 @@
+r"""Text encoders (BERT, RoBERTa, XLM-RoBERTa) as embedders: mean or first-token pooling, bidirectional attention.
+
+    model = Embedder.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
+    vectors = model.encode(["a cat", "a dog"])
+
+Vectors equal those of the upstream model run on one text at a time. Pooling and the longest text are those of the
+checkpoint's sentence-transformers files, if it has them; what is saved has them too, so that sentence-transformers
+loads it and gives the same vectors. Texts are taken as they are, with the special tokens of the tokenizer's template.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from b3.data.prompts import PLACEHOLDER
+from b3.data.records import Item
+from b3.errors import DataError, InputError
+from b3.model.attention import Packing
+from b3.model.backbones import read_json
+from b3.model.embedder import Batch, Embedder, Options
+from b3.model.processing import Processor
+
+POOLING_FILE = "1_Pooling/config.json"
+TRANSFORMER_FILE = "sentence_bert_config.json"
+MODULES_FILE = "modules.json"
+# pooling_mode of sentence-transformers, as one name or as the switches that it wrote before version 6
+MODES = {"mean": "mean", "cls": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+_MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+
+
+@dataclass(frozen=True)
+class TextProcessor(Processor):
+    """Texts to tokens, special tokens included; a longer text is cut before its last special token."""
+
+    image_token: str = PLACEHOLDER  # no token of its own: text like any other
+
+    @property
+    def image_token_id(self) -> int:  # type: ignore[override]
+        return -1  # equals no token
+
+    def check(self, item: Item) -> None:
+        if item.image is not None:
+            raise DataError(f"{item.describe()}: the backbone is a text encoder and reads no pictures; drop the row")
+
+    def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
+        assert grid is None, "a text has no picture"
+        encoded = self.tokenizer.backend_tokenizer.encode(item.text, add_special_tokens=True)
+        ids, special = np.asarray(encoded.ids, dtype=np.int64), np.asarray(encoded.special_tokens_mask, dtype=bool)
+        if special.all():
+            raise DataError(f"{item.describe()}: an item needs a text")
+        if self.max_length is None or len(ids) <= self.max_length:
+            return ids
+        tail = len(ids) - 1 - int(np.flatnonzero(~special)[-1])
+        return np.concatenate([ids[: self.max_length - tail], ids[len(ids) - tail :]])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer and the longest text."""
+        self.tokenizer.save_pretrained(str(folder))
+        facts = {"max_seq_length": self.max_length, "do_lower_case": False}
+        (Path(folder) / TRANSFORMER_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+class TextEmbedder(Embedder):
+    """An `Embedder` over upstream's bare `BertModel`, `RobertaModel` or `XLMRobertaModel`.
+
+    Args:
+        backbone: without pooler, bare or wrapped by peft.
+        processor: belongs to the backbone.
+        source: as of `Embedder`.
+        pooling: "mean" over all tokens, or "cls", the first.
+    """
+
+    causal: ClassVar[bool] = False
+    adapter_targets: ClassVar[tuple[str, ...]] = ("query", "key", "value", "dense")  # all linear layers
+
+    def __init__(
+        self, backbone: nn.Module, processor: TextProcessor, source: dict[str, Any] | None = None, pooling: str = "mean"
+    ) -> None:
+        super().__init__(backbone, processor, source)
+        self.pooling = pooling
+
+    @classmethod
+    def check_options(cls, options: Options) -> None:
+        default = Options()
+        for name in ("min_pixels", "max_pixels", "square", "positions", "numerics"):
+            if getattr(options, name) != getattr(default, name):
+                raise InputError(f"{name} {getattr(options, name)} has no meaning for a text encoder; leave it out")
+        if options.pooling == "last":
+            raise InputError("pooling 'last' is not for text encoders; use auto, mean or cls")
+
+    @classmethod
+    def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, options: Options) -> TextEmbedder:
+        folders = [base] if adapter is None else [adapter, base]
+        config: Any = backbone.config
+        longest = config.max_position_embeddings - first_position(config)
+        length = options.max_length
+        if length is not None and not 3 <= length <= longest:
+            raise InputError(f"max_length {length} does not fit {base}: it must be from 3 to {longest} tokens")
+        if length is None:
+            length = min(saved_length(folders) or longest, longest)
+        processor = TextProcessor.from_pretrained(base, max_length=length)
+        pooling = saved_pooling(folders) or "mean" if options.pooling == "auto" else options.pooling
+        return cls(backbone, processor, {"base": str(base), "adapter": adapter and str(adapter)}, pooling)
+
+    @property
+    def core(self) -> Any:
+        backbone: Any = self.backbone
+        return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
+
+    @property
+    def language(self) -> Any:
+        return self.core
+
+    @property
+    def vision(self) -> None:
+        return None
+
+    def describe(self) -> str:
+        what = "the mean of all tokens' final hidden states" if self.pooling == "mean" else (
+            "the first token's final hidden state"
+        )  # fmt: skip
+        return f"{what}, L2-normalised; texts are cut to {self.processor.max_length} tokens"
+
+    def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
+        """Vectors (B, D) float32 of a batch of texts, L2-normalised if asked. `features` must be None."""
+        assert features is None and batch.pixels is None, "a text encoder reads no pictures"
+        core, ids = self.core, batch.input_ids[None]
+        packing = Packing.of(batch.lengths, ids.device, self.causal)
+        hidden = core(
+            input_ids=ids,
+            token_type_ids=torch.zeros_like(ids),
+            position_ids=packing.columns[None] + first_position(core.config),
+            **self._boundaries(packing),
+        ).last_hidden_state[0]
+        starts = packing.boundaries.long()
+        if self.pooling == "cls":
+            return self._finish(hidden[starts[:-1]], normalize)
+        hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
+        return self._finish(torch.segment_reduce(hidden, "mean", offsets=starts, axis=0), normalize)
+
+    def save_settings(self, folder: Path) -> None:
+        """Write tokenizer, longest text and pooling in the layout of sentence-transformers."""
+        super().save_settings(folder)
+        (folder / "1_Pooling").mkdir(exist_ok=True)
+        modules = [
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for index, (path, kind) in enumerate(_MODULES)
+        ]
+        switches = {name: mode == self.pooling for name, mode in MODES.items() if name.startswith("pooling_mode")}
+        pooling = {"word_embedding_dimension": self.dim, **switches}
+        for name, facts in ((MODULES_FILE, modules), (POOLING_FILE, pooling)):
+            (folder / name).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def first_position(config: Any) -> int:
+    """The position of a text's first token: RoBERTa counts from behind its padding index."""
+    return 0 if config.model_type == "bert" else int(config.pad_token_id) + 1
+
+
+def saved_length(folders: list[Path]) -> int | None:
+    """Tokens of the longest text by the sentence-transformers file of the first folder that has one.
+
+    Raises `InputError` if the file asks for lower case, which is left to tokenizers.
+    """
+    for file in (folder / TRANSFORMER_FILE for folder in folders):
+        if file.is_file():
+            facts = read_json(file)
+            if facts.get("do_lower_case"):
+                raise InputError(f"{file}: do_lower_case is not supported; set it false and use a tokenizer that does")
+            return facts.get("max_seq_length")
+    return None
+
+
+def saved_pooling(folders: list[Path]) -> str | None:
+    """The pooling by the sentence-transformers files of the first folder that has them.
+
+    Raises `InputError` if they ask for what this class does not do.
+    """
+    for folder in folders:
+        if (folder / MODULES_FILE).is_file():
+            modules: Any = read_json(folder / MODULES_FILE)
+            other = sorted({str(m.get("type")).rpartition(".")[2] for m in modules} - {kind for _, kind in _MODULES})
+            if other:
+                raise InputError(
+                    f"{folder / MODULES_FILE}: the module {other[0]} behind the encoder is not supported; as a teacher"
+                    f" take st:{folder}, to train without it give pooling mean or cls"
+                )
+        file = folder / POOLING_FILE
+        if file.is_file():
+            facts = read_json(file)
+            asked = facts.get("pooling_mode") or [k for k, on in facts.items() if k.startswith("pooling_mode") and on]
+            names = [asked] if isinstance(asked, str) else list(asked)
+            if len(names) != 1 or names[0] not in MODES:
+                raise InputError(f"{file}: pooling {' + '.join(names) or 'none'} is not supported; give mean or cls")
+            return MODES[names[0]]
+    return None
