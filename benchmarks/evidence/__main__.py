@@ -42,11 +42,15 @@ def main() -> int:
         questions: dict[str, list[Run]] = {}
         for name in arguments.grid:
             questions |= expand(read_grid(HERE / f"{name}.yaml"), ROOT)
-        from benchmarks.evidence.students import make_students
+        from benchmarks.evidence.students import make_shallow, make_students, make_tiny
         from benchmarks.evidence.wordnet import prepare
+        from benchmarks.wordnet import fetch
 
-        prepare(Path(ROOT) / "wordnet")
+        data = Path(ROOT) / "wordnet"
+        prepare(data)
         make_students(Path(ROOT))
+        make_shallow(fetch(data / "download")[1], Path(ROOT) / "students" / "minilm-2")
+        make_tiny(HERE / "base_emoji.yaml", Path(ROOT) / "students" / "tiny-qwen2vl")
         chosen = arguments.questions or list(questions)
         failed = execute_missing([run for name in chosen for run in questions[name]], arguments.workers)
         missing = collect(Path(ROOT), questions, COMMITTED, machine())

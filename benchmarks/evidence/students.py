@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 from benchmarks.evidence.wordnet import LAYERS
 
 HIDDEN, BLOCKS = 1024, 2
+KEPT_LAYERS = 2
+_LAYER = re.compile(r"\.layer\.(\d+)\.")
 
 
 def make_students(root: Path) -> None:
@@ -17,3 +22,28 @@ def make_students(root: Path) -> None:
         folder = root / "students" / f"layer-{layer}"
         if not (folder / "config.json").exists():
             write_heads(folder, root / "wordnet" / f"vectors-{layer}", HIDDEN, BLOCKS)
+
+
+def make_shallow(model_folder: Path, folder: Path) -> None:
+    """The first layers of a BERT checkpoint as a checkpoint of its own; nothing is done when it is there."""
+    from safetensors.torch import load_file, save_file
+
+    if (folder / "config.json").exists():
+        return
+    shutil.copytree(model_folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    tensors = {
+        name: value
+        for name, value in load_file(str(model_folder / "model.safetensors")).items()
+        if not (found := _LAYER.search(name)) or int(found[1]) < KEPT_LAYERS
+    }
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    config = {**json.loads((model_folder / "config.json").read_text()), "num_hidden_layers": KEPT_LAYERS}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def make_tiny(recipe: Path, folder: Path) -> None:
+    """The random Qwen2-VL of the demo, its tokenizer trained on the recipe's texts; nothing when it is there."""
+    from scripts.make_tiny_model import main
+
+    if not (folder / "model.safetensors").exists() and main([str(recipe), "--out", str(folder)]):
+        raise RuntimeError("the tiny model could not be made")
