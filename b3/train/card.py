@@ -47,23 +47,26 @@ def model_card(
 ) -> str:
     """Markdown: how to load the model, data and plan fingerprints, results, the recipe."""
     where, example = config.output_dir, '"a text"'
+    adapted = config.model.train == "adapter"
     if embedder.vision is not None:
         example = '{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "picture.png"}'
     lines = [
         "---",
-        "library_name: peft",
+        f"library_name: {'peft' if adapted else 'transformers'}",
         f"base_model: {config.model.name}",
         "tags: [sentence-similarity, multimodal-embedding, b3]",
         "---",
         f"# {config.name}",
         "",
-        f"Adapter of an embedding model trained with b3: {config.train.steps} steps of {config.batch.size} pairs,"
+        f"{'Adapter of an embedding model' if adapted else 'Embedding model'} trained with b3: {config.train.steps} steps of {config.batch.size} pairs,"
         f" batches by policy `{config.batch.policy}`, temperature {config.train.temperature}. The vector is"
         f" {embedder.describe()}.",
         "",
         "```python",
         "from b3 import Embedder",
-        f'model = Embedder.from_pretrained("{config.model.name}", adapter="{where}")',
+        f'model = Embedder.from_pretrained("{config.model.name}", adapter="{where}")'
+        if adapted
+        else f'model = Embedder.from_pretrained("{where}")',
         *([f'model = Embedder.from_pretrained("{where}/merged")  # the same'] if config.train.save_merged else []),
         f"vectors = model.encode([{example}])",
         "```",

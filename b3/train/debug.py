@@ -2,7 +2,8 @@
 
 What makes a recipe heavy is replaced: the backbone, the data sets (by embedded ones of the same families), the teacher,
 and the sizes. Everything else stays, so that a recipe that starts this way has no mistake left in it but paths and
-memory. Nothing is fetched from the network.
+memory. Nothing is fetched from the network. The recipe of a text encoder gets a tiny RoBERTa, pairs of embedded
+captions, and that RoBERTa as its teacher.
 """
 
 from __future__ import annotations
@@ -14,18 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from b3 import distributed
-from b3.config import Config
-from b3.data.sources import embedded_families, split_source
+from b3.config import Config, DatasetConfig
+from b3.data.sources import embedded_families, load_pairs
 from b3.errors import RunError
 from b3.files import write_atomic
+from b3.model.backbones import TEXT_ENCODERS, model_type
 from b3.train.claim import DEBUG
 
 DATA = "emoji"
 ROWS, STEPS, SIZE, SHRINK = 160, 3, 16, 8  # rank windows are cut to an eighth
 
 
+def is_text_recipe(config: Config) -> bool:
+    """Whether the backbone is a text encoder: told by its folder, or by a pooling that only those have."""
+    folder = Path(config.model.name)
+    if (folder / "config.json").is_file():
+        return model_type(folder) in TEXT_ENCODERS
+    return config.model.pooling in ("mean", "cls")
+
+
 def debug_config(config: Config, ranks: int = 1) -> Config:
-    """The recipe with what is heavy replaced; a pure function of both arguments."""
+    """The recipe with what is heavy replaced; depends on nothing but the arguments (and `is_text_recipe`)."""
     tree: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     folder = f"{config.output_dir.rstrip('/')}-debug"
     tree |= {"name": f"{config.name}, debug", "output_dir": folder, "resume": "auto"}
@@ -34,13 +44,17 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "init_adapter": None,
         "dtype": "float32",
         "attention": "auto",
-        "min_pixels": 3136,
-        "max_pixels": 12544,
         "shard": config.model.shard and ranks > 1,
     }
-    stand_ins = _stand_ins(config)
-    tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": stand_ins}
-    tree["mining"] |= {"dir": f"{folder}/mining", "teacher": "embedded", "teacher_adapter": None}
+    tree["mining"] |= {"dir": f"{folder}/mining", "teacher_adapter": None}
+    if is_text_recipe(config):
+        tree["data"] |= {"source": f"jsonl:{folder}/data", "split": "train", "datasets": _text_stand_ins(config)}
+        tree["mining"] |= {"teacher": f"{folder}/model"}
+    else:
+        tree["model"] |= {"min_pixels": 3136, "max_pixels": 12544}
+        stand_ins = _stand_ins(config)
+        tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": stand_ins}
+        tree["mining"] |= {"teacher": "embedded"}
     tree["mining"] |= _small_windows(config.mining.model_dump(include={"p", "m", "k"}), config.negatives.per_query)
     for name, variant in config.mining.variants.items():
         tree["mining"]["variants"][name] |= _small_windows(variant.replaced, 0)
@@ -60,7 +74,9 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "chunk_tokens": 256,
         "trackers": [],
     }
-    if config.eval is not None:
+    if is_text_recipe(config):
+        tree.pop("eval", None)  # embedded evaluations show pictures
+    elif config.eval is not None:
         tree["eval"] |= {"source": f"embedded:{DATA}", "split": "test", "subsets": ["emoji_i2t"], "image_dir": None}
         if config.eval.every is not None:
             tree["eval"] |= {"every": 2, "max_rows": 8}
@@ -95,12 +111,31 @@ def _stand_ins(config: Config) -> list[dict[str, Any]]:
     chosen: list[dict[str, Any]] = []
     for entry in config.data.datasets:
         if left[entry.family]:
-            kept = entry.model_dump(mode="json", exclude_unset=True)
-            kept |= {"subset": left[entry.family].pop(0), "max_rows": ROWS}
-            for key in ("source", "split", "image_dir", "p", "m"):
-                kept.pop(key, None)
-            chosen.append(kept)
+            chosen.append(_small_entry(entry, left[entry.family].pop(0)))
     return chosen
+
+
+def _text_stand_ins(config: Config) -> list[dict[str, Any]]:
+    return [_small_entry(entry, entry.subset) for entry in config.data.datasets]
+
+
+def _small_entry(entry: DatasetConfig, subset: str) -> dict[str, Any]:
+    kept = entry.model_dump(mode="json", exclude_unset=True)
+    kept |= {"subset": subset, "max_rows": ROWS}
+    for key in ("source", "split", "image_dir", "p", "m"):
+        kept.pop(key, None)
+    return kept
+
+
+def _write_texts(config: Config) -> None:
+    """Pairs of texts for each data set of a text recipe: a request for a caption, and the caption."""
+    requests, captions = (load_pairs(f"embedded:{DATA}", name) for name in ("emoji_t2i", "emoji_i2t"))
+    pairs = dict(zip(requests.column("qry"), captions.column("pos_text"), strict=True))
+    rows = [{"qry": q, "qry_image_path": "", "pos_text": t, "pos_image_path": ""} for q, t in pairs.items()]
+    for number, entry in enumerate(config.data.datasets):
+        own = rows[number :: len(config.data.datasets)][:ROWS]
+        text = "".join(json.dumps(row) + "\n" for row in own)
+        write_atomic(Path(config.data.source.removeprefix("jsonl:")) / entry.subset / "train.jsonl", text)
 
 
 def prepare(config: Config) -> Config:
@@ -131,6 +166,7 @@ def prepare(config: Config) -> Config:
 def _make(config: Config) -> None:
     from b3.data.recipe import load_datasets
     from b3.model.tiny import make_tiny_model
+    from b3.model.tiny_text import make_tiny_text_model
     from b3.progress import no_bars
 
     run = Path(config.output_dir)
@@ -138,10 +174,16 @@ def _make(config: Config) -> None:
         if not (run / DEBUG).is_file() and (not run.is_dir() or any(run.iterdir())):
             raise RunError(f"{run} is there and not of a debug run; choose another output_dir or delete it")
         shutil.rmtree(run)
-    facts = {"stands for": config.name.removesuffix(", debug"), "data": f"{split_source(config.data.source)[1]}"}
+    facts = {"stands for": config.name.removesuffix(", debug"), "data": DATA}
     write_atomic(run / DEBUG, json.dumps(facts) + "\n")
+    text_only = config.data.source.startswith("jsonl:")
+    if text_only:
+        _write_texts(config)
     texts = [
         item.text.replace("<|image_1|>", "") for dataset in load_datasets(config) for pair in dataset for item in pair
     ]
     with no_bars():
+        if text_only:
+            make_tiny_text_model(config.model.name, texts, hidden=32, vocab_size=512, dropout=0.1)
+            return
         make_tiny_model(config.model.name, texts, hidden=32, layers=2, vision_layers=1, vocab_size=512)
