@@ -10,7 +10,7 @@ from b3.train.claim import plan_digest
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
     from b3.model.embedder import Embedder
-    from b3.train.run import Plans
+    from b3.train.batches import Plans
 
 
 def data_rows(datasets: list[PairDataset], plans: Plans) -> list[list[str]]:

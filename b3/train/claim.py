@@ -17,7 +17,7 @@ from b3.train.checkpoint import METRICS
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
     from b3.mining.plan import BatchPlan
-    from b3.train.run import Plans
+    from b3.train.batches import Plans
 
 DATA = "data.json"
 DEBUG = "debug.json"  # the folder of a debug run holds its model and plans before it starts

@@ -13,7 +13,7 @@ from b3.train.checkpoint import RESULT, read_metrics
 
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
-    from b3.train.run import Plans
+    from b3.train.batches import Plans
 
 
 def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: Plans, seconds: float) -> None:

@@ -16,7 +16,7 @@ from b3.train.checkpoint import read_metrics
 
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
-    from b3.train.run import Plans
+    from b3.train.batches import Plans
 
 Curve = tuple[str, list[float], list[float], str]  # label, steps, values, colour
 BLUE, RED, GREEN, GREY = "#1c5d99", "#c8553d", "#3a7d44", "#7b8794"

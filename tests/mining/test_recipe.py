@@ -14,11 +14,12 @@ import tiny
 
 import train
 from b3.config import load_config
+from b3.data.recipe import load_datasets
 from b3.errors import InputError
 from b3.mining import BatchPlan
 from b3.mining.batch_negatives import draw_batch
 from b3.mining.recipe import load_plan, mine_recipe
-from b3.train.run import build_sampler, load_datasets, load_plans
+from b3.train.batches import build_sampler, load_plans
 from scripts import mine as script
 
 

@@ -13,12 +13,14 @@ import tiny
 
 from b3.config import load_config
 from b3.data.prompts import ANSWER_PREFIX
+from b3.data.recipe import load_datasets
 from b3.data.sources import load_pairs
 from b3.errors import DataError
 from b3.mining import BatchPlan
 from b3.mining.recipe import load_plan, mine_recipe
 from b3.mining.released import import_released, read_released
-from b3.train.run import build_sampler, describe, load_datasets, load_plans
+from b3.train.announce import describe
+from b3.train.batches import build_sampler, load_plans
 from scripts import import_plan, mine
 from scripts.import_plan import main
 

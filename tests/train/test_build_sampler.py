@@ -13,7 +13,8 @@ from b3.config import Config, load_config
 from b3.data.recipe import load_datasets
 from b3.errors import RunError
 from b3.mining.recipe import mine_recipe
-from b3.train.run import build_sampler, describe, load_plans, pool_numbers
+from b3.train.announce import describe
+from b3.train.batches import build_sampler, load_plans, pool_numbers
 
 SCHEDULE = {
     "mining": {"variants": {"hard": {"p": 0, "k": 6}}},

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from b3.config import Config, load_config
 from b3.data.recipe import load_datasets
+from b3.train.build import build_trainer
 from b3.train.estimate import estimate
 from b3.train.flops import ModelFlops, peak_flops
-from b3.train.run import _build_trainer
 from b3.train.signals import StopRequest
 from b3.train.vision_cache import VisionCache
 
@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(root: Path, *overrides: str) -> tuple[Config, object]:
     config = load_config(root / "recipe.yaml", [f"output_dir={root / 'run'}", *overrides])
-    return config, _build_trainer(config, load_datasets(config), {}, None, StopRequest())
+    return config, build_trainer(config, load_datasets(config), {}, None, StopRequest())
 
 
 def step_inputs(trainer: object, step: int) -> object:

@@ -73,7 +73,7 @@ def test_sharding_on_one_rank_is_refused(root: Path) -> None:
 def test_deepspeed_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from b3.config import load_config
     from b3.errors import RunError
-    from b3.train.run import check_machine
+    from b3.train.machine import check_machine
 
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(RunError, match=r"DeepSpeed is not supported: .* torchrun"):
@@ -94,7 +94,8 @@ def test_the_fsdp_of_accelerate_becomes_ours(root: Path) -> None:
 def test_weights_really_are_spread_and_chunks_really_unequal(root: Path, tmp_path: Path) -> None:
     """What the equality tests rest on: a rank says that it holds less, and ranks have different numbers of chunks."""
     from b3.config import load_config
-    from b3.train.run import _build_trainer, load_datasets
+    from b3.data.recipe import load_datasets
+    from b3.train.build import build_trainer
     from b3.train.signals import StopRequest
 
     held = []
@@ -104,7 +105,7 @@ def test_weights_really_are_spread_and_chunks_really_unequal(root: Path, tmp_pat
         held.append(float(line.partition("weights ")[2].split()[0]))
     assert held[1] < 0.8 * held[0]
     config = load_config(root / "recipe.yaml", [*UNEQUAL, f"output_dir={tmp_path}"])
-    trainer = _build_trainer(config, load_datasets(config), {}, None, StopRequest())
+    trainer = build_trainer(config, load_datasets(config), {}, None, StopRequest())
     counts = set()
     for step in range(6):
         places = [divmod(row, 96) for row in trainer.sampler.batch(step).tolist()]

@@ -1,0 +1,86 @@
+"""From a recipe and its plans to the batches of this rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from b3 import distributed
+from b3.config import BASE, Config
+
+if TYPE_CHECKING:
+    from b3.data.records import PairDataset
+    from b3.mining.plan import BatchPlan
+    from b3.train.negatives import StepNegatives
+    from b3.train.sampler import BatchPlanSampler
+
+    Plans = dict[str, list[BatchPlan]]  # of each data set, by the name of the plan
+
+
+def load_plans(config: Config, datasets: list[PairDataset]) -> Plans:
+    """The mined plans that training reads, of each data set, checked against its rows; empty if it reads none.
+
+    Raises `RunError` naming the command that mines.
+    """
+    from b3.mining.recipe import load_plan
+
+    return {
+        name: [
+            load_plan(config, entry, dataset, name)
+            for entry, dataset in zip(config.data.datasets, datasets, strict=True)
+        ]
+        for name in config.mined_plans
+    }
+
+
+def build_sampler(config: Config, datasets: list[PairDataset], plans: Plans, start: int = 0) -> BatchPlanSampler:
+    """Batches of this rank under the recipe's policy."""
+    from b3.train.sampler import BatchPlanSampler, random_rows
+
+    batch, entries = config.batch, config.data.datasets
+    sizes = [len(dataset) for dataset in datasets]
+    communities: dict[str, list[Any]]
+    if batch.mined:
+        communities = {name: [*plans[name]] for name in config.batch_plans}
+    else:
+        communities = {BASE: [random_rows(size) for size in sizes]}
+    return BatchPlanSampler(
+        communities,
+        batch.size,
+        sizes=sizes,
+        names=[dataset.name for dataset in datasets],
+        seed=config.seed,
+        steps=config.train.steps,
+        start=start,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        weights=[entry.weight for entry in entries],
+        pools=pool_numbers(config),
+        random_share=batch.random_share,
+        frozen=batch.remix == "frozen",
+        schedule=config.phases(),
+        negatives=_step_negatives(config, sizes, plans),
+    )
+
+
+def _step_negatives(config: Config, sizes: list[int], plans: Plans) -> StepNegatives | None:
+    """The draw of hard negatives by batch, or None where they are drawn by community or there are none."""
+    if not config.negatives.per_query or config.negatives.scope == "community":
+        return None
+    import numpy as np
+
+    from b3.train.negatives import StepNegatives
+
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    return StepNegatives(plans[BASE], offsets, config.negatives.per_query, config.seed)
+
+
+def pool_numbers(config: Config) -> list[int]:
+    """The pool of each data set: data sets of one pool share batches."""
+    policy, entries = config.batch.policy, config.data.datasets
+    if policy in ("b3_mixed", "random_mixed"):
+        return [0] * len(entries)
+    pools = list(range(len(entries)))
+    if policy == "b3_merged":
+        labelled = [number for number in pools if entries[number].family == "classification"]
+        pools = [labelled[0] if number in labelled else number for number in pools]
+    return pools

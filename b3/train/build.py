@@ -1,0 +1,122 @@
+"""From a recipe to the model that is trained and to the trainer around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from b3.config import BASE, Config
+from b3.errors import RunError
+from b3.train.batches import build_sampler
+from b3.train.signals import StopRequest
+
+if TYPE_CHECKING:
+    from b3.data.records import PairDataset
+    from b3.model.embedder import Embedder
+    from b3.train.batches import Plans
+
+
+def build_embedder(config: Config) -> Embedder:
+    """The backbone with a fresh (or continued) trainable adapter, or with all its weights trainable."""
+    from b3.model.embedder import Embedder
+    from b3.model.freeze import freeze_matching, unfreeze_all
+
+    model = config.model
+    embedder = Embedder.from_pretrained(
+        model.name,
+        dtype="float32" if model.train == "full" else model.dtype,
+        attention=model.attention,
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+        max_length=model.max_length,
+        positions=model.positions,
+        pooling=model.pooling,
+    )
+    if embedder.vision is None:
+        _check_text_only(config)
+    if model.train == "full":
+        unfreeze_all(embedder.backbone)
+    else:
+        _attach(embedder, config)
+    if model.freeze:
+        freeze_matching(embedder.backbone, model.freeze)
+    if model.gradient_checkpointing:
+        backbone: Any = embedder.backbone
+        backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return embedder
+
+
+def _check_text_only(config: Config) -> None:
+    """Raise `RunError` for a key that the recipe sets and a text encoder has no use for."""
+    model, train = config.model, config.train
+    useless = [f"model.{key}" for key in ("min_pixels", "max_pixels", "positions") if key in model.model_fields_set]
+    useless += [f"train.{key}" for key in ("vision_cache_mib",) if key in train.model_fields_set]
+    if useless:
+        raise RunError(f"{useless[0]} has no effect with the text encoder {model.name}; leave it out")
+    if model.shard:
+        raise RunError(f"model.shard spreads decoder layers, and {model.name} is a text encoder; leave it out")
+
+
+def _attach(embedder: Embedder, config: Config) -> None:
+    from transformers import set_seed
+
+    from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable
+    from b3.model.backbones import fetch
+
+    if not embedder.adapter_targets:
+        raise RunError(f"{config.model.name} takes no adapter; set model.train=full")
+    spec = config.adapter
+    targets = spec.target_modules
+    set_seed(config.seed)  # the adapter's initial values
+    embedder.backbone = attach_adapter(
+        embedder.backbone,
+        AdapterSpec(
+            spec.r,
+            spec.alpha,
+            spec.dropout,
+            spec.use_dora,
+            spec.init,
+            embedder.adapter_targets if targets is None else targets if isinstance(targets, str) else tuple(targets),
+        ),
+    )
+    if config.model.init_adapter is not None:
+        load_trainable(embedder.backbone, fetch(config.model.init_adapter))
+
+
+def build_trainer(
+    config: Config,
+    datasets: list[PairDataset],
+    plans: Plans,
+    checkpoint: Path | None,
+    request: StopRequest,
+) -> Any:
+    from b3.train.checkpoint import checkpoint_step
+    from b3.train.collate import StepCollator
+    from b3.train.evaluation import Evaluator
+    from b3.train.teacher import open_teachers
+    from b3.train.trainer import ContrastiveTrainer
+
+    start = 0 if checkpoint is None else checkpoint_step(checkpoint)
+    sampler = build_sampler(config, datasets, plans, start)
+    teachers = open_teachers(config, datasets)
+    embedder = build_embedder(config)
+    if config.model.shard:
+        from b3.train.shard import shard_frozen
+
+        shard_frozen(embedder)
+    negatives = None
+    if config.negatives.per_query and config.negatives.scope == "community":
+        mined = [plan.hard_negatives for plan in plans[BASE]]
+        assert all(rows is not None for rows in mined), "load_plans checks this"
+        negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]
+    share = config.train.share_duplicates
+    collator = StepCollator(
+        datasets,
+        embedder.processor,
+        config.train.chunk_tokens,
+        negatives,
+        share_duplicates=share == "always" or (share == "auto" and not embedder.has_dropout),
+        teachers=teachers,
+    )
+    evaluator = Evaluator(config, embedder) if config.eval and config.eval.every else None
+    return ContrastiveTrainer(embedder, config, collator, sampler, request, evaluator)
