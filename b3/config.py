@@ -63,6 +63,8 @@ class Config(Section):
         if self.model.train == "full" and self.adapter.model_fields_set:
             key = sorted(self.adapter.model_fields_set)[0]
             raise ValueError(f"adapter.{key} has no effect with model.train full; remove the section adapter")
+        if self.model.train == "full" and self.train.save_merged:
+            raise ValueError("train.save_merged has no effect with model.train full, which has no adapter; leave it out")
         if self.model.train == "full" and self.model.shard:
             raise ValueError("model.shard spreads frozen weights, and model.train full has none; leave one out")
         if self.model.min_pixels > self.model.max_pixels:
