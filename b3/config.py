@@ -60,6 +60,8 @@ class Config(Section):
     def _across(self) -> Config:
         if self.model.shard and self.eval is not None and self.eval.every is not None:
             raise ValueError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
+        if self.model.train == "full" and self.train.save_merged:
+            raise ValueError("train.save_merged has no effect with model.train full, without adapter; leave it out")
         if self.model.train == "full" and self.adapter.model_fields_set:
             key = sorted(self.adapter.model_fields_set)[0]
             raise ValueError(f"adapter.{key} has no effect with model.train full; remove the section adapter")

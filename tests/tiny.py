@@ -79,6 +79,14 @@ def write_model(folder: Path) -> Path:
     return make_tiny_model(folder, texts, hidden=32, layers=2, vision_layers=1, vocab_size=400)
 
 
+def write_text_model(folder: Path, kind: str = "roberta", **options: Any) -> Path:
+    """A text encoder of a hundred thousand parameters."""
+    from b3.model.tiny_text import make_tiny_text_model
+
+    texts = [f"a {c} {s} number 0123456789 what is Represent the given image" for c in COLOURS for s in SHAPES]
+    return make_tiny_text_model(folder, texts, kind=kind, vocab_size=400, **options)
+
+
 def recipe(root: Path, **changes: Any) -> dict[str, Any]:
     """A recipe over `write_data` and `write_model` below `root`; `changes` are sections laid over it."""
     from b3.config import merge

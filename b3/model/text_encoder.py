@@ -42,7 +42,7 @@ class TextProcessor(Processor):
     image_token: str = PLACEHOLDER  # no token of its own: text like any other
 
     @property
-    def image_token_id(self) -> int:  # type: ignore[override]
+    def image_token_id(self) -> int:
         return -1  # equals no token
 
     def check(self, item: Item) -> None:
@@ -72,7 +72,7 @@ class TextEmbedder(Embedder):
 
     Args:
         backbone: without pooler, bare or wrapped by peft.
-        processor: belongs to the backbone.
+        processor: a `TextProcessor`; belongs to the backbone.
         source: as of `Embedder`.
         pooling: "mean" over all tokens, or "cls", the first.
     """
@@ -81,7 +81,7 @@ class TextEmbedder(Embedder):
     adapter_targets: ClassVar[tuple[str, ...]] = ("query", "key", "value", "dense")  # all linear layers
 
     def __init__(
-        self, backbone: nn.Module, processor: TextProcessor, source: dict[str, Any] | None = None, pooling: str = "mean"
+        self, backbone: nn.Module, processor: Processor, source: dict[str, Any] | None = None, pooling: str = "mean"
     ) -> None:
         super().__init__(backbone, processor, source)
         self.pooling = pooling
@@ -123,10 +123,8 @@ class TextEmbedder(Embedder):
         return None
 
     def describe(self) -> str:
-        what = "the mean of all tokens' final hidden states" if self.pooling == "mean" else (
-            "the first token's final hidden state"
-        )  # fmt: skip
-        return f"{what}, L2-normalised; texts are cut to {self.processor.max_length} tokens"
+        of = {"mean": "the mean of all tokens' final hidden states", "cls": "the first token's final hidden state"}
+        return f"{of[self.pooling]}, L2-normalised; texts are cut to {self.processor.max_length} tokens"
 
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         """Vectors (B, D) float32 of a batch of texts, L2-normalised if asked. `features` must be None."""

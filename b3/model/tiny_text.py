@@ -33,6 +33,8 @@ def make_tiny_text_model(
     import torch
     from transformers import AutoConfig, AutoModel, set_seed
 
+    from b3.model.tiny import spread_weights
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     size = _train_tokenizer(texts, folder, vocab_size)
@@ -54,6 +56,7 @@ def make_tiny_text_model(
     state = torch.random.get_rng_state()
     set_seed(seed)
     model = AutoModel.from_config(config, add_pooling_layer=False)
+    spread_weights(model)
     torch.random.set_rng_state(state)
     model.save_pretrained(str(folder))
     return folder

@@ -58,7 +58,8 @@ def model_card(
         "---",
         f"# {config.name}",
         "",
-        f"{'Adapter of an embedding model' if adapted else 'Embedding model'} trained with b3: {config.train.steps} steps of {config.batch.size} pairs,"
+        f"{'Adapter of an embedding model' if adapted else 'Embedding model'} trained with b3:"
+        f" {config.train.steps} steps of {config.batch.size} pairs,"
         f" batches by policy `{config.batch.policy}`, temperature {config.train.temperature}. The vector is"
         f" {embedder.describe()}.",
         "",

@@ -108,19 +108,22 @@ def _length(processor: Processor, item: Item) -> int:
 
 
 def _kept_per_token(config: Config, embedder: Embedder) -> int:
-    """Bytes kept for the backward pass per token of a chunk, for an adapter on the paper's targets.
+    """Bytes kept for the backward pass per token of a chunk, for an adapter on the default targets.
 
     A decoder layer keeps 7 + 4 r numbers per token and unit of hidden size, with r the ratio of the MLP's width to it;
-    DoRA keeps 8 more, dropout 1.25 (4 + r) (measured with saved-tensor hooks; within a tenth).
+    DoRA keeps 8 more, dropout 1.25 (4 + r). A layer of a text encoder keeps 9 + 2 r, 2 more with its own dropout; its
+    adapter's dropout 1.25 (5 + r), DoRA 7 + 8 r (measured with saved-tensor hooks; within a tenth).
     """
     text: Any = embedder.language.config
     size = 2 if config.train.bf16 or embedder.dtype.itemsize == 2 else 4
     ratio = text.intermediate_size / text.hidden_size
-    per_layer = 7 + 4 * ratio
-    if config.adapter.use_dora:
-        per_layer += 8
-    if config.adapter.dropout:
-        per_layer += 1.25 * (4 + ratio)
+    adapted = config.model.train == "adapter"
+    dora, dropout = adapted and config.adapter.use_dora, adapted and config.adapter.dropout > 0
+    if embedder.causal:
+        per_layer = 7 + 4 * ratio + 8 * dora + 1.25 * (4 + ratio) * dropout
+    else:
+        own = text.hidden_dropout_prob > 0
+        per_layer = 9 + 2 * ratio + 2 * own + 1.25 * (5 + ratio) * dropout + (7 + 8 * ratio) * dora
     if config.model.gradient_checkpointing:  # each layer keeps its input, and one layer at a time everything
         layers = text.num_hidden_layers + per_layer
     else:
