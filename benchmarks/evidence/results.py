@@ -53,8 +53,15 @@ def difference(cell: Cell, control: Cell, draws: int = DRAWS) -> tuple[float, fl
 
     Seeds and queries are drawn with replacement, the same for both; a query counts with its data set's weight.
     """
-    assert [r["seed"] for r in cell.records] == [r["seed"] for r in control.records], "paired by seed"
-    delta = (cell.values - control.values) * cell.weights * len(cell.weights)
+    pairs = [
+        (i, j)
+        for i, own in enumerate(cell.records)
+        for j, other in enumerate(control.records)
+        if own["seed"] == other["seed"]
+    ]
+    assert pairs, "no seed in common"
+    own, other = (list(side) for side in zip(*pairs, strict=True))
+    delta = (cell.values[own] - control.values[other]) * cell.weights * len(cell.weights)
     random = np.random.default_rng(0)
     seeds, queries = delta.shape
     by_query = random.multinomial(queries, np.full(queries, 1 / queries), size=draws) / queries
@@ -79,16 +86,19 @@ class Results:
         return list(dict.fromkeys(labels.get(axis) for labels, _, _ in self.questions[question]))
 
     def cell(self, question: str, precision: bool = False, **wanted: Any) -> Cell | None:
-        """The runs of a question with these labels, by seed; None if there are none. They must be of one setting."""
-        chosen = [
-            (seed, json.dumps(labels, sort_keys=True), key)
-            for labels, seed, key in self.questions[question]
-            if all(labels.get(axis) == value for axis, value in wanted.items()) and key in self.runs
-        ]
+        """The runs of a question with these labels, by seed; None if there are none.
+
+        Where several settings have them, the one without further labels counts.
+        """
+        chosen: dict[int, list[tuple[int, str]]] = {}
+        for labels, seed, key in self.questions[question]:
+            if all(labels.get(axis) == value for axis, value in wanted.items()) and key in self.runs:
+                chosen.setdefault(len(labels), []).append((seed, key))
         if not chosen:
             return None
-        assert len({labels for _, labels, _ in chosen}) == 1, f"{question} {wanted} is several settings"
-        records = [self.runs[key] for _, _, key in sorted(chosen)]
+        plainest = sorted(chosen[min(chosen)])
+        assert len({seed for seed, _ in plainest}) == len(plainest), f"{question} {wanted} is several settings"
+        records = [self.runs[key] for _, key in plainest]
         sizes = list(records[0]["queries"].values())
         ranks = np.stack([self.ranks[record["key"]] for record in records]).astype(np.float64)
         values = (ranks == 0).astype(np.float64) if precision else 1 / (1 + ranks)
