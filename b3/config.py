@@ -62,8 +62,9 @@ class Config(Section):
             raise ValueError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
         if self.model.train == "full" and self.train.save_merged:
             raise ValueError("train.save_merged has no effect with model.train full, without adapter; leave it out")
-        if self.model.train == "full" and self.adapter.model_fields_set:
-            key = sorted(self.adapter.model_fields_set)[0]
+        changed = self.adapter.changed()
+        if self.model.train == "full" and changed:
+            key = changed[0]
             raise ValueError(f"adapter.{key} has no effect with model.train full; remove the section adapter")
         if self.model.train == "full" and self.model.shard:
             raise ValueError("model.shard spreads frozen weights, and model.train full has none; leave one out")

@@ -14,6 +14,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
+    def changed(self) -> list[str]:
+        """Keys whose value is not the default, sorted (a resolved recipe gives every key)."""
+        fields = type(self).model_fields.items()
+        return sorted(
+            key for key, field in fields if getattr(self, key) != field.get_default(call_default_factory=True)
+        )
+
 
 class ModelConfig(Section):
     name: str = Field(description="hub name or folder of the backbone (or of an adapter repository)")

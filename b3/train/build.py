@@ -47,14 +47,12 @@ def build_embedder(config: Config) -> Embedder:
 
 
 def _check_text_only(config: Config) -> None:
-    """Raise `RunError` for a key that the recipe sets and a text encoder has no use for."""
-    model, train = config.model, config.train
-    useless = [f"model.{key}" for key in ("min_pixels", "max_pixels", "positions") if key in model.model_fields_set]
-    useless += [f"train.{key}" for key in ("vision_cache_mib",) if key in train.model_fields_set]
-    if useless:
-        raise RunError(f"{useless[0]} has no effect with the text encoder {model.name}; leave it out")
-    if model.shard:
-        raise RunError(f"model.shard spreads decoder layers, and {model.name} is a text encoder; leave it out")
+    """Raise `RunError` for a key that a model of texts has no use for (beside those that loading refuses)."""
+    name = config.model.name
+    if "vision_cache_mib" in config.train.changed():
+        raise RunError(f"train.vision_cache_mib has no effect with {name}, which reads no pictures; leave it out")
+    if config.model.shard:
+        raise RunError(f"model.shard spreads decoder layers, and {name} has none; leave it out")
 
 
 def _attach(embedder: Embedder, config: Config) -> None:
