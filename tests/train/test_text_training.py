@@ -21,12 +21,13 @@ from b3.errors import DataError, InputError, RunError
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.embedder import collate
 from b3.model.freeze import unfreeze_all
+from b3.train.build import build_embedder
 from b3.train.collate import StepCollator
 from b3.train.flops import ModelFlops
 from b3.train.gradcache import CachedStep
 from b3.train.loss import ContrastiveLoss, info_nce
 from b3.train.metrics import without_times
-from b3.train.run import build_embedder, train
+from b3.train.run import train
 
 TEXTS = ["a red square number 1", "what is a green disc?\n", "a blue bar"]
 
