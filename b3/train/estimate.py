@@ -113,7 +113,7 @@ def _kept_per_token(config: Config, embedder: Embedder) -> int:
     A decoder layer keeps 7 + 4 r numbers per token and unit of hidden size, with r the ratio of the MLP's width to it;
     DoRA keeps 8 more, dropout 1.25 (4 + r). A layer of a text encoder keeps 9 + 2 r, 2 more with its own dropout; its
     adapter's dropout 1.25 (5 + r), DoRA 7 + 8 r (measured with saved-tensor hooks; within a tenth). A block of heads
-    keeps 3 + 2 r.
+    keeps 2 + 2 r.
     """
     text: Any = embedder.language.config
     size = 2 if config.train.bf16 or embedder.dtype.itemsize == 2 else 4
@@ -123,7 +123,7 @@ def _kept_per_token(config: Config, embedder: Embedder) -> int:
     if embedder.causal:
         per_layer = 7 + 4 * ratio + 8 * dora + 1.25 * (4 + ratio) * dropout
     elif not embedder.adapter_targets:
-        per_layer = 3 + 2 * ratio
+        per_layer = 2 + 2 * ratio
     else:
         own = text.hidden_dropout_prob > 0
         per_layer = 9 + 2 * ratio + 2 * own + 1.25 * (5 + ratio) * dropout + (7 + 8 * ratio) * dora
