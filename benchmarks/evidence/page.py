@@ -19,7 +19,8 @@ _PLACE = re.compile(r"^\{\{(.+)\}\}$", re.MULTILINE)
 def write_page(results: Results, docs: Path) -> None:
     """Fill the places of page.md: ``{{pivot question key=value ...}}``, ``{{listing ...}}``, ``{{plot FILE ...}}``.
 
-    Values are those of the functions in `benchmarks.evidence.tables`; a comma makes a list, ``a:b,c:d`` a table.
+    Values are those of the functions in `benchmarks.evidence.tables`; a comma makes a list, ``a:b,c:d`` a table; a
+    text with a blank in it is left alone.
     """
     makers: dict[str, Callable[..., str]] = {
         "pivot": lambda question, **given: tables.pivot(results, question, **given),
@@ -46,6 +47,8 @@ def _plot(results: Results, docs: Path, question: str, **given: Any) -> str:
 
 
 def _value(text: str) -> Any:
+    if " " in text:
+        return text
     if ":" in text:
         return {key: _value(value) for key, _, value in (part.partition(":") for part in text.split(","))}
     if "," in text:
@@ -55,4 +58,4 @@ def _value(text: str) -> Any:
             return kind(text)
         except ValueError:
             continue
-    return {"true": True, "false": False}.get(text, text)
+    return {"true": True, "false": False, "none": None}.get(text, text)
