@@ -60,6 +60,11 @@ class Config(Section):
     def _across(self) -> Config:
         if self.model.shard and self.eval is not None and self.eval.every is not None:
             raise ValueError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
+        if self.negatives.source == "data" and self.train.mask_teacher_margin is not None:
+            raise ValueError(
+                "train.mask_teacher_margin needs the teacher's vectors of all targets, and there are none of those that"
+                " negatives.source data brings; leave one out"
+            )
         if self.model.train == "full" and self.train.save_merged:
             raise ValueError("train.save_merged has no effect with model.train full, without adapter; leave it out")
         changed = self.adapter.changed()
@@ -91,7 +96,7 @@ class Config(Section):
     @property
     def mined_plans(self) -> list[str]:
         """Names of the plans that training reads; hard negatives come from `base`."""
-        needed = {*self.batch_plans, *([BASE] if self.negatives.per_query else [])}
+        needed = {*self.batch_plans, *([BASE] if self.negatives.mined else [])}
         return [name for name in (BASE, *self.mining.variants) if name in needed]
 
     def mining_of(self, plan: str) -> MiningConfig:

@@ -110,7 +110,10 @@ class MiningConfig(Section):
 
 
 class NegativesConfig(Section):
-    per_query: int = Field(0, ge=0, description="mined hard negatives h per query (B3++: 5)")
+    per_query: int = Field(0, ge=0, description="hard negatives h per query (B3++: 5)")
+    source: Literal["mined", "data"] = Field(
+        "mined", description="data: the first h that a row brings along (neg_text, neg_image_path)"
+    )
     scope: Literal["community", "batch"] = Field(
         "community", description="drawn for each community when mining, or for each batch when it is composed"
     )
@@ -129,6 +132,10 @@ class NegativesConfig(Section):
         idle = [name for name in self.rules if getattr(self, name) != defaults[name].default]
         if not self.per_query and idle:
             raise ValueError(f"negatives.{idle[0]} has no effect with negatives.per_query 0")
+        if self.source == "data" and not self.per_query:
+            raise ValueError("negatives.source data needs negatives.per_query")
+        if self.source == "data" and idle:
+            raise ValueError(f"negatives.{idle[0]} is a rule of mining and has no effect with negatives.source data")
         if self.scope == "community" and "candidates" in idle:
             raise ValueError("negatives.candidates has no effect with negatives.scope community")
         limits = [name for name in ("max_relative", "max_margin") if getattr(self, name) is not None]
@@ -139,4 +146,9 @@ class NegativesConfig(Section):
     @property
     def rules(self) -> dict[str, Any]:
         """The arguments of `b3.mining.negatives.NegativeRules`."""
-        return self.model_dump(exclude={"per_query"})
+        return self.model_dump(exclude={"per_query", "source"})
+
+    @property
+    def mined(self) -> int:
+        """How many of them a plan must hold."""
+        return self.per_query if self.source == "mined" else 0

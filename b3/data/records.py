@@ -136,9 +136,14 @@ class PairDataset:
     def target(self, row: int) -> Item:
         return self._item(self._value("pos_text", row), self._value("pos_image_path", row), self.target_prefix)
 
+    @property
+    def has_negatives(self) -> bool:
+        """Whether rows may bring negatives along."""
+        return "neg_text" in self._columns
+
     def negatives(self, row: int) -> list[Item]:
         """Negatives stored in the data row (not the mined ones); empty texts without image are left out."""
-        if "neg_text" not in self._columns:
+        if not self.has_negatives:
             return []
         texts, paths = self._value("neg_text", row), self._value("neg_image_path", row)
         pairs = zip(texts, paths, strict=True) if isinstance(texts, list) else [(texts, paths)]

@@ -44,7 +44,7 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: 
         "p": 0 if by_label else mining.p_of(entry),
         "m": entry.m or mining.m,
         "K": mining.k,
-        "h": config.negatives.per_query if variant == BASE else 0,
+        "h": config.negatives.mined if variant == BASE else 0,
         "edges": "mutual" if by_label else mining.edges,
         "veto": mining.veto,
         "penalty": mining.penalty,

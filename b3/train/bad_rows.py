@@ -73,9 +73,7 @@ class GuardedCollator:
         dataset = self.collator.datasets[place[0]]
         yield dataset.query(place[1])
         yield dataset.target(place[1])
-        for negative in self.collator.negatives_of(place):
-            if negative >= 0:
-                yield dataset.target(negative)
+        yield from (item for item in self.collator.negative_items(place) if item is not None)
 
     def _problem(self, place: StepRow) -> str | None:
         """Why a row cannot be used, or None. Raises `DataError` if that is not to be replaced."""

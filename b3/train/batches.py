@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from b3 import distributed
 from b3.config import BASE, Config
+from b3.errors import RunError
 
 if TYPE_CHECKING:
     from b3.data.records import PairDataset
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
     from b3.train.sampler import BatchPlanSampler
 
     Plans = dict[str, list[BatchPlan]]  # of each data set, by the name of the plan
+
+
+def check_stored_negatives(config: Config, datasets: list[PairDataset]) -> None:
+    """Raise `RunError` naming a data set whose rows bring no negatives along although the recipe trains with them."""
+    for dataset in datasets:
+        if config.negatives.source == "data" and not dataset.has_negatives:
+            raise RunError(
+                f"negatives.source data: {dataset.name} has no columns neg_text and neg_image_path; add them, or mine"
+                " hard negatives with negatives.source mined"
+            )
 
 
 def load_plans(config: Config, datasets: list[PairDataset]) -> Plans:
@@ -64,7 +75,7 @@ def build_sampler(config: Config, datasets: list[PairDataset], plans: Plans, sta
 
 def _step_negatives(config: Config, sizes: list[int], plans: Plans) -> StepNegatives | None:
     """The draw of hard negatives by batch, or None where they are drawn by community or there are none."""
-    if not config.negatives.per_query or config.negatives.scope == "community":
+    if not config.negatives.mined or config.negatives.scope == "community":
         return None
     import numpy as np
 

@@ -103,7 +103,7 @@ def build_trainer(
 
         shard_frozen(embedder)
     negatives = None
-    if config.negatives.per_query and config.negatives.scope == "community":
+    if config.negatives.mined and config.negatives.scope == "community":
         mined = [plan.hard_negatives for plan in plans[BASE]]
         assert all(rows is not None for rows in mined), "load_plans checks this"
         negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]
@@ -113,6 +113,7 @@ def build_trainer(
         embedder.processor,
         config.train.chunk_tokens,
         negatives,
+        config.negatives.per_query if config.negatives.source == "data" else 0,
         share_duplicates=share == "always" or (share == "auto" and not embedder.has_dropout),
         teachers=teachers,
     )

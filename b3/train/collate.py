@@ -63,6 +63,7 @@ class StepCollator:
         chunk_tokens: tokens a chunk may hold.
         hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None; where
             a row comes with negatives of its own, those count.
+        stored_negatives: so many negatives of each row's own (`PairDataset.negatives`), in place of mined ones.
         share_duplicates: encode equal items of a rank once. With dropout they then share one random mask.
         teachers: per data set a teacher's (queries, targets), each (N, D) floats; None: no mask reads them.
     """
@@ -71,18 +72,19 @@ class StepCollator:
     processor: Processor
     chunk_tokens: int
     hard_negatives: list[np.ndarray] | None = None
+    stored_negatives: int = 0
     share_duplicates: bool = True
     teachers: list[tuple[np.ndarray, np.ndarray]] | None = None
 
     def __call__(self, rows: list[StepRow]) -> StepInputs:
         queries = [self.datasets[place[0]].query(place[1]) for place in rows]
         columns = [column for place in rows for column in self._columns(place)]
-        targets = [self.datasets[d].target(row) for d, row, _ in columns]
+        targets = [item for item, _ in columns]
         items = queries + targets
         distinct, index = unique_items(items) if self.share_duplicates else (items, np.arange(len(items)))
         packed = self._process(distinct)
         lengths = [len(ids) for ids in packed.ids]
-        teacher_queries, teacher_targets = self._teacher(rows, columns)
+        teacher_queries, teacher_targets = self._teacher(rows)
         return StepInputs(
             torch.from_numpy(np.concatenate(packed.ids)),
             lengths,
@@ -94,12 +96,20 @@ class StepCollator:
             torch.from_numpy(index[len(queries) :]),
             torch.tensor([item_id(item) for item in queries], dtype=torch.int64),
             torch.tensor([item_id(item) for item in targets], dtype=torch.int64),
-            torch.tensor([real for _, _, real in columns], dtype=torch.bool),
+            torch.tensor([real for _, real in columns], dtype=torch.bool),
             teacher_queries,
             teacher_targets,
         )
 
-    def negatives_of(self, place: StepRow) -> Sequence[int]:
+    def negative_items(self, place: StepRow) -> list[Item | None]:
+        """The h hard negatives of a row, None where there are fewer: stored with it, drawn for it, or of its plan."""
+        dataset, row = self.datasets[place[0]], place[1]
+        if self.stored_negatives:
+            found = dataset.negatives(row)[: self.stored_negatives]
+            return [*found, *[None] * (self.stored_negatives - len(found))]
+        return [dataset.target(n) if n >= 0 else None for n in self._negative_rows(place)]
+
+    def _negative_rows(self, place: StepRow) -> Sequence[int]:
         """Row numbers whose targets are the hard negatives of a row, -1 for none: its own, or those of the plan."""
         if len(place) == 3:
             return place[2]
@@ -108,22 +118,19 @@ class StepCollator:
         negatives: list[int] = self.hard_negatives[place[0]][place[1]].tolist()
         return negatives
 
-    def _columns(self, place: StepRow) -> list[tuple[int, int, bool]]:
-        """(data set, row of the target, valid) of a row's positive and its hard negatives.
+    def _columns(self, place: StepRow) -> list[tuple[Item, bool]]:
+        """(target, valid) of a row's positive and its hard negatives; a missing one is a copy of the positive."""
+        positive = self.datasets[place[0]].target(place[1])
+        negatives = self.negative_items(place)
+        return [(positive, True), *((positive, False) if item is None else (item, True) for item in negatives)]
 
-        A missing negative is a copy of the positive, not valid.
-        """
-        dataset, row = place[:2]
-        negatives = self.negatives_of(place)
-        return [(dataset, row, True), *((dataset, n, True) if n >= 0 else (dataset, row, False) for n in negatives)]
-
-    def _teacher(
-        self, rows: list[StepRow], columns: list[tuple[int, int, bool]]
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _teacher(self, rows: list[StepRow]) -> tuple[Tensor | None, Tensor | None]:
         if self.teachers is None:
             return None, None
+        assert not self.stored_negatives, "the teacher's vectors are those of rows"
         queries = np.stack([self.teachers[place[0]][0][place[1]] for place in rows])
-        targets = np.stack([self.teachers[d][1][row] for d, row, _ in columns])
+        columns = [(place, n) for place in rows for n in (place[1], *self._negative_rows(place))]
+        targets = np.stack([self.teachers[place[0]][1][n if n >= 0 else place[1]] for place, n in columns])
         return torch.from_numpy(queries), torch.from_numpy(targets)
 
     def _process(self, items: list[Item]) -> _Packed:

@@ -55,6 +55,8 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         stand_ins = _stand_ins(config)
         tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": stand_ins}
         tree["mining"] |= {"teacher": "embedded"}
+        if config.negatives.source == "data":  # which the embedded rows do not bring along
+            tree["negatives"] |= {"source": "mined"}
     tree["mining"] |= _small_windows(config.mining.model_dump(include={"p", "m", "k"}), config.negatives.per_query)
     for name, variant in config.mining.variants.items():
         tree["mining"]["variants"][name] |= _small_windows(variant.replaced, 0)
@@ -132,6 +134,9 @@ def _write_texts(config: Config) -> None:
     requests, captions = (load_pairs(f"embedded:{DATA}", name) for name in ("emoji_t2i", "emoji_i2t"))
     pairs = dict(zip(requests.column("qry"), captions.column("pos_text"), strict=True))
     rows = [{"qry": q, "qry_image_path": "", "pos_text": t, "pos_image_path": ""} for q, t in pairs.items()]
+    if config.negatives.source == "data":
+        others = [rows[i - 1]["pos_text"] for i in range(len(rows))]
+        rows = [{**row, "neg_text": other, "neg_image_path": ""} for row, other in zip(rows, others, strict=True)]
     for number, entry in enumerate(config.data.datasets):
         own = rows[number :: len(config.data.datasets)][:ROWS]
         text = "".join(json.dumps(row) + "\n" for row in own)

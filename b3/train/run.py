@@ -14,7 +14,7 @@ from b3.data.recipe import load_datasets
 from b3.errors import RunError
 from b3.files import write_atomic
 from b3.train.announce import describe
-from b3.train.batches import build_sampler, load_plans
+from b3.train.batches import build_sampler, check_stored_negatives, load_plans
 from b3.train.build import build_trainer
 from b3.train.checkpoint import RESULT, checkpoint_facts, newest_checkpoint, rewind_metrics
 from b3.train.claim import claim_folder, data_facts
@@ -53,6 +53,7 @@ def train(config: Config) -> Trained:
         return Trained(folder, 0.0, already_complete=True)
     with StopRequest() as request:
         datasets = load_datasets(config)
+        check_stored_negatives(config, datasets)
         plans = load_plans(config, datasets)
         distributed.start(config.train.timeout_minutes)
         build_sampler(config, datasets, plans)  # its checks come before the model is loaded
