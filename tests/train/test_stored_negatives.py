@@ -21,14 +21,7 @@ from b3.train.gradcache import CachedStep
 from b3.train.loss import ContrastiveLoss
 from b3.train.run import train
 
-NEGATIVES: list[list[str]] = [
-    ["wrong 0", "worse 0"],
-    ["wrong 1"],
-    [],
-    ["wrong 3", "worse 3"],
-    ["", "worse 4"],
-    ["pos 5"],
-]
+WRONG = ["wrong 0", "worse 0"], ["wrong 1"], [], ["wrong 3", "worse 3"], ["", "worse 4"], ["pos 5"]
 
 
 def write(folder: Path, negatives: bool = True) -> None:
