@@ -82,8 +82,9 @@ class Results:
         self.ranks = dict(np.load(file.with_suffix(".npz")))
 
     def values_of(self, question: str, axis: str) -> list[Any]:
-        """Values of an axis in a question, in the order of the grid."""
-        return list(dict.fromkeys(labels.get(axis) for labels, _, _ in self.questions[question]))
+        """Values of an axis in a question: numbers by size, others in the order of the grid."""
+        found = list(dict.fromkeys(labels.get(axis) for labels, _, _ in self.questions[question]))
+        return sorted(found) if all(isinstance(value, (int, float)) for value in found) else found
 
     def cell(self, question: str, precision: bool = False, **wanted: Any) -> Cell | None:
         """The runs of a question with these labels, by seed; None if there are none.

@@ -79,7 +79,10 @@ def listing(
             continue
         other = results.cell(control_question or question, precision, **{**_shared(labels), **control})
         values = [str(labels.get(axis, "")) for axis in axes]
-        body.append([*values, *(f"{cell.fact(f):.2f}" for f in facts), _shown(cell), _gap(cell, other)])
+        known = [cell.fact(fact) for fact in facts]
+        is_control = other is not None and other.records == cell.records
+        gap = "control" if is_control else _gap(cell, other)
+        body.append([*values, *("" if x != x else f"{x:.2f}" for x in known), _shown(cell), gap])
     return _markdown([*axes, *(f.replace("_", " ") for f in facts), "score", "difference from the control"], body)
 
 
