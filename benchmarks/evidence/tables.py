@@ -8,6 +8,13 @@ from typing import Any
 
 from benchmarks.evidence.results import Cell, Results, difference
 
+NAMES = {
+    "size": "batch size |B|",
+    "examples": "pairs seen",
+    "window": "targets of the window [30, 130) in the batch, a query",
+    "in_community": "mined negatives a query, in its community",
+}
+
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
@@ -119,7 +126,7 @@ def plot_lines(
     if log:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(x if fact is None else fact.replace("_", " "))
+    axes.set_xlabel(NAMES.get(x, x) if fact is None else NAMES.get(fact, fact))
     axes.set_ylabel("precision@1, %" if precision else "MRR, %")
     axes.set_title(title)
     axes.legend(frameon=False)
