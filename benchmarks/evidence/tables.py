@@ -44,10 +44,11 @@ def pivot(
     columns: str,
     control: str | None = None,
     precision: bool = False,
+    means: bool = True,
     **fixed: Any,
 ) -> str:
     """Mean and standard deviation over seeds, in percent, by two axes; with `control` (a value of `rows`) the paired
-    differences from it below, with 95 % intervals, bold where they leave out zero.
+    differences from it below, with 95 % intervals, bold where they leave out zero. Without `means` only those.
     """
     across, down = results.values_of(question, columns), results.values_of(question, rows)
 
@@ -56,7 +57,7 @@ def pivot(
 
     head = [f"{rows} \\ {columns}", *(str(c) for c in across)]
     body = [[str(r), *(_shown(cell(r, c)) for c in across)] for r in down]
-    body = [line for line in body if any(line[1:])]
+    body = [line for line in body if means and any(line[1:])]
     if control is not None:
         for row in down:
             line = [_gap(cell(row, c), cell(control, c)) for c in across]
