@@ -113,7 +113,7 @@ def test_the_grid_from_data_to_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert again is not None and again.mean == cell.mean
     (tmp_path / "page.md").write_text(
         "# Here\n\n{{pivot both rows=arm columns=size control=random}}\n\n"
-        "{{listing both axes=arm, control=arm:random facts=window,above}}\n\n{{plot both x=size by=arm file=p}}\n"
+        "{{listing both axes=arm controls=random facts=window,above}}\n\n{{plot both x=size by=arm file=p}}\n"
     )
     monkeypatch.setattr(page, "HERE", tmp_path)
     page.write_page(results, tmp_path)

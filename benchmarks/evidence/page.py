@@ -24,7 +24,7 @@ def write_page(results: Results, docs: Path) -> None:
     """
     makers: dict[str, Callable[..., str]] = {
         "pivot": lambda question, **given: tables.pivot(results, question, **given),
-        "listing": lambda question, **given: tables.listing(results, question, **given),
+        "listing": lambda question, **given: tables.listing(results, question, **_listed(given)),
         "plot": lambda question, **given: _plot(results, docs, question, **given),
         "machine": lambda: results.machine,
         "runs": lambda: str(len(results.runs)),
@@ -37,6 +37,11 @@ def write_page(results: Results, docs: Path) -> None:
         return makers[kind](*plain, **given)
 
     (docs / "evidence.md").write_text(_PLACE.sub(fill, (HERE / "page.md").read_text()))
+
+
+def _listed(given: dict[str, Any]) -> dict[str, Any]:
+    several = ("axes", "controls", "facts")
+    return {key: [value] if key in several and isinstance(value, str) else value for key, value in given.items()}
 
 
 def _plot(results: Results, docs: Path, question: str, **given: Any) -> str:

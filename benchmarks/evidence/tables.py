@@ -70,12 +70,14 @@ def listing(
     results: Results,
     question: str,
     axes: Sequence[str],
-    control: dict[str, Any],
+    controls: Sequence[str],
     facts: Sequence[str] = (),
     precision: bool = False,
     control_question: str | None = None,
 ) -> str:
-    """One line a setting: labels, recorded facts, score, difference from the control of the same size and student."""
+    """One line a setting: labels, recorded facts, score, and differences from each of the arms `controls` of the same
+    size, student and number of pairs (in `control_question`, if it is another one).
+    """
     seen: list[dict[str, Any]] = []
     for labels, _, _ in results.questions[question]:
         if labels not in seen:
@@ -85,13 +87,15 @@ def listing(
         cell = results.cell(question, precision, **labels)
         if cell is None:
             continue
-        other = results.cell(control_question or question, precision, **{**_shared(labels), **control})
         values = [str(labels.get(axis, "")) for axis in axes]
         known = [cell.fact(fact) for fact in facts]
-        is_control = other is not None and other.records == cell.records
-        gap = "control" if is_control else _gap(cell, other)
-        body.append([*values, *("" if x != x else f"{x:.2f}" for x in known), _shown(cell), gap])
-    return _markdown([*axes, *(f.replace("_", " ") for f in facts), "score", "difference from the control"], body)
+        line = [*values, *("" if x != x else f"{x:.2f}" for x in known), _shown(cell)]
+        for arm in controls:
+            other = results.cell(control_question or question, precision, **{**_shared(labels), "arm": arm})
+            line.append("" if other is not None and other.records == cell.records else _gap(cell, other))
+        body.append(line)
+    heads = [*axes, *(f.replace("_", " ") for f in facts), "score", *(f"− {arm}" for arm in controls)]
+    return _markdown(heads, body)
 
 
 def _shared(labels: dict[str, Any]) -> dict[str, Any]:
