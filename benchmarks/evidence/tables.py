@@ -115,21 +115,30 @@ def plot_lines(
     fact: str | None = None,
     **fixed: Any,
 ) -> None:
-    """Score against an axis (or a recorded fact), a line for each value of another axis; bars: standard deviation."""
+    """Score against an axis, a line for each value of another one; with `fact` named points at what was recorded.
+
+    Bars are the standard deviation over seeds.
+    """
     from b3.eval.plots import new_figure, save_figure
 
     figure, axes = new_figure(6.4, 3.8)
     for name in results.values_of(question, by):
         points = []
-        for value in results.values_of(question, x):
+        for value in (v for v in results.values_of(question, x) if None not in (v, name)):
             cell = results.cell(question, precision, **{**fixed, x: value, by: name})
             if cell is not None:
-                points.append((value if fact is None else cell.fact(fact), 100 * cell.mean, 100 * cell.sd))
-        if points:
-            xs, ys, bars = zip(*points, strict=True)
-            axes.errorbar(xs, ys, yerr=bars, marker="o", capsize=3, label=str(name))
+                where = cell.fact(fact) if fact else value if isinstance(value, (int, float)) else str(value)
+                points.append((where, 100 * cell.mean, 100 * cell.sd, str(value)))
+        if not points:
+            continue
+        xs, ys, bars, texts = zip(*points, strict=True)
+        label = name if isinstance(name, str) else f"{by} {name}"
+        axes.errorbar(xs, ys, yerr=bars, fmt="o" if fact else "o-", capsize=3, label=label)
+        for where, height, text in zip(xs, ys, texts, strict=True) if fact else ():
+            axes.annotate(text, (where, height), xytext=(6, 4), textcoords="offset points", fontsize=8)
     if log:
         axes.set_xscale("log", base=2)
+        axes.set_xticks([v for v in results.values_of(question, x) if v is not None])
         axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(NAMES.get(x, x) if fact is None else NAMES.get(fact, fact))
     axes.set_ylabel("precision@1, %" if precision else "MRR, %")
