@@ -21,7 +21,9 @@ def _percent(value: float) -> str:
 
 
 def _shown(cell: Cell | None) -> str:
-    return "" if cell is None else f"{_percent(cell.mean)} ± {100 * cell.sd:.1f}"
+    if cell is None:
+        return ""
+    return _percent(cell.mean) + (f" ± {100 * cell.sd:.1f}" if len(cell.records) > 1 else "")
 
 
 def _gap(cell: Cell | None, control: Cell | None) -> str:
