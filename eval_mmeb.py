@@ -28,10 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     adapter = check(arguments)
 
     from b3 import distributed
-    from b3.data.sources import list_subsets
+    from b3.data.tables import list_subsets
+    from b3.eval.benchmarks.mmeb import expand
     from b3.eval.report import markdown_table
     from b3.eval.run import EvalSpec, evaluate
-    from b3.eval.tasks import expand
 
     spec = EvalSpec(
         model=arguments.model_name,

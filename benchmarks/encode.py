@@ -68,8 +68,8 @@ def published(model: Path, items: list[dict[str, Any]]) -> tuple[np.ndarray, flo
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
-    from b3.data.records import Item
-    from b3.model.processing import Processor
+    from b3.data.datasets import Item
+    from b3.model.backbones.processing import Processor
 
     network = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
     processor = Processor.from_pretrained(model)
@@ -147,7 +147,7 @@ def main() -> None:
     if arguments.measure:
         measure(arguments.measure[0], Path(arguments.measure[1]))
         return
-    from b3.model.tiny import make_tiny_model
+    from b3.model.backbones.tiny import make_tiny_model
 
     arms = arguments.arms.split(",")
     with tempfile.TemporaryDirectory() as name:

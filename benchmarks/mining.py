@@ -122,7 +122,7 @@ def measure_memory(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 def measure_emoji(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """All embedded subsets by one partitioner at K = 8: mean of mined negatives and of equal targets."""
-    from b3.data.sources import embedded_teacher
+    from b3.data.tables import embedded_teacher
     from b3.mining import mine
 
     found = []

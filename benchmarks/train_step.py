@@ -72,11 +72,11 @@ def make_batches(folder: Path, size: int) -> list[Batch]:
 
 def ours(model: Path, options: Any) -> Prepare:
     from b3 import Embedder
-    from b3.data.records import Item
+    from b3.data.datasets import Item
     from b3.model.adapter import AdapterSpec, attach_adapter
     from b3.train.collate import StepCollator
-    from b3.train.gradcache import CachedStep
-    from b3.train.loss import ContrastiveLoss
+    from b3.train.losses.info_nce import ContrastiveLoss
+    from b3.train.step import CachedStep
 
     class Pairs:
         def __init__(self, batch: Batch) -> None:
@@ -147,8 +147,8 @@ def recipe(model: Path, options: Any) -> Prepare:
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
-    from b3.data.records import Item
-    from b3.model.processing import Processor
+    from b3.data.datasets import Item
+    from b3.model.backbones.processing import Processor
     from benchmarks import gradcache_recipe
 
     network = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).model
@@ -218,7 +218,7 @@ def main() -> None:
         arm, size, name = arguments.measure
         measure(arm, int(size), Path(name), arguments)
         return
-    from b3.model.tiny import make_tiny_model
+    from b3.model.backbones.tiny import make_tiny_model
 
     with tempfile.TemporaryDirectory() as name:
         texts = [" ".join(WORDS), QUESTION + CAPTION + WANTED + "0123456789"]

@@ -69,8 +69,8 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
     import transformers
 
     import b3
-    from b3.cache import EmbeddingCache
-    from b3.encode import Encoder, unit
+    from b3.model.cache import EmbeddingCache
+    from b3.model.encode import Encoder, unit
 
     start = time.monotonic()
     embedder = load_model(identity)
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--batch-tokens {arguments.batch_tokens} must be positive")
     columns = columns_of(arguments)
     data = read_rows(arguments.input, columns, arguments.image_dir, arguments.instruction)
-    from b3.model.backbones import adapter_key, checkpoint_key
+    from b3.model.checkpoint import adapter_key, checkpoint_key
 
     checkpoints = {
         "model": describe_checkpoint(arguments.model, checkpoint_key),

@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if (arguments.out / "manifest.json").exists():
         raise RunError(f"{arguments.out} holds a batch plan already; choose another --out or delete it")
+    from b3.data.datasets import PairDataset
     from b3.data.prompts import target_prefix
-    from b3.data.records import PairDataset
-    from b3.data.sources import PAIR_COLUMNS, check_rows, load_table
+    from b3.data.tables import PAIR_COLUMNS, check_rows, load_table
     from b3.mining.released import import_released, read_released
 
     table = read_released(arguments.files)

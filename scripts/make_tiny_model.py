@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
 
-    from b3.model.tiny import make_tiny_model
+    from b3.model.backbones.tiny import make_tiny_model
 
     make_tiny_model(
         arguments.out,

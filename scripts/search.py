@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from b3.data.datasets import Item
 from b3.data.own import Columns, prompt, read_rows
 from b3.data.own_index import load_index
-from b3.data.records import Item
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_atomic
 from scripts.embed import add_rows_arguments, columns_of, load_model
@@ -74,7 +74,7 @@ def read_queries(arguments: argparse.Namespace) -> list[tuple[str, Item]]:
 
 def embed_queries(arguments: argparse.Namespace, items: Sequence[Item], manifest: dict[str, Any]) -> np.ndarray:
     """(Q, D) vectors by the model of the index. Raises `RunError` if that is not there any more."""
-    from b3.model.backbones import adapter_key, checkpoint_key
+    from b3.model.checkpoint import adapter_key, checkpoint_key
 
     for part, key_of in (("model", checkpoint_key), ("adapter", adapter_key)):
         if getattr(arguments, part):
@@ -187,7 +187,7 @@ def render(
 
 def tag(item: Item) -> str:
     """The item's picture as an <img>; '' if it has none, a remark if it cannot be read."""
-    from b3.mining.report_html import thumbnail
+    from b3.mining.page import thumbnail
 
     try:
         image = item.open_image()

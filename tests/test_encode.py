@@ -18,10 +18,10 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from b3 import Embedder
-from b3.cache import EmbeddingCache
-from b3.data.records import Item
-from b3.encode import Encoder, token_batches
+from b3.data.datasets import Item
 from b3.errors import DataError, RunError
+from b3.model.cache import EmbeddingCache
+from b3.model.encode import Encoder, token_batches
 
 ROOT = Path(__file__).parents[1]
 ITEMS = [item(case) for case in cases()]
@@ -159,8 +159,8 @@ import json, sys
 import numpy as np
 from pathlib import Path
 from b3 import Embedder, distributed
-from b3.data.records import Item
-from b3.encode import Encoder
+from b3.data.datasets import Item
+from b3.model.encode import Encoder
 from golden_data import cases, item
 distributed.start()
 model = Embedder.from_pretrained(sys.argv[1], dtype="float32")

@@ -237,7 +237,7 @@ def test_search_finds_each_row_by_itself(index: Path, rows: Path, capsys: pytest
 def test_search_refuses_another_model_and_bad_input(
     index: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from b3.model.tiny import make_tiny_model
+    from b3.model.backbones.tiny import make_tiny_model
 
     other = make_tiny_model(tmp_path / "other", ["a b c"], hidden=32, layers=1, vision_layers=1, seed=1, vocab_size=300)
     assert search.main(["--index", str(index), "--query", "x", "--model", str(other)]) == 2

@@ -73,7 +73,7 @@ def write_data(root: Path, rows: int = 96) -> Path:
 
 def write_model(folder: Path) -> Path:
     """A checkpoint of a few hundred thousand parameters."""
-    from b3.model.tiny import make_tiny_model
+    from b3.model.backbones.tiny import make_tiny_model
 
     texts = [f"a {c} {s} number 0123456789 what is Represent the given image" for c in COLOURS for s in SHAPES]
     return make_tiny_model(folder, texts, hidden=32, layers=2, vision_layers=1, vocab_size=400)
@@ -81,7 +81,7 @@ def write_model(folder: Path) -> Path:
 
 def write_text_model(folder: Path, kind: str = "roberta", **options: Any) -> Path:
     """A text encoder of a hundred thousand parameters."""
-    from b3.model.tiny_text import make_tiny_text_model
+    from b3.model.backbones.tiny_text import make_tiny_text_model
 
     texts = [f"a {c} {s} number 0123456789 what is Represent the given image" for c in COLOURS for s in SHAPES]
     return make_tiny_text_model(folder, texts, kind=kind, vocab_size=400, **options)

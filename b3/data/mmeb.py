@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from b3.console import bar
 from b3.errors import DataError, InputError
 from b3.files import write_atomic
-from b3.progress import bar
 
 REPOSITORIES = {"eval": "TIGER-Lab/MMEB-eval", "train": "TIGER-Lab/MMEB-train"}
 MARKERS = ".extracted"

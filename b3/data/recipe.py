@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from b3.config import Config, DatasetConfig
-from b3.data.records import PairDataset
-from b3.data.sources import load_pairs
+from b3.data.datasets import PairDataset
+from b3.data.tables import load_pairs
 
 
 def load_dataset(config: Config, entry: DatasetConfig) -> PairDataset:

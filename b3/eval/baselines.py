@@ -16,7 +16,7 @@ from functools import cache
 from importlib.resources import files
 
 from b3.errors import InputError
-from b3.eval.tasks import FAMILIES, MMEB
+from b3.eval.benchmarks.mmeb import FAMILIES, MMEB
 
 VERSIONS = ("v2.0.1", "v2.0.0")
 

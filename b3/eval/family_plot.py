@@ -7,8 +7,8 @@ from typing import Any
 
 from b3.errors import InputError
 from b3.eval.baselines import family_means, load_baselines
+from b3.eval.benchmarks.mmeb import FAMILIES
 from b3.eval.plots import COLOURS, new_figure, save_figure
-from b3.eval.tasks import FAMILIES
 
 DEFAULT_BASELINES = (
     "gme-Qwen2-VL-2B-Instruct",

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from b3.errors import InputError
-from b3.model.processing import MAX_PIXELS, MIN_PIXELS
+from b3.model.backbones.processing import MAX_PIXELS, MIN_PIXELS
 
 # Accepted, without effect on the numbers of this program.
 IGNORED_VALUES = (
@@ -142,7 +142,7 @@ def ignored(arguments: argparse.Namespace) -> list[str]:
 def check(arguments: argparse.Namespace) -> str | None:
     """The adapter to merge onto --model_name, or None. Raises `InputError` for flags that contradict each other."""
     from b3.model.adapter import CONFIG_FILE, is_adapter
-    from b3.model.backbones import fetch, read_json
+    from b3.model.checkpoint import fetch, read_json
 
     if arguments.pooling not in ("last", "eos"):
         raise InputError(f"--pooling {arguments.pooling} is not supported; use last (or eos, the same)")

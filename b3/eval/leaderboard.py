@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from b3.errors import InputError
-from b3.eval.tasks import MMEB
+from b3.eval.benchmarks.mmeb import MMEB
 
 
 def missing_subsets(summary: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from b3.eval.tasks import FAMILIES, family_of
+from b3.eval.benchmarks.mmeb import FAMILIES, family_of
 
 COLOURS = {"untrained": "#9aa0a6", "random": "#4c78a8", "b3": "#e4572e"}
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from b3.data.records import EvalDataset
+from b3.data.datasets import EvalDataset
 from b3.errors import InputError
+from b3.eval.benchmarks.mmeb import FAMILIES, MMEB, TASKS, family_of
 from b3.eval.intervals import bootstrap_interval, bootstrap_mean
 from b3.eval.score import SubsetScore
-from b3.eval.tasks import FAMILIES, MMEB, TASKS, family_of
 from b3.files import write_atomic
 
 MMEB_NAMES = {task.name for task in MMEB}

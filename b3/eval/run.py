@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from b3 import distributed
-from b3.cache import EmbeddingCache
-from b3.data.records import EvalDataset
-from b3.data.sources import load_eval
-from b3.encode import Encoder, unique_items, unit
+from b3.data.datasets import EvalDataset
+from b3.data.tables import load_eval
 from b3.errors import RunError
 from b3.eval.explain import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
 from b3.files import write_atomic
-from b3.model.backbones import adapter_key, checkpoint_key
+from b3.model.cache import EmbeddingCache
+from b3.model.checkpoint import adapter_key, checkpoint_key
+from b3.model.encode import Encoder, unique_items, unit
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from b3.data.records import EvalDataset
+from b3.data.datasets import EvalDataset
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import numpy as np
 from b3.errors import RunError
 from b3.mining.hashing import mix64
 from b3.mining.negatives import NegativeRules, count_scores, weighted_deal
-from b3.mining.rank import Ranks
+from b3.mining.rankings import Ranks
 from b3.mining.vectors import DistinctTargets
 
 if TYPE_CHECKING:

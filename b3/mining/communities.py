@@ -10,7 +10,7 @@ from b3.mining.graph import Graph, build_graph
 from b3.mining.labels import label_graph
 from b3.mining.parameters import Parameters
 from b3.mining.partition import choose_remainder, communities_of, metis_labels, random_labels, reference_repair, repair
-from b3.mining.rank import Ranks
+from b3.mining.rankings import Ranks
 from b3.mining.stages import Clock
 from b3.mining.vectors import DistinctTargets
 
@@ -58,7 +58,7 @@ def _by_similarity(
     facts: dict[str, Any],
 ) -> np.ndarray:
     """(n,) community of each of `rows` by balanced k-means: to communities, or to pieces that are cut one by one."""
-    from b3.mining.kmeans import balanced_kmeans, pair_vectors
+    from b3.mining.miners.kmeans import balanced_kmeans, pair_vectors
 
     whole = cut.partitioner == "kmeans"
     with clock.stage("partition" if whole else "pieces"):
@@ -98,7 +98,7 @@ def _cut(graph: Graph, targets: np.ndarray, cut: Parameters, clock: Clock, facts
             labels = repair(graph, labels, parts, cut.K, cut.seed)
     if not cut.refine_passes:
         return labels
-    from b3.mining.refine import objective, refine
+    from b3.mining.miners.anneal import objective, refine
 
     with clock.stage("refine"):
         before = objective(graph, labels, targets)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from b3.mining.hashing import mix64, uniform
-from b3.mining.rank import TOP, WINDOW, Ranks
+from b3.mining.rankings import TOP, WINDOW, Ranks
 from b3.mining.vectors import DistinctTargets
 
 EDGE_BLOCK = 1 << 22

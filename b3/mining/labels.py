@@ -16,7 +16,7 @@ import numpy as np
 from b3.errors import InputError
 from b3.mining.graph import Graph
 from b3.mining.hashing import mix64
-from b3.mining.rank import Ranks
+from b3.mining.rankings import Ranks
 from b3.mining.vectors import DistinctTargets
 
 BLOCK_VALUES = 1 << 24

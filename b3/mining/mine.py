@@ -19,7 +19,7 @@ from b3.mining.labels import RankTo, merge_facts, rank_labels, restrict_targets,
 from b3.mining.negatives import NegativeRules, draw_negatives, narrow
 from b3.mining.parameters import REFINED, Parameters
 from b3.mining.plan import BatchPlan
-from b3.mining.rank import Ranks, join_ranks, rank_targets, search_recall
+from b3.mining.rankings import Ranks, join_ranks, rank_targets, search_recall
 from b3.mining.report import make_report, peak_memory
 from b3.mining.stages import Clock, Stages
 from b3.mining.vectors import DistinctTargets, distinct_targets, embeddings_fingerprint, unit_rows

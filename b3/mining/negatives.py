@@ -10,7 +10,7 @@ import numpy as np
 
 from b3.errors import InputError
 from b3.mining.hashing import mix64, uniform
-from b3.mining.rank import Ranks
+from b3.mining.rankings import Ranks
 from b3.mining.vectors import DistinctTargets
 
 SCOPES = ("community", "batch")

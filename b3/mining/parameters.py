@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from b3.mining.rank import Limits
+from b3.mining.rankings import Limits
 
 EDGES = ("union", "mutual")
 SEARCHES = ("exact", "ivf")

@@ -100,7 +100,7 @@ class BatchPlan:
             )
 
     def _write(self, folder: Path) -> None:
-        from b3.mining.report_html import Section, write_report_html
+        from b3.mining.page import Section, write_report_html
 
         checksums = {}
         for name in ARRAYS:

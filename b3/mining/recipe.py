@@ -12,12 +12,12 @@ import numpy as np
 
 from b3 import distributed
 from b3.config import BASE, Config, DatasetConfig
+from b3.console import bar
+from b3.data.datasets import PairDataset
 from b3.data.recipe import load_dataset
-from b3.data.records import PairDataset
 from b3.errors import ConfigError, RunError
 from b3.mining.plan import BatchPlan
 from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
-from b3.progress import bar
 
 Progress = Callable[[str, int, int], None]
 
@@ -121,7 +121,7 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
 
     Raises `InputError` for data or embeddings that cannot be used and for an existing plan that does not fit.
     """
-    from b3.mining.report_html import Section, write_report_html
+    from b3.mining.page import Section, write_report_html
 
     variants = config.mined_plans or [BASE]  # who mines for random batches wants to see the base plan
     datasets = [load_dataset(config, entry) for entry in config.data.datasets]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from b3.data.datasets import PairDataset
 from b3.data.prompts import target_prefix
-from b3.data.records import PairDataset
-from b3.data.sources import NEGATIVE_COLUMNS, PAIR_COLUMNS, check_rows
+from b3.data.tables import NEGATIVE_COLUMNS, PAIR_COLUMNS, check_rows
 from b3.errors import DataError
 from b3.mining.plan import BatchPlan
 

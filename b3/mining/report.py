@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from b3.mining.rank import TEMPERATURE, TOP, WINDOW, Ranks
+from b3.mining.rankings import TEMPERATURE, TOP, WINDOW, Ranks
 from b3.mining.report_compare import paper_communities, random_communities, random_expectation
 from b3.mining.report_examples import community_examples, duplicate_examples, hubs, likely_false_negatives
 from b3.mining.vectors import DistinctTargets

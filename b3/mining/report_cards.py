@@ -26,7 +26,7 @@ class Cards:
     """Shows items of `records`, without the instruction that all of them share.
 
     Args:
-        records: see `b3.mining.report_html.Section`; None: row numbers are shown.
+        records: see `b3.mining.page.Section`; None: row numbers are shown.
         rows: rows that will be shown; with a sample of the others they tell what is shared.
     """
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from b3.mining.graph import build_graph
 from b3.mining.partition import choose_remainder, communities_of, metis_labels, random_labels, reference_repair
-from b3.mining.rank import Ranks
+from b3.mining.rankings import Ranks
 from b3.mining.vectors import DistinctTargets
 
 

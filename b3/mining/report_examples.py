@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from b3.mining.rank import Ranks
+from b3.mining.rankings import Ranks
 from b3.mining.vectors import DistinctTargets
 
 PERCENTILES = (10, 50, 90)

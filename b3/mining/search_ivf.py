@@ -1,8 +1,8 @@
 """Approximate search for very many targets: faiss finds candidates in an inverted file, exact scores rank them.
 
 A query looks only into the cells whose centroids are nearest to it; what is elsewhere is not found, and the report of
-the plan says how much that is (`b3.mining.rank.search_recall`). Cells are trained on one thread from a fixed seed. On
-100,000 rows the exact search is faster (docs/log.md); this one is for many millions.
+the plan says how much that is (`b3.mining.rankings.search_recall`). Cells are trained on one thread from a fixed seed.
+On 100,000 rows the exact search is faster (docs/log.md); this one is for many millions.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import numpy as np
 
 from b3 import distributed
 from b3.config import Config, DatasetConfig
-from b3.data.records import Item, PairDataset
-from b3.data.sources import embedded_teacher, split_source
+from b3.data.datasets import Item, PairDataset
+from b3.data.tables import embedded_teacher, split_source
 from b3.errors import DataError, RunError
 
 SENTENCE_TRANSFORMER = "st:"
@@ -50,10 +50,10 @@ def load_teacher(config: Config) -> Encode | None:
 
 
 def _load_checkpoint(config: Config) -> Encode:
-    from b3.cache import EmbeddingCache
-    from b3.encode import Encoder, unit
-    from b3.model.backbones import adapter_key, checkpoint_key
+    from b3.model.cache import EmbeddingCache
+    from b3.model.checkpoint import adapter_key, checkpoint_key
     from b3.model.embedder import Embedder, reads_pictures
+    from b3.model.encode import Encoder, unit
 
     mining = config.mining
     pixels: dict[str, Any] = {}

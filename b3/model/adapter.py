@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.errors import InputError
-from b3.model.backbones import read_json
+from b3.model.checkpoint import read_json
 
 if TYPE_CHECKING:
     import torch

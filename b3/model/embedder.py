@@ -7,7 +7,7 @@ r"""The embedding model: a backbone, pooling, L2 normalisation. Here Qwen2-VL an
 Positions are 1-D (0..n-1 on all three rotary axes), as in every checkpoint of VLM2Vec V1, V2 and B3: their prompts hold
 no vision-start token, so the reference's builder of 3-D positions never finds an image. ``positions="mrope"`` gives
 upstream's positions, for models trained with them. Items are packed end to end without padding and each pools its own
-last token, so that a vector does not depend on the rest of its batch. Text encoders: see `b3.model.text_encoder`.
+last token, so that a vector does not depend on the rest of its batch. Text encoders have a file of their own beside it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
 
-from b3.data.records import Item
+from b3.data.datasets import Item
 from b3.errors import InputError
 from b3.model import adapter as adapters
 from b3.model import attention as attention_kernels
 from b3.model.attention import Packing
-from b3.model.backbones import (
+from b3.model.backbones.processing import MAX_PIXELS, MIN_PIXELS, Processed, Processor
+from b3.model.backbones.rotary import mrope_positions, round_frequencies
+from b3.model.checkpoint import (
     HEADS,
     TEXT_ENCODERS,
     choose_attention,
@@ -38,8 +40,6 @@ from b3.model.backbones import (
     model_type,
     read_json,
 )
-from b3.model.processing import MAX_PIXELS, MIN_PIXELS, Processed, Processor
-from b3.model.rotary import mrope_positions, round_frequencies
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +326,8 @@ class Embedder(nn.Module):
         workers: int = 0,
         progress: str | None = None,
     ) -> np.ndarray:
-        """Vectors (N, D) float32 in the order of `items`; see `b3.encode.encode_items`."""
-        from b3.encode import encode_items
+        """Vectors (N, D) float32 in the order of `items`; see `b3.model.encode.encode_items`."""
+        from b3.model.encode import encode_items
 
         return encode_items(self, items, normalize, batch_tokens, max_items, workers, progress)
 
@@ -346,11 +346,11 @@ def embedder_class(base: Path) -> type[Embedder]:
     """The kind of `Embedder` for the checkpoint in `base`, by its model_type."""
     kind = model_type(base)
     if kind in TEXT_ENCODERS:
-        from b3.model.text_encoder import TextEmbedder
+        from b3.model.backbones.text_encoder import TextEmbedder
 
         return TextEmbedder
     if kind == HEADS:
-        from b3.model.heads import HeadsEmbedder
+        from b3.model.backbones.heads import HeadsEmbedder
 
         return HeadsEmbedder
     return Embedder

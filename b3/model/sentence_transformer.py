@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from b3.console import bar
+from b3.data.datasets import Item
 from b3.data.prompts import PLACEHOLDER
-from b3.data.records import Item
-from b3.encode import token_batches, unique_items
 from b3.errors import DataError, RunError
-from b3.progress import bar
+from b3.model.encode import token_batches, unique_items
 
 BATCH_TOKENS = 8192
 BATCH_ITEMS = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3.model.backbones import load_backbone
+from b3.model.checkpoint import load_backbone
 
 if TYPE_CHECKING:
     from torch import nn

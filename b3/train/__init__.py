@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["BatchPlanSampler", "info_nce"]
 
 if TYPE_CHECKING:
-    from b3.train.loss import info_nce
+    from b3.train.losses.info_nce import info_nce
     from b3.train.sampler import BatchPlanSampler
 
 
 def __getattr__(name: str) -> Any:
     if name == "info_nce":
-        from b3.train.loss import info_nce
+        from b3.train.losses.info_nce import info_nce
 
         return info_nce
     if name == "BatchPlanSampler":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from b3.config import Config
 
 if TYPE_CHECKING:
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
     from b3.train.batches import Plans
     from b3.train.sampler import BatchPlanSampler
 

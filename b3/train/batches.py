@@ -9,7 +9,7 @@ from b3.config import BASE, Config
 from b3.errors import RunError
 
 if TYPE_CHECKING:
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
     from b3.mining.plan import BatchPlan
     from b3.train.negatives import StepNegatives
     from b3.train.sampler import BatchPlanSampler

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from b3.config import BASE, Config
 from b3.errors import RunError
 from b3.train.batches import build_sampler
-from b3.train.signals import StopRequest
+from b3.train.stop import StopRequest
 
 if TYPE_CHECKING:
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
     from b3.model.embedder import Embedder
     from b3.train.batches import Plans
 
@@ -59,7 +59,7 @@ def _attach(embedder: Embedder, config: Config) -> None:
     from transformers import set_seed
 
     from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable
-    from b3.model.backbones import fetch
+    from b3.model.checkpoint import fetch
 
     if not embedder.adapter_targets:
         raise RunError(f"{config.model.name} takes no adapter; set model.train=full")
@@ -91,8 +91,8 @@ def build_trainer(
     from b3.train.checkpoint import checkpoint_step
     from b3.train.collate import StepCollator
     from b3.train.evaluation import Evaluator
+    from b3.train.loop import ContrastiveTrainer
     from b3.train.teacher import open_teachers
-    from b3.train.trainer import ContrastiveTrainer
 
     start = 0 if checkpoint is None else checkpoint_step(checkpoint)
     sampler = build_sampler(config, datasets, plans, start)

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from b3.progress import bar
-from b3.train.signals import Stopped, StopRequest
+from b3.console import bar
+from b3.train.stop import Stopped, StopRequest
 
 TIMED_STEPS = 5
 

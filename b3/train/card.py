@@ -8,7 +8,7 @@ from b3.config import Config, dump_config
 from b3.train.claim import plan_digest
 
 if TYPE_CHECKING:
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
     from b3.model.embedder import Embedder
     from b3.train.batches import Plans
 

@@ -15,7 +15,7 @@ from b3.files import write_atomic
 from b3.train.checkpoint import METRICS
 
 if TYPE_CHECKING:
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
     from b3.mining.plan import BatchPlan
     from b3.train.batches import Plans
 

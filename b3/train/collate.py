@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from b3.data.records import Item, PairDataset, item_id
-from b3.encode import token_batches, unique_items
+from b3.data.datasets import Item, PairDataset, item_id
 from b3.errors import DataError
-from b3.model.processing import Processor
+from b3.model.backbones.processing import Processor
+from b3.model.encode import token_batches, unique_items
 from b3.train.inputs import Pictures, StepInputs
 
 StepRow = tuple[int, int] | tuple[int, int, Sequence[int]]  # data set, row, hard negatives drawn for the batch

@@ -16,10 +16,10 @@ from typing import Any
 
 from b3 import distributed
 from b3.config import Config, DatasetConfig
-from b3.data.sources import embedded_families, load_pairs
+from b3.data.tables import embedded_families, load_pairs
 from b3.errors import RunError
 from b3.files import write_atomic
-from b3.model.backbones import TEXT_ENCODERS, model_type
+from b3.model.checkpoint import TEXT_ENCODERS, model_type
 from b3.train.claim import DEBUG
 
 DATA = "emoji"
@@ -169,10 +169,10 @@ def prepare(config: Config) -> Config:
 
 
 def _make(config: Config) -> None:
+    from b3.console import no_bars
     from b3.data.recipe import load_datasets
-    from b3.model.tiny import make_tiny_model
-    from b3.model.tiny_text import make_tiny_text_model
-    from b3.progress import no_bars
+    from b3.model.backbones.tiny import make_tiny_model
+    from b3.model.backbones.tiny_text import make_tiny_text_model
 
     run = Path(config.output_dir)
     if run.exists():

@@ -12,9 +12,9 @@ from b3.config import Config
 from b3.errors import DataError
 
 if TYPE_CHECKING:
-    from b3.data.records import Item, PairDataset
+    from b3.data.datasets import Item, PairDataset
+    from b3.model.backbones.processing import Processor
     from b3.model.embedder import Embedder
-    from b3.model.processing import Processor
     from b3.train.sampler import BatchPlanSampler
 
 SAMPLE_ROWS = 32

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from b3.config import Config
-from b3.data.records import EvalDataset
-from b3.data.sources import load_eval
-from b3.encode import Encoder
+from b3.data.datasets import EvalDataset
+from b3.data.tables import load_eval
 from b3.eval.run import EvalSpec, evaluate_subset
+from b3.model.encode import Encoder
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder

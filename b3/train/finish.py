@@ -12,15 +12,15 @@ from b3.files import write_atomic
 from b3.train.checkpoint import RESULT, read_metrics
 
 if TYPE_CHECKING:
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
     from b3.train.batches import Plans
 
 
 def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: Plans, seconds: float) -> None:
     """Write everything; last the file that says the run is complete. On the first rank only."""
     from b3.train.card import model_card
-    from b3.train.report_page import write_report
-    from b3.train.trainer import save_adapter
+    from b3.train.loop import save_adapter
+    from b3.train.page import write_report
 
     folder = Path(config.output_dir)
     save_adapter(trainer.embedder, folder)

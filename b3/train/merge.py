@@ -22,9 +22,9 @@ def save_merged(config: Config, folder: Path, dtype: torch.dtype) -> Path:
     The sum is formed in float32 and rounded once, as when an adapter is merged on loading, so the vectors are those of
     `Embedder.from_pretrained(base, adapter=folder)`. Runs on the CPU, beside the trained model.
     """
-    from b3.model.backbones import fetch
+    from b3.console import no_bars
+    from b3.model.checkpoint import fetch
     from b3.model.embedder import Embedder
-    from b3.progress import no_bars
 
     target, staged = folder / MERGED, folder / f".{MERGED}.tmp"
     shutil.rmtree(staged, ignore_errors=True)

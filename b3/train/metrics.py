@@ -12,7 +12,7 @@ import torch
 
 from b3 import distributed
 from b3.train.flops import ModelFlops, peak_flops
-from b3.train.gradcache import StepResult
+from b3.train.step import StepResult
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from b3.distributed import rank, world_size
 from b3.train.inputs import StepInputs
-from b3.train.loss import ContrastiveLoss
-from b3.train.masks import Columns
+from b3.train.losses.info_nce import ContrastiveLoss
+from b3.train.losses.masks import Columns
 
 BLOCK_LOGITS = 2**24  # logits held at once; 64 MiB in float32, about six times that with what autograd keeps
 

@@ -15,7 +15,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from b3.config_batches import communities_in_batch
+from b3.config.checks import communities_in_batch
 from b3.errors import InputError
 from b3.mining.hashing import mix64
 

@@ -19,10 +19,10 @@ from b3.train.build import build_trainer
 from b3.train.checkpoint import RESULT, checkpoint_facts, newest_checkpoint, rewind_metrics
 from b3.train.claim import claim_folder, data_facts
 from b3.train.machine import check_machine, check_ranks, environment, follow_launcher
-from b3.train.signals import Stopped, StopRequest
+from b3.train.stop import Stopped, StopRequest
 
 if TYPE_CHECKING:
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
     from b3.train.batches import Plans
 
 

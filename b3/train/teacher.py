@@ -11,7 +11,7 @@ from b3.errors import RunError
 if TYPE_CHECKING:
     import numpy as np
 
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
 
 
 def open_teachers(config: Config, datasets: list[PairDataset]) -> list[tuple[np.ndarray, np.ndarray]] | None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from b3.model.backbones.processing import MERGE
 from b3.model.embedder import Embedder
-from b3.model.processing import MERGE
 from b3.train.inputs import Chunk, Pictures
 
 

@@ -59,10 +59,10 @@ def wordnet_ranks(model: str, folder: Path) -> dict[str, np.ndarray]:
 
 def emoji_ranks(config: Config) -> dict[str, np.ndarray]:
     """0 where the right candidate comes first, else 1, by subset of the recipe's evaluation."""
-    from b3.data.sources import load_eval
-    from b3.encode import Encoder
+    from b3.data.tables import load_eval
     from b3.eval.run import EvalSpec, evaluate_subset
     from b3.model.embedder import Embedder
+    from b3.model.encode import Encoder
 
     assert config.eval is not None
     model = Embedder.from_pretrained(

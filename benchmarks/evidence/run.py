@@ -118,7 +118,7 @@ def execute_missing(runs: Iterable[Run], workers: int, say: Callable[[str], None
 def _all(work: Callable[[Run], Any], runs: list[Run], workers: int, what: str, say: Callable[[str], None]) -> list[str]:
     os.environ.update(THREADS)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["b3.train.trainer", "b3.train.run", "b3.mining.recipe"])
+    context.set_forkserver_preload(["b3.train.loop", "b3.train.run", "b3.mining.recipe"])
     failed, started = [], time.perf_counter()
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
         futures = {pool.submit(_guarded, work, run): run for run in runs}

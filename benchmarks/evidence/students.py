@@ -16,7 +16,7 @@ _LAYER = re.compile(r"\.layer\.(\d+)\.")
 
 def make_students(root: Path) -> None:
     """Untrained heads over each kind of frozen vectors, below `root`/students."""
-    from b3.model.heads import write_heads
+    from b3.model.backbones.heads import write_heads
 
     for layer in LAYERS:
         folder = root / "students" / f"layer-{layer}"

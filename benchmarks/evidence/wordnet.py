@@ -81,7 +81,7 @@ def hidden_means(model_folder: Path, texts: list[str], batch: int = 128) -> dict
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    from b3.progress import bar
+    from b3.console import bar
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModel.from_pretrained(model_folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
@@ -128,8 +128,8 @@ def write_data(folder: Path, parts: dict[str, Any], means: Callable[[list[str]],
         parts: of `split`.
         means: gives for some texts the (n, D) vectors of each of `LAYERS`, as `hidden_means`.
     """
-    from b3.data.records import Item
-    from b3.model.heads import write_vectors
+    from b3.data.datasets import Item
+    from b3.model.backbones.heads import write_vectors
 
     (folder / "train").mkdir(parents=True, exist_ok=True)
     for kind, rows in parts["train"].items():

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
+from b3.data.datasets import Item
 from b3.data.images import FolderImages, ParquetImages, content_key, decode
-from b3.data.records import Item
-from b3.data.sources import embedded_teacher, list_subsets, load_eval, load_pairs, split_source
+from b3.data.tables import embedded_teacher, list_subsets, load_eval, load_pairs, split_source
 from b3.errors import DataError
 
 
@@ -70,7 +70,7 @@ def test_a_path_out_of_the_image_folder_is_refused(tmp_path: Path) -> None:
 
 def test_negatives_as_a_string_or_a_list() -> None:
     base = {"qry": ["q"], "qry_image_path": [""], "pos_text": ["p"], "pos_image_path": [""]}
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
 
     single = PairDataset("x", pa.table({**base, "neg_text": ["n"], "neg_image_path": [""]}), target_prefix="T: ")
     several = PairDataset("x", pa.table({**base, "neg_text": [["n", "", "m"]], "neg_image_path": [["", "", ""]]}))

@@ -14,9 +14,9 @@ from golden_data import GOLDEN, checkpoint
 from safetensors.numpy import load_file
 
 import eval_mmeb
-from b3.data.sources import load_eval
-from b3.encode import Encoder
+from b3.data.tables import load_eval
 from b3.eval.run import EvalSpec, evaluate_subset
+from b3.model.encode import Encoder
 
 SUBSETS = ["ImageNet-1K", "MSCOCO_i2t", "MSCOCO_t2i", "OK-VQA", "RefCOCO-Matching", "WebQA"]
 DATA = GOLDEN / "mmeb-eval"
@@ -217,7 +217,7 @@ def test_a_family_explained_and_squared(folder: Path, tmp_path: Path) -> None:
 
 
 def test_another_base_under_the_same_adapter_is_another_model(folder: Path, tmp_path: Path) -> None:
-    from b3.model.backbones import adapter_key, checkpoint_key
+    from b3.model.checkpoint import adapter_key, checkpoint_key
 
     base, repository = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(folder, base)

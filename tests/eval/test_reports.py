@@ -10,17 +10,17 @@ import pyarrow as pa
 import pytest
 from tiny import picture
 
+from b3.data.datasets import EvalDataset
 from b3.data.images import FolderImages
-from b3.data.records import EvalDataset
 from b3.errors import InputError
 from b3.eval.baselines import family_means, load_baselines
+from b3.eval.benchmarks.mmeb import EMOJI, MMEB
 from b3.eval.explain import margin, sample_errors, write_explanations
 from b3.eval.family_plot import DEFAULT_BASELINES, plot_families
 from b3.eval.intervals import bootstrap_interval, bootstrap_mean
 from b3.eval.leaderboard import leaderboard_json, missing_subsets
 from b3.eval.report import summarise
 from b3.eval.score import SubsetScore
-from b3.eval.tasks import EMOJI, MMEB
 
 # Cls, VQA, Ret, VG, IND, OOD, all: percent, computed apart from the same score files.
 PUBLISHED = {

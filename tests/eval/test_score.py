@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from b3.eval.benchmarks.mmeb import MMEB, TASKS, expand
 from b3.eval.report import markdown_table, summarise
 from b3.eval.score import row_scores
-from b3.eval.tasks import MMEB, TASKS, expand
 
 
 def test_copies_of_a_candidate_tie_exactly() -> None:

@@ -14,9 +14,9 @@ import pytest
 
 from b3.mining import BatchPlan, mine
 from b3.mining.graph import Graph, build_graph
+from b3.mining.miners.anneal import DUPLICATE_COST, objective, refine
 from b3.mining.partition import metis_labels, repair
-from b3.mining.rank import Ranks, rank_targets
-from b3.mining.refine import DUPLICATE_COST, objective, refine
+from b3.mining.rankings import Ranks, rank_targets
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
 KINDS = [("signs", True), ("signs", False), ("gauss", True), ("gauss", False)]

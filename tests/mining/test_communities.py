@@ -15,8 +15,8 @@ from mining import reference
 from b3.errors import InputError
 from b3.mining import mine
 from b3.mining.graph import build_graph
-from b3.mining.kmeans import balanced_kmeans, pair_vectors
-from b3.mining.rank import rank_targets
+from b3.mining.miners.kmeans import balanced_kmeans, pair_vectors
+from b3.mining.rankings import rank_targets
 from b3.mining.stages import Stages
 from b3.mining.vectors import distinct_targets, unit_rows
 

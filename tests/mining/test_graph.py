@@ -7,7 +7,7 @@ import pytest
 from mining import reference
 
 from b3.mining.graph import build_graph, places, rows_of_targets
-from b3.mining.rank import Ranks, rank_targets
+from b3.mining.rankings import Ranks, rank_targets
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
 

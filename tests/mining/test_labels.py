@@ -18,7 +18,7 @@ from b3.mining import mine
 from b3.mining.graph import Graph
 from b3.mining.labels import label_count, label_graph, merge_facts, rank_labels, restrict_targets, split_rows
 from b3.mining.negatives import NegativeRules
-from b3.mining.rank import rank_targets
+from b3.mining.rankings import rank_targets
 from b3.mining.recipe import mine_recipe
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 

@@ -113,7 +113,7 @@ def test_labels_are_kept_apart_and_still_give_hard_negatives(monkeypatch: pytest
     report = mine(queries, targets, p=3, m=15, community_size=8).report
     assert report["num_distinct_targets"] == len(np.unique(reference.distinct_of(targets)))
     assert report["mined_negatives_per_query"] > 1.5 * report["random_mined_negatives_per_query"]
-    monkeypatch.setattr("b3.mining.refine.DUPLICATE_COST", 0)
+    monkeypatch.setattr("b3.mining.miners.anneal.DUPLICATE_COST", 0)
     careless = mine(queries, targets, p=3, m=15, community_size=8).report
     assert report["duplicate_targets_in_community"] < 0.6 * careless["duplicate_targets_in_community"]
 
@@ -244,7 +244,7 @@ def test_bad_arrays(queries: np.ndarray, targets: np.ndarray, message: str) -> N
 
 
 def test_large_communities_are_measured_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    from b3.mining.rank import rank_targets
+    from b3.mining.rankings import rank_targets
     from b3.mining.vectors import distinct_targets
 
     queries, targets = reference.clustered(120, labels=70)

@@ -14,7 +14,7 @@ from b3.errors import InputError, RunError
 from b3.mining import BatchPlan, mine
 from b3.mining.batch_negatives import BatchDraw, draw_batch
 from b3.mining.negatives import FAITHFUL, NegativeRules, _draw, draw_negatives
-from b3.mining.rank import Ranks, rank_targets
+from b3.mining.rankings import Ranks, rank_targets
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
 P, M, K, ROWS = 3, 15, 8, 96

@@ -7,7 +7,7 @@ import pytest
 from mining import reference
 
 from b3.mining.negatives import draw_negatives
-from b3.mining.rank import rank_targets
+from b3.mining.rankings import rank_targets
 from b3.mining.vectors import distinct_targets, unit_rows
 
 P, M, K = 3, 15, 8

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mining import reference
 
 from b3.mining.graph import Graph
+from b3.mining.miners.anneal import DUPLICATE_COST, objective, refine
 from b3.mining.partition import (
     choose_remainder,
     communities_of,
@@ -17,7 +18,6 @@ from b3.mining.partition import (
     reference_repair,
     repair,
 )
-from b3.mining.refine import DUPLICATE_COST, objective, refine
 
 
 def random_graph(rows: int, edges: int, seed: int) -> Graph:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mining import reference
 
-import b3.mining.rank as rank
+import b3.mining.rankings as rank
 import b3.mining.search as search
-from b3.mining.rank import NONE, TOP, WINDOW, Limits, Ranks, join_ranks, rank_targets
+from b3.mining.rankings import NONE, TOP, WINDOW, Limits, Ranks, join_ranks, rank_targets
 from b3.mining.vectors import distinct_targets, unit_rows
 
 

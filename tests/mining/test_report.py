@@ -13,7 +13,7 @@ from mining import reference
 
 from b3.mining import BatchPlan, mine
 from b3.mining import report as report_module
-from b3.mining.rank import Ranks, rank_targets
+from b3.mining.rankings import Ranks, rank_targets
 from b3.mining.report import make_report, quality
 from b3.mining.report_examples import duplicate_examples, hubs, likely_false_negatives
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows

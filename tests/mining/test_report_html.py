@@ -15,8 +15,8 @@ from mining import reference
 from PIL import Image
 
 from b3.mining import BatchPlan, mine
+from b3.mining.page import THUMBNAIL, Section, render, thumbnail, write_report_html
 from b3.mining.report_cards import MOST_MEMBERS, smallest
-from b3.mining.report_html import THUMBNAIL, Section, render, thumbnail, write_report_html
 from b3.mining.report_text import drop_shared, plain_text, shared_words, shorten
 
 

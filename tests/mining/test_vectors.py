@@ -7,7 +7,7 @@ import pytest
 
 from b3.errors import InputError
 from b3.mining.hashing import mix64, seeded_order, uniform
-from b3.mining.rank import pair_scores
+from b3.mining.rankings import pair_scores
 from b3.mining.vectors import GRID, distinct_targets, embeddings_fingerprint, unit_rows
 
 

@@ -14,11 +14,11 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 from b3 import Embedder
-from b3.data.records import Item
+from b3.data.datasets import Item
 from b3.errors import DataError, InputError
 from b3.model.adapter import AdapterSpec, attach_adapter, matched_modules
-from b3.model.text_encoder import TextEmbedder
-from b3.train.trainer import save_adapter
+from b3.model.backbones.text_encoder import TextEmbedder
+from b3.train.loop import save_adapter
 
 KINDS = ("bert", "roberta", "xlm-roberta")
 # 20 distinct lengths, and several texts of one length

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["b3.train.trainer", "b3.train.run", "b3.train.finish", "forks"])
+CONTEXT.set_forkserver_preload(["b3.train.loop", "b3.train.run", "b3.train.finish", "forks"])
 
 
 def free_port() -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_gradcache import NEGATIVES, GoldenPairs, checkpoint
 
-from b3.model.processing import Processor
+from b3.model.backbones.processing import Processor
 from b3.train.collate import StepCollator
 
 

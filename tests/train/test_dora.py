@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_gradcache import PLAIN, checkpoint, collator, embedder, gradients
 
-from b3.train import gradcache
+from b3.train import step as gradcache
 from b3.train.dora import _dora_layers
-from b3.train.gradcache import CachedStep
+from b3.train.step import CachedStep
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from b3.data.recipe import load_datasets
 from b3.train.build import build_trainer
 from b3.train.estimate import estimate
 from b3.train.flops import ModelFlops, peak_flops
-from b3.train.signals import StopRequest
+from b3.train.stop import StopRequest
 from b3.train.vision_cache import VisionCache
 
 
@@ -65,7 +65,7 @@ TARGETS = {
 def test_operations_of_a_step_are_those_that_torch_counts(root: Path, targets: str) -> None:
     """Counted on forward and backward of every chunk once, a frozen tower on each picture once; deep enough that the
     first layer, whose input needs no gradient, does not show."""
-    from b3.model.tiny import make_tiny_model
+    from b3.model.backbones.tiny import make_tiny_model
 
     deep = make_tiny_model(root / "deep", ["a b c"], hidden=64, layers=12, vision_layers=8, vocab_size=400)
     _, trainer = build(root, f"model.name={deep}", f"adapter.target_modules={targets}", "train.chunk_tokens=256")

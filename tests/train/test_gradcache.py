@@ -12,11 +12,11 @@ from golden_data import GOLDEN, checkpoint
 from safetensors.torch import load_file
 
 from b3 import Embedder
-from b3.data.records import Item
+from b3.data.datasets import Item
 from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable, new_name
 from b3.train.collate import StepCollator
-from b3.train.gradcache import CachedStep
-from b3.train.loss import ContrastiveLoss, info_nce
+from b3.train.losses.info_nce import ContrastiveLoss, info_nce
+from b3.train.step import CachedStep
 from b3.train.vision_cache import VisionCache
 
 PAIRS = json.loads((GOLDEN / "train" / "train.json").read_text())["pairs"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from b3.train import info_nce
-from b3.train.loss import BatchStatistics, positive_columns
-from b3.train.masks import excluded_columns
+from b3.train.losses.info_nce import BatchStatistics, positive_columns
+from b3.train.losses.masks import excluded_columns
 
 
 def by_hand(queries: np.ndarray, targets: np.ndarray, tau: float, excluded: np.ndarray | None = None) -> float:

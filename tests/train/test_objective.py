@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_loss import as_inputs, random_batch, reference_loss
 
-from b3.train.loss import ContrastiveLoss
+from b3.train.losses.info_nce import ContrastiveLoss
 from b3.train.objective import whole_batch
 
 OPTIONS = st.fixed_dictionaries(

@@ -11,9 +11,9 @@ import torch
 from reference_loss import as_inputs, random_batch
 from test_gradcache import checkpoint, collator, embedder
 
-from b3.train.gradcache import CachedStep
-from b3.train.loss import ContrastiveLoss
+from b3.train.losses.info_nce import ContrastiveLoss
 from b3.train.objective import whole_batch
+from b3.train.step import CachedStep
 
 LOSSES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -96,7 +96,7 @@ def test_weights_really_are_spread_and_chunks_really_unequal(root: Path, tmp_pat
     from b3.config import load_config
     from b3.data.recipe import load_datasets
     from b3.train.build import build_trainer
-    from b3.train.signals import StopRequest
+    from b3.train.stop import StopRequest
 
     held = []
     for kind in ("whole", "sharded"):

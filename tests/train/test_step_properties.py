@@ -16,13 +16,13 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from b3 import Embedder
-from b3.data.records import Item
+from b3.data.datasets import Item
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.embedder import collate
 from b3.train.collate import StepCollator
-from b3.train.gradcache import CachedStep, chunk_seed
-from b3.train.loss import ContrastiveLoss, info_nce
-from b3.train.masks import excluded_columns
+from b3.train.losses.info_nce import ContrastiveLoss, info_nce
+from b3.train.losses.masks import excluded_columns
+from b3.train.step import CachedStep, chunk_seed
 from b3.train.vision_cache import VisionCache, is_vision_frozen
 
 PICTURES = [None, *(str(GOLDEN / "images" / name) for name in ("noise.png", "tiny.png", "shapes2.png"))]

@@ -14,12 +14,12 @@ from forks import Job
 
 from b3 import Embedder
 from b3.config import load_config
-from b3.data.sources import load_pairs
+from b3.data.tables import load_pairs
 from b3.errors import ConfigError, RunError
 from b3.train.collate import StepCollator
-from b3.train.gradcache import CachedStep
-from b3.train.loss import ContrastiveLoss
+from b3.train.losses.info_nce import ContrastiveLoss
 from b3.train.run import train
+from b3.train.step import CachedStep
 
 WRONG = ["wrong 0", "worse 0"], ["wrong 1"], [], ["wrong 3", "worse 3"], ["", "worse 4"], ["pos 5"]
 

@@ -16,7 +16,7 @@ from forks import Job
 
 from b3 import Embedder
 from b3.config import Config, load_config
-from b3.data.records import Item
+from b3.data.datasets import Item
 from b3.errors import DataError, InputError, RunError
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.embedder import collate
@@ -24,10 +24,10 @@ from b3.model.freeze import unfreeze_all
 from b3.train.build import build_embedder
 from b3.train.collate import StepCollator
 from b3.train.flops import ModelFlops
-from b3.train.gradcache import CachedStep
-from b3.train.loss import ContrastiveLoss, info_nce
+from b3.train.losses.info_nce import ContrastiveLoss, info_nce
 from b3.train.metrics import without_times
 from b3.train.run import train
+from b3.train.step import CachedStep
 
 TEXTS = ["a red square number 1", "what is a green disc?\n", "a blue bar"]
 
@@ -237,7 +237,7 @@ def test_gradient_checkpointing_changes_nothing(root: Path) -> None:
 
 
 def test_the_triples_of_simcse_become_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from b3.data.sources import load_pairs
+    from b3.data.tables import load_pairs
     from scripts.prepare_nli import main
 
     triples = [("A man, outside.", 'He says "hi".', "Nobody is there."), ("Two dogs", "Animals", "No dogs")]

@@ -11,12 +11,12 @@ from golden_data import GOLDEN
 from test_gradcache import checkpoint, embedder, gradients, relative
 
 from b3 import Embedder
-from b3.data.records import Item
+from b3.data.datasets import Item
 from b3.model.embedder import collate
 from b3.train.collate import StepCollator
-from b3.train.gradcache import CachedStep
 from b3.train.inputs import StepInputs
-from b3.train.loss import info_nce
+from b3.train.losses.info_nce import info_nce
+from b3.train.step import CachedStep
 
 PICTURES = [str(GOLDEN / "images" / name) for name in ("shapes1.png", "noise.png", "shapes2.png")]
 

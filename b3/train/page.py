@@ -15,7 +15,7 @@ from b3.train.card import data_rows
 from b3.train.checkpoint import read_metrics
 
 if TYPE_CHECKING:
-    from b3.data.records import PairDataset
+    from b3.data.datasets import PairDataset
     from b3.train.batches import Plans
 
 Curve = tuple[str, list[float], list[float], str]  # label, steps, values, colour

@@ -12,9 +12,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from b3.data.datasets import EvalDataset, PairDataset
 from b3.data.images import FolderImages, ParquetImages, open_store
 from b3.data.prompts import target_prefix
-from b3.data.records import EvalDataset, PairDataset
 from b3.errors import DataError
 
 if TYPE_CHECKING:

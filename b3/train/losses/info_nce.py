@@ -5,7 +5,7 @@ For query i with positive column y(i), over all T target columns (positives and 
     loss_i = -log( exp(q_i . t_y(i) / tau) / sum over j of w_ij exp(q_i . t_j / tau) )
 
 One direction, query to target; the mean over queries is the loss (paper, section 3; authors' code). Columns that are
-known to be right as well may be taken out of a query's sum (`b3.train.masks`). Options, all off in the paper:
+known to be right as well may be taken out of a query's sum (`b3.train.losses.masks`). Options, all off in the paper:
 
 * symmetric: the mean of this loss and the one from each positive to all queries (CLIP, arXiv 2103.00020, figure 3).
 * learned temperature: log(1 / tau) is a parameter, its exponential kept at most 100 (CLIP, section 2.5).
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from b3.errors import RunError
-from b3.train.masks import above_positive
+from b3.train.losses.masks import above_positive
 
 if TYPE_CHECKING:
-    from b3.config import TrainConfig
+    from b3.config.schema import TrainConfig
 
 MAX_SCALE = 100.0
 FILE = "loss.safetensors"

@@ -16,9 +16,9 @@ from typing import Any, Literal, get_origin
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from b3.config_batches import check_batches
-from b3.config_mining import check_classification
-from b3.config_sections import (
+from b3.config.checks import check_batches
+from b3.config.checks_mining import check_classification
+from b3.config.schema import (
     AdapterConfig,
     BatchConfig,
     DataConfig,
@@ -28,8 +28,8 @@ from b3.config_sections import (
     Section,
     TrainConfig,
 )
-from b3.config_sections_mining import MiningConfig, NegativesConfig
-from b3.config_yaml import apply_override, locate, merge, read_yaml
+from b3.config.schema_mining import MiningConfig, NegativesConfig
+from b3.config.yaml_tree import apply_override, locate, merge, read_yaml
 from b3.errors import ConfigError
 
 __all__ = ["BASE", "Config", "DatasetConfig", "MiningConfig", "describe_keys", "dump_config", "load_config", "merge"]

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from b3.data.records import Item, item_id
+from b3.data.datasets import Item, item_id
 from b3.errors import DataError, InputError
 from b3.files import write_atomic
-from b3.model.backbones import HEADS, read_json
+from b3.model.backbones.processing import Processed, Processor
+from b3.model.checkpoint import HEADS, read_json
 from b3.model.embedder import Batch, Embedder, Options
-from b3.model.processing import Processed, Processor
 
 KEYS, VECTORS, CONFIG, WEIGHTS = "keys.npy", "vectors.npy", "config.json", "model.safetensors"
 
@@ -99,7 +99,7 @@ class KeyedProcessor(Processor):
     """An item becomes the number of its vector: one token.
 
     Args:
-        keys: (N,) int64 of the known items, sorted (`b3.data.records.item_id`).
+        keys: (N,) int64 of the known items, sorted (`b3.data.datasets.item_id`).
     """
 
     tokenizer: Any = None

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from b3.config_sections import DatasetConfig, Family, Section
+from b3.config.schema import DatasetConfig, Family, Section
 
 REFINED = ("anneal", "metis")  # partitioners that end in swaps
 

@@ -28,7 +28,7 @@ from b3.distributed import rank, world_size
 from b3.model.embedder import Embedder
 from b3.train.dora import norms_once
 from b3.train.inputs import StepInputs
-from b3.train.loss import ContrastiveLoss
+from b3.train.losses.info_nce import ContrastiveLoss
 from b3.train.objective import BLOCK_LOGITS, whole_batch
 from b3.train.vision_cache import VisionCache
 

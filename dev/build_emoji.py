@@ -1,7 +1,7 @@
 """Build the embedded emoji data set (`b3/data/emoji`). Its result is committed; users need not run this.
 
-    python -m scripts.build_emoji --packages DIR             # write b3/data/emoji
-    python -m scripts.build_emoji --packages DIR --check     # rebuild in a temporary folder, compare hashes
+    python -m dev.build_emoji --packages DIR             # write b3/data/emoji
+    python -m dev.build_emoji --packages DIR --check     # rebuild in a temporary folder, compare hashes
 
 DIR holds four unpacked npm packages, each as `NAME-VERSION` or `NAME` (an inner `package` folder is fine):
 `emoji-datasource` 16.0.0, `emoji-datasource-google` 16.0.0, `emoji-datasource-twitter` 16.0.0, `emojibase-data` 17.0.0.
@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from scripts.emoji import catalog, rows, scenes, teacher
+from dev.emoji import catalog, rows, scenes, teacher
 
 SEED = 2505
 TRAIN_SCENES = 1060

@@ -33,7 +33,7 @@ def make_tiny_text_model(
     import torch
     from transformers import AutoConfig, AutoModel, set_seed
 
-    from b3.model.tiny import spread_weights
+    from b3.model.backbones.tiny import spread_weights
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from b3 import distributed
-from b3.data.records import Item, as_item
+from b3.console import bar
+from b3.data.datasets import Item, as_item
 from b3.errors import DataError
-from b3.progress import bar
 
 if TYPE_CHECKING:
-    from b3.cache import EmbeddingCache
+    from b3.model.backbones.processing import Processor
+    from b3.model.cache import EmbeddingCache
     from b3.model.embedder import Batch, Embedder
-    from b3.model.processing import Processor
 
 # Tokens of one forward pass: enough to fill a GPU; on a CPU, more than fits its caches is slower.
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from scripts.emoji.catalog import VENDORS, Concept
-from scripts.emoji.scenes import NUMBERS, Question, Scene, ask
+from dev.emoji.catalog import VENDORS, Concept
+from dev.emoji.scenes import NUMBERS, Question, Scene, ask
 
 IMAGE = "<|image_1|>"
 PICTURE_TARGET = f"{IMAGE}\nRepresent the given image.\n"

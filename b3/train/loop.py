@@ -27,14 +27,14 @@ from b3.train import checkpoint as checkpoints
 from b3.train.bad_rows import BadRows, GuardedCollator, Replaced
 from b3.train.callbacks import Evaluate, Progress, Stop
 from b3.train.collate import Rows, StepCollator
-from b3.train.gradcache import CachedStep
 from b3.train.inputs import StepInputs
-from b3.train.loss import ContrastiveLoss
+from b3.train.losses.info_nce import ContrastiveLoss
 from b3.train.metrics import Window
 from b3.train.ranks import Roll
 from b3.train.sampler import BatchPlanSampler
 from b3.train.shard import equal_chunks
-from b3.train.signals import StopRequest, ignore_in_worker
+from b3.train.step import CachedStep
+from b3.train.stop import StopRequest, ignore_in_worker
 
 
 def training_arguments(config: Config, world_size: int) -> TrainingArguments:

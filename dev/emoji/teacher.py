@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.emoji.catalog import VENDORS, Concept
-from scripts.emoji.rows import Content
-from scripts.emoji.scenes import CELL
+from dev.emoji.catalog import VENDORS, Concept
+from dev.emoji.rows import Content
+from dev.emoji.scenes import CELL
 
 PICTURE_SIDE = 224
 DIMENSIONS = 160

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TEXT_ENCODERS = ("bert", "roberta", "xlm-roberta")
-HEADS = "b3_heads"  # `b3.model.heads`
+HEADS = "b3_heads"  # `b3.model.backbones.heads`
 SUPPORTED = ("qwen2_vl", *TEXT_ENCODERS, HEADS)
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "tokenizer*", "adapter_model.bin")
 
@@ -138,7 +138,7 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, attent
     """
     kind = model_type(folder)
     if kind == HEADS:
-        from b3.model.heads import Heads
+        from b3.model.backbones.heads import Heads
 
         return Heads.load(folder).to(device).eval()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from scripts.emoji.catalog import VENDORS, Concept
+from dev.emoji.catalog import VENDORS, Concept
 
 BACKGROUNDS = (
     (255, 255, 255),

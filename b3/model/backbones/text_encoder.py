@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from b3.data.datasets import Item
 from b3.data.prompts import PLACEHOLDER
-from b3.data.records import Item
 from b3.errors import DataError, InputError
 from b3.model.attention import Packing
-from b3.model.backbones import read_json
+from b3.model.backbones.processing import Processor
+from b3.model.checkpoint import read_json
 from b3.model.embedder import Batch, Embedder, Options
-from b3.model.processing import Processor
 
 POOLING_FILE = "1_Pooling/config.json"
 TRANSFORMER_FILE = "sentence_bert_config.json"
