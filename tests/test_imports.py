@@ -1,0 +1,170 @@
+"""Imports go one way: a part imports only floors below its own, and no two modules import each other.
+
+Read from the syntax trees, so that imports inside functions and under TYPE_CHECKING count too.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from b3 import registry
+from b3.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = [
+    ("registry", "errors"),
+    ("files", "console", "html", "distributed"),
+    ("config",),
+    ("data",),
+    ("model",),
+    ("eval", "mining"),
+    ("train",),
+    ("integrations",),
+]
+HEIGHT = {f"b3.{part}": height for height, parts in enumerate(FLOORS) for part in parts}
+ENTRANCES = ("train", "eval_mmeb", "scripts", "benchmarks", "dev")  # above all floors; they may import one another
+
+# Known violations, to be removed one by one: (module, what it imports). A new one fails.
+UPWARD = {("b3.eval.explain", "b3.mining.report_text")}
+CIRCLES = {
+    ("b3.config", "b3.config.load"),
+    ("b3.config.checks", "b3.config"),
+    ("b3.config.checks_mining", "b3.config"),
+    ("b3.config.load", "b3.config.checks"),
+    ("b3.config.load", "b3.config.checks_mining"),
+    ("b3.mining.page", "b3.mining.plan"),
+    ("b3.mining.plan", "b3.mining.page"),
+    ("b3.model.adapter", "b3.model.checkpoint"),
+    ("b3.model.backbones.heads", "b3.model.checkpoint"),
+    ("b3.model.backbones.heads", "b3.model.embedder"),
+    ("b3.model.backbones.text_encoder", "b3.model.checkpoint"),
+    ("b3.model.backbones.text_encoder", "b3.model.embedder"),
+    ("b3.model.checkpoint", "b3.model.backbones.heads"),
+    ("b3.model.embedder", "b3.model.adapter"),
+    ("b3.model.embedder", "b3.model.backbones.heads"),
+    ("b3.model.embedder", "b3.model.backbones.text_encoder"),
+    ("b3.model.embedder", "b3.model.checkpoint"),
+    ("b3.model.embedder", "b3.model.encode"),
+    ("b3.model.encode", "b3.model.embedder"),
+}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    files = [ROOT / "train.py", ROOT / "eval_mmeb.py"]
+    for folder in ("b3", "scripts", "benchmarks", "dev"):
+        files += sorted((ROOT / folder).rglob("*.py"))
+    return {module_name(file): file for file in files}
+
+
+def imports(file: Path, known: set[str]) -> set[str]:
+    """Modules of this repository that a file imports anywhere in it."""
+    result = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            result |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import in line {node.lineno}"
+            for alias in node.names:
+                below = f"{node.module}.{alias.name}"
+                result.add(below if below in known else str(node.module))
+    return result & known
+
+
+def graph() -> dict[str, set[str]]:
+    files = modules()
+    del files["b3"]  # exports and the version; imports nothing when it is imported
+    return {name: imports(file, set(files)) - {name} for name, file in files.items()}
+
+
+def part(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def height(module: str) -> int:
+    if module.split(".")[0] in ENTRANCES:
+        return len(FLOORS)
+    return HEIGHT[part(module)]
+
+
+def violations(edges: dict[str, set[str]]) -> set[tuple[str, str]]:
+    """Imports of a floor above, or of a neighbour on the same floor."""
+    bad = set()
+    for module, names in edges.items():
+        for name in names:
+            is_inside = part(module) == part(name) or height(module) == len(FLOORS)
+            same_floor_is_fine = height(module) == 0
+            above = height(name) > height(module) or (height(name) == height(module) and not same_floor_is_fine)
+            if above and not is_inside:
+                bad.add((module, name))
+    return bad
+
+
+def circles(edges: dict[str, set[str]]) -> set[tuple[str, str]]:
+    """Edges that lie on a circle (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    component: dict[str, int] = {}
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for name in edges[node]:
+            if name not in index:
+                visit(name)
+            if name not in component:
+                low[node] = min(low[node], low[name])
+        if low[node] == index[node]:
+            while node not in component:
+                component[stack.pop()] = index[node]
+
+    for node in edges:
+        if node not in index:
+            visit(node)
+    return {(a, b) for a, names in edges.items() for b in names if component[a] == component[b]}
+
+
+def test_every_part_has_a_floor():
+    parts = {part(module) for module in modules() if module.startswith("b3.")}
+    assert parts <= set(HEIGHT), f"give {sorted(parts - set(HEIGHT))} a floor"
+
+
+def test_imports_go_one_way():
+    bad = violations(graph())
+    assert not bad - UPWARD, f"a floor may import only floors below: {sorted(bad - UPWARD)}"
+
+
+def test_no_two_modules_import_each_other():
+    bad = circles(graph())
+    assert not bad - CIRCLES, f"modules import each other: {sorted(bad - CIRCLES)}"
+
+
+def test_the_floors_are_seen():
+    edges = {
+        "b3.data.x": {"b3.train.y"},
+        "b3.train.y": {"b3.data.x"},
+        "b3.eval.a": {"b3.mining.b"},
+        "b3.mining.b": set(),
+    }
+    assert violations(edges) == {("b3.data.x", "b3.train.y"), ("b3.eval.a", "b3.mining.b")}
+    assert circles(edges) == {("b3.data.x", "b3.train.y"), ("b3.train.y", "b3.data.x")}
+
+
+def test_registry_entries_are_modules():
+    for entries in registry.KINDS.values():
+        for entry in entries.values():
+            assert entry.startswith("b3.")
+            assert entry.count(":") == 1
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(InputError, match="there is no miner 'metro'; choose from anneal, kmeans, paper, random"):
+        registry.load("miner", "metro")
