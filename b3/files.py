@@ -1,21 +1,76 @@
-"""Writing files so that a reader, or a later run, never sees half of one; and telling files apart by content."""
+"""Files that no reader, and no later run, ever sees half of; which folder belongs to what; telling content apart."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
+import zipfile
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from b3.errors import RunError
+
+SHOWN_CHANGES = 3
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write to a temporary name, sync, rename: readers see the old file or the new one."""
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A binary stream that takes the name `path` once all of it is on disk: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with atomic(path) as stream:
+        stream.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically, as UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any, **options: Any) -> None:
+    """Write `value` and a line feed atomically; `options` of `json.dumps`, by default an indent of 2."""
+    write_text(path, json.dumps(value, **{"indent": 2, **options}) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file atomically."""
+    with atomic(path) as stream:
+        np.save(stream, array, allow_pickle=False)
+
+
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on disk, so that they survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Give a finished folder its name once all that it holds is on disk. `target` must not exist."""
+    for path in (*staged.rglob("*"), staged):
+        sync(path)
+    staged.rename(target)
+    sync(target.parent)
 
 
 def sha256(file: Path) -> str:
@@ -25,3 +80,105 @@ def sha256(file: Path) -> str:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys."""
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    result: dict[str, Any] = {}
+    for key, value in tree.items():
+        result |= flat(value, f"{prefix}.{key}" if prefix else key)
+    return result
+
+
+def changes(known: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
+    """By dotted key, "key was OLD, now NEW" for all of `facts` that `known` does not say, in the order of `facts`."""
+    result: dict[str, str] = {}
+    for name, new in facts.items():
+        old_keys, new_keys = flat(known.get(name), name), flat(new, name)
+        for key in new_keys | old_keys:
+            if old_keys.get(key) != new_keys.get(key):
+                result[key] = f"{key} was {old_keys.get(key)!r}, now {new_keys.get(key)!r}"
+    return result
+
+
+def belongs_elsewhere(folder: Path, kind: str, differing: Iterable[str], remedy: str) -> RunError:
+    """The error to raise where `folder` holds another `kind`; `differing` from `changes`, the first three are shown."""
+    lines = list(differing)
+    more = len(lines) - SHOWN_CHANGES
+    text = "; ".join(lines[:SHOWN_CHANGES]) + (f"; and {more} more" if more > 0 else "")
+    return RunError(f"{folder} holds another {kind} ({text}); {remedy}")
+
+
+def claim(
+    folder: Path,
+    facts: Mapping[str, Any],
+    kind: str,
+    remedy: str,
+    *,
+    file: str = "manifest.json",
+    names: Collection[str] | None = None,
+) -> dict[str, Any] | None:
+    """Whose folder is this: check that `folder` is free, or holds what `facts` describe.
+
+    Args:
+        folder: need not exist.
+        facts: JSON values, all that decides what the folder holds. Other entries of its record are not compared.
+        kind: what it holds ("evaluation"), for messages.
+        remedy: what to do about it ("choose another --out or delete it"), for messages.
+        file: the record, JSON, that whoever fills the folder leaves there (see `write_json`).
+        names: without a record, visible files of other names mean that the folder is somebody else's; None: any do.
+
+    Returns:
+        What the record says, or None if there is none yet.
+
+    Raises:
+        RunError: the folder holds something else; the message names what differs, the old value and the new one.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; {remedy}")
+    if not (folder / file).exists():
+        visible = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
+        foreign = [name for name in visible if name not in (names or ())]
+        if foreign:
+            raise RunError(f"{folder} holds other files ({foreign[0]}) and no {kind}; {remedy}")
+        return None
+    try:
+        record: dict[str, Any] = json.loads((folder / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / file} cannot be read ({str(error).splitlines()[0]}); {remedy}") from None
+    differing = changes(record, facts)
+    if differing:
+        raise belongs_elsewhere(folder, kind, differing.values(), remedy)
+    return record
+
+
+class Stages:
+    """Arrays of finished stages in a folder, each under a key of all that it depends on; others are ignored."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    @staticmethod
+    def key(**facts: Any) -> str:
+        """A digest of JSON-like values."""
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def load(self, name: str, key: str) -> dict[str, np.ndarray] | None:
+        """The arrays of a stage, or None."""
+        try:
+            with np.load(self.folder / f"{name}.npz", allow_pickle=False) as stored:
+                if str(stored["key"]) != key:
+                    return None
+                return {field: stored[field] for field in stored.files if field != "key"}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def save(self, name: str, key: str, arrays: dict[str, np.ndarray]) -> None:
+        with atomic(self.folder / f"{name}.npz") as stream:
+            np.savez(stream, key=np.asarray(key), **arrays)  # type: ignore[arg-type]
+
+    def remove(self) -> None:
+        """Delete the folder: what came of the stages is saved elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -45,8 +45,8 @@ SIZES = (8, 32, 64, 512)
 
 def measure_partition(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """One plan: quality, seconds of the cut, peak memory."""
+    from b3.files import Stages
     from b3.mining import mine
-    from b3.mining.stages import Stages
 
     queries, targets = (np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("queries", "targets"))
     plan = mine(

@@ -87,13 +87,13 @@ def summarise(
     """Write summary.json, summary.md and the pictures; returns the summary."""
     from b3.eval.plots import plot_losses, plot_precision
     from b3.eval.report import markdown_table
-    from b3.files import write_atomic
+    from b3.files import write_json, write_text
     from b3.train.checkpoint import read_metrics
 
     arms = {name: {**result["subsets"], "mean": result["mean"]} for name, result in results.items()}
     summary = {"arms": arms, "seconds": round(seconds, 1), "mining": mining}
-    write_atomic(ROOT / "summary.json", json.dumps(summary, indent=2) + "\n")
-    write_atomic(ROOT / "summary.md", markdown_table(results) + "\n")
+    write_json(ROOT / "summary.json", summary)
+    write_text(ROOT / "summary.md", markdown_table(results) + "\n")
     plot_losses({arm: read_metrics(Path(c.output_dir)) for arm, c in configs.items()}, ROOT / "loss.png")
     plot_precision(results, ROOT / "precision.png")
     return summary

@@ -48,9 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def mine_arrays(arguments: argparse.Namespace) -> None:
+    from b3.files import Stages
     from b3.mining import mine
     from b3.mining.recipe import stage_bar
-    from b3.mining.stages import Stages
     from b3.mining.teacher import load_matrix
 
     missing = [f"--{name}" for name in ("queries", "targets", "out") if getattr(arguments, name) is None]

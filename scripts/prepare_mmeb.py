@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from b3.console import num_bytes
 from b3.data import mmeb
 from b3.errors import DataError, command
 
@@ -40,8 +41,8 @@ def make_plan(arguments: argparse.Namespace, repository: str) -> mmeb.Plan:
         f" {len(plan.done)} extracted before"
     )
     needed = plan.download + plan.extract
-    place = f"{mmeb.human(plan.download)} {verb}, {about}{mmeb.human(plan.extract)} to extract"
-    print(f"{place}; {mmeb.human(mmeb.check_space(out, needed))} free", flush=True)
+    place = f"{num_bytes(plan.download)} {verb}, {about}{num_bytes(plan.extract)} to extract"
+    print(f"{place}; {num_bytes(mmeb.check_space(out, needed))} free", flush=True)
     return plan
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from b3.errors import DataError, command
-from b3.files import write_atomic
+from b3.files import write_text
 
 COLUMNS = ("sent0", "sent1", "hard_neg")
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="jsonl file to write")
     arguments = parser.parse_args(argv)
     lines = [to_line(*triple) for triple in read_triples(arguments.csv)]
-    write_atomic(arguments.out, "".join(lines))
+    write_text(arguments.out, "".join(lines))
     print(f"wrote {len(lines):,} pairs to {arguments.out}")
     return 0
 

@@ -24,7 +24,7 @@ from b3.data.datasets import Item
 from b3.data.own import Columns, prompt, read_rows
 from b3.data.own_index import load_index
 from b3.errors import DataError, InputError, RunError, command
-from b3.files import write_atomic
+from b3.files import write_text
 from scripts.embed import add_rows_arguments, columns_of, load_model
 
 # Backends round differently; what lies this close (relative to the vectors' lengths) is compared again exactly.
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     for label, _, hits in results:
         show(label, hits, rows)
     if arguments.html:
-        write_atomic(arguments.html, render(results, rows, manifest))
+        write_text(arguments.html, render(results, rows, manifest))
         print(f"page: {arguments.html}")
     return 0
 

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from b3.console import bar
+from b3.console import bar, num_bytes
 from b3.errors import DataError, InputError
-from b3.files import write_atomic
+from b3.files import write_json
 
 REPOSITORIES = {"eval": "TIGER-Lab/MMEB-eval", "train": "TIGER-Lab/MMEB-train"}
 MARKERS = ".extracted"
@@ -166,7 +166,7 @@ def check_space(out: Path, needed: int) -> int:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise InputError(
-            f"{human(needed)} are needed but {out} has {human(free)} free; make room, choose another --out,"
+            f"{num_bytes(needed)} are needed but {out} has {num_bytes(free)} free; make room, choose another --out,"
             " or take fewer --subsets"
         )
     return free
@@ -257,7 +257,7 @@ def extract(
             shown.update(1)
     os.sync()
     marker = {"path": file.path, "size": file.size, "members": len(targets), "subsets": _named(subsets)}
-    write_atomic(_marker(out, file), json.dumps(marker, indent=2) + "\n")
+    write_json(_marker(out, file), marker)
     return written
 
 
@@ -346,15 +346,6 @@ def missing_images(out: Path, parquets: Iterable[RemoteFile]) -> dict[str, tuple
         sample = paths[:: max(1, -(-len(paths) // SAMPLE))]
         result[subset] = len(sample), [path for path in sample if not (out / path).is_file()]
     return result
-
-
-def human(size: int) -> str:
-    """A number of bytes as people read it."""
-    value, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value /= 1024
-        units.pop(0)
-    return f"{value:.0f} {units[0]}" if units[0] == "bytes" else f"{value:.1f} {units[0]}"
 
 
 def _first_line(error: Exception) -> str:

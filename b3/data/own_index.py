@@ -17,7 +17,7 @@ import numpy as np
 
 from b3.data.own import Columns, OwnData
 from b3.errors import InputError, RunError
-from b3.files import sha256, write_atomic
+from b3.files import sha256, write_text
 
 KIND = "b3 embeddings"
 FILES = ("embeddings.npy", "ids.json", "rows.jsonl", "manifest.json")
@@ -97,9 +97,9 @@ def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: dict[
     assert len(vectors) == len(data.ids)
     (folder / "manifest.json").unlink(missing_ok=True)
     save_array(folder / "embeddings.npy", vectors)
-    write_atomic(folder / "ids.json", json.dumps(data.ids, ensure_ascii=False) + "\n")
-    write_atomic(folder / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.shown))
-    write_atomic(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "ids.json", json.dumps(data.ids, ensure_ascii=False) + "\n")
+    write_text(folder / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.shown))
+    write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def load_index(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]:

@@ -14,7 +14,7 @@ from b3.data.datasets import EvalDataset, Item
 from b3.errors import InputError
 from b3.eval.intervals import bootstrap_interval
 from b3.eval.score import SubsetScore
-from b3.files import write_atomic
+from b3.files import write_text
 from b3.mining.report_text import plain_text, shorten
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def write_explanations(folder: Path, dataset: EvalDataset, score: SubsetScore, l
     cards = "\n".join(_card(dataset, score, row) for row in rows)
     title = f"Wrong predictions: {score.name}"
     path = folder / f"{score.name}_errors.html"
-    write_atomic(
+    write_text(
         path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

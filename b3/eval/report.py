@@ -13,7 +13,7 @@ from b3.errors import InputError
 from b3.eval.benchmarks.mmeb import FAMILIES, MMEB, TASKS, family_of
 from b3.eval.intervals import bootstrap_interval, bootstrap_mean
 from b3.eval.score import SubsetScore
-from b3.files import write_atomic
+from b3.files import write_json, write_text
 
 MMEB_NAMES = {task.name for task in MMEB}
 
@@ -27,7 +27,7 @@ def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore, skipped
         str(dataset.raw_candidates(row)[index] if index >= 0 else ("<unreadable>", ""))
         for row, index in enumerate(score.predicted.tolist())
     ]
-    write_atomic(folder / f"{score.name}_pred.txt", "".join(line + "\n" for line in lines))
+    write_text(folder / f"{score.name}_pred.txt", "".join(line + "\n" for line in lines))
     facts: dict[str, Any] = {
         "acc": score.precision,
         "num_correct": score.num_correct,
@@ -37,7 +37,7 @@ def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore, skipped
     if score.incomplete.any():
         facts["num_incomplete"] = int(score.incomplete.sum())
         facts["skipped"] = skipped
-    write_atomic(folder / f"{score.name}_score.json", json.dumps(facts, indent=4))
+    write_text(folder / f"{score.name}_score.json", json.dumps(facts, indent=4))
 
 
 def read_score(folder: Path, subset: str) -> dict[str, Any] | None:
@@ -109,7 +109,7 @@ def write_summary(folder: Path, summary: dict[str, Any], model: str) -> None:
     from b3.eval.family_plot import plot_families
     from b3.eval.leaderboard import leaderboard_json
 
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_json(folder / "summary.json", summary)
     text = f"Precision@1, percent; plain means over subsets.\n\n{markdown_table({'precision@1': summary})}\n"
     low, high = summary["interval"]["mean"]
     text += (
@@ -117,8 +117,8 @@ def write_summary(folder: Path, summary: dict[str, Any], model: str) -> None:
     )
     if "items" in summary:
         text += f"{summary['items']:,} distinct items in {summary['seconds']:.0f} s.\n"
-    write_atomic(folder / "summary.md", text)
+    write_text(folder / "summary.md", text)
     if any(name in MMEB_NAMES for name in summary["subsets"]):
         board = leaderboard_json(summary, {"model_name": model})
-        write_atomic(folder / "leaderboard.json", json.dumps(board, indent=2) + "\n")
+        write_json(folder / "leaderboard.json", board)
         plot_families(summary, folder / "families.png", name=model.rstrip("/").rsplit("/", 1)[-1])

@@ -17,7 +17,7 @@ from b3.errors import RunError
 from b3.eval.explain import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
-from b3.files import write_atomic
+from b3.files import write_text
 from b3.model.cache import EmbeddingCache
 from b3.model.checkpoint import adapter_key, checkpoint_key
 from b3.model.encode import Encoder, unique_items, unit
@@ -102,7 +102,7 @@ def _claim(folder: Path, facts: dict[str, Any], names: dict[str, Any]) -> None:
     if folder.is_dir() and any(folder.glob("*_score.json")):
         raise RunError(f"output directory {folder} holds scores of another program; choose another or delete it")
     try:
-        write_atomic(file, json.dumps({**facts, "names": names}, indent=2) + "\n")
+        write_text(file, json.dumps({**facts, "names": names}, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"output directory {folder} cannot be written ({error.strerror})") from None
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from b3.console import Clock
 from b3.mining.graph import Graph, build_graph
 from b3.mining.labels import label_graph
 from b3.mining.parameters import Parameters
 from b3.mining.partition import choose_remainder, communities_of, metis_labels, random_labels, reference_repair, repair
 from b3.mining.rankings import Ranks
-from b3.mining.stages import Clock
 from b3.mining.vectors import DistinctTargets
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from b3 import distributed
+from b3.console import Clock, Progress, peak_memory
 from b3.errors import InputError
+from b3.files import Stages
 from b3.mining.batch_negatives import candidate_arrays
 from b3.mining.checks import check_arrays, check_parameters, check_rules, windows
 from b3.mining.communities import find_communities
@@ -20,11 +21,8 @@ from b3.mining.negatives import NegativeRules, draw_negatives, narrow
 from b3.mining.parameters import REFINED, Parameters
 from b3.mining.plan import BatchPlan
 from b3.mining.rankings import Ranks, join_ranks, rank_targets, search_recall
-from b3.mining.report import make_report, peak_memory
-from b3.mining.stages import Clock, Stages
+from b3.mining.report import make_report
 from b3.mining.vectors import DistinctTargets, distinct_targets, embeddings_fingerprint, unit_rows
-
-Progress = Callable[[str, int, int], None]
 
 
 def mine(

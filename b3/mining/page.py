@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3.files import write_atomic
+from b3.files import write_text
 from b3.mining.report_cards import THUMBNAIL as THUMBNAIL
 from b3.mining.report_cards import Cards, contact_sheets, duplicate_table, false_negative_table, hub_cards, shown_rows
 from b3.mining.report_cards import thumbnail as thumbnail
@@ -43,7 +43,7 @@ class Section:
 
 def write_report_html(path: str | os.PathLike[str], sections: Sequence[Section]) -> None:
     """Write the page for one or several data sets; pictures are embedded, nothing is loaded from elsewhere."""
-    write_atomic(Path(path), render(sections))
+    write_text(Path(path), render(sections))
 
 
 def render(sections: Sequence[Section]) -> str:

@@ -12,14 +12,13 @@ import numpy as np
 
 from b3 import distributed
 from b3.config import BASE, Config, DatasetConfig
-from b3.console import bar
+from b3.console import Clock, Progress, bar
 from b3.data.datasets import PairDataset
 from b3.data.recipe import load_dataset
 from b3.errors import ConfigError, RunError
+from b3.files import Stages
 from b3.mining.plan import BatchPlan
 from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
-
-Progress = Callable[[str, int, int], None]
 
 
 def plan_name(subset: str, variant: str = BASE) -> str:
@@ -177,7 +176,6 @@ def _rank_job(
     from b3.mining.checks import check_rules
     from b3.mining.mine import parameters, plan_pairs, rank_pairs
     from b3.mining.negatives import NegativeRules
-    from b3.mining.stages import Clock, Stages
 
     facts = wanted(config, job.entry, job.dataset, job.variant)
     same = (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -210,9 +208,3 @@ def _histograms(found: dict[str, dict[str, Any]], positive: np.ndarray) -> dict[
         "histogram": {"from": -1.0, "bin": BIN, "positive": bins(positive).tolist(), **scores},
         "teacher_mass_histogram": {"from": 0.0, "bin": 1 / MASS_BINS, **masses},
     }
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

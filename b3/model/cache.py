@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 
 from b3 import distributed
 from b3.errors import RunError
-from b3.files import write_atomic
+from b3.files import write_bytes, write_json
 
 SHARD_ROWS = 4096
 SHARD_SECONDS = 60.0
@@ -42,7 +41,7 @@ class EmbeddingCache:
         self._written = time.monotonic()
         self._known: dict[bytes, tuple[bytes, np.ndarray]] | None = None
         if distributed.rank() == 0 and not (self.folder / "manifest.json").exists():
-            self._guard(lambda: write_atomic(self.folder / "manifest.json", json.dumps(facts, indent=2) + "\n"))
+            self._guard(lambda: write_json(self.folder / "manifest.json", facts))
 
     def _load(self) -> dict[bytes, tuple[bytes, np.ndarray]]:
         from safetensors import SafetensorError
@@ -96,16 +95,7 @@ class EmbeddingCache:
         )
         data = save({"digests": digests, "tags": tags, "vectors": np.stack([vector for _, _, vector in self._new])})
         name = hashlib.sha256(digests.tobytes()).hexdigest()[:16]
-        target = self.folder / f"shard-{name}.safetensors"
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(self.folder / f"shard-{name}.safetensors", data)
 
     def _guard(self, write: Any) -> None:
         try:

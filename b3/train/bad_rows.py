@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.errors import DataError
-from b3.files import write_atomic
+from b3.files import write_text
 
 if TYPE_CHECKING:
     from b3.data.datasets import Item
@@ -117,7 +117,7 @@ class BadRows:
     def rewind(self) -> None:
         """Drop the lines after the step, which run again."""
         if self.file.exists():
-            write_atomic(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
+            write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def add(self, step: int, replaced: list[dict[str, Any]], write: bool) -> None:
         new = [{"step": step, **entry} for entry in replaced]

@@ -7,19 +7,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from b3.console import bar
+from b3.console import bar, duration
 from b3.train.stop import Stopped, StopRequest
 
 TIMED_STEPS = 5
-
-
-def readable(seconds: float) -> str:
-    """A duration as people read it."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s" if seconds >= 10 else f"{seconds:.1f} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min"
 
 
 class Progress(TrainerCallback):
@@ -41,7 +32,7 @@ class Progress(TrainerCallback):
         if done == TIMED_STEPS and state.is_world_process_zero and state.global_step < self.steps:
             each = (time.perf_counter() - self.after_first) / (TIMED_STEPS - 1)
             left = each * (self.steps - state.global_step)
-            self.bar.write(f"  about {readable(left)} to go ({readable(each)} a step)")
+            self.bar.write(f"  about {duration(left)} to go ({duration(each)} a step)")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from b3.files import write_atomic
+from b3 import files
+from b3.files import sync, write_json, write_text
 
 MARKER = "complete.json"
 RESULT = "result.json"
@@ -20,13 +20,11 @@ REMOVED = ".removed-"
 
 
 def mark_complete(folder: Path, facts: dict[str, Any]) -> None:
-    """Declare a checkpoint complete, after syncing its files. Written last."""
+    """Declare a checkpoint complete. Written last; `publish` puts it on disk with the rest."""
     sizes = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
         sizes[str(file.relative_to(folder))] = file.stat().st_size
-    write_atomic(folder / MARKER, json.dumps({**facts, "files": sizes}, indent=2) + "\n")
+    write_json(folder / MARKER, {**facts, "files": sizes})
 
 
 def is_complete(folder: Path) -> bool:
@@ -45,18 +43,8 @@ def publish(staged: Path, run: Path, facts: dict[str, Any]) -> Path:
     shutil.rmtree(damaged, ignore_errors=True)
     if target.exists():  # it was passed over
         target.rename(damaged)
-    staged.rename(target)
-    sync_folder(run)
+    files.publish(staged, target)
     return target
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def prune(run: Path, keep: int) -> None:
@@ -105,7 +93,7 @@ def rewind_metrics(run: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    write_atomic(file, "".join(line + "\n" for line in kept))
+    write_text(file, "".join(line + "\n" for line in kept))
 
 
 def read_metrics(run: Path, kind: str = "loss") -> list[dict[str, Any]]:
@@ -124,5 +112,4 @@ def sync_metrics(run: Path) -> None:
     """Put the log on disk, before a checkpoint relies on its lines."""
     file = run / METRICS
     if file.exists():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+        sync(file)

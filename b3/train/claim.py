@@ -11,7 +11,7 @@ import yaml
 
 from b3.config import Config, dump_config
 from b3.errors import RunError
-from b3.files import write_atomic
+from b3.files import write_text
 from b3.train.checkpoint import METRICS
 
 if TYPE_CHECKING:
@@ -112,9 +112,9 @@ def _write(config: Config, data: dict[str, Any] | None) -> None:
     try:
         if data is not None:
             run.mkdir(parents=True, exist_ok=True)
-        write_atomic(run / "config.yaml", dump_config(config))
+        write_text(run / "config.yaml", dump_config(config))
         if data is not None:
-            write_atomic(run / DATA, json.dumps(data, indent=2) + "\n")
+            write_text(run / DATA, json.dumps(data, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"output_dir {run} cannot be written ({error.strerror})") from None
 

@@ -18,7 +18,7 @@ from b3 import distributed
 from b3.config import Config, DatasetConfig
 from b3.data.tables import embedded_families, load_pairs
 from b3.errors import RunError
-from b3.files import write_atomic
+from b3.files import write_json, write_text
 from b3.model.checkpoint import TEXT_ENCODERS, model_type
 from b3.train.claim import DEBUG
 
@@ -140,7 +140,7 @@ def _write_texts(config: Config) -> None:
     for number, entry in enumerate(config.data.datasets):
         own = rows[number :: len(config.data.datasets)][:ROWS]
         text = "".join(json.dumps(row) + "\n" for row in own)
-        write_atomic(Path(config.data.source.removeprefix("jsonl:")) / entry.subset / "train.jsonl", text)
+        write_text(Path(config.data.source.removeprefix("jsonl:")) / entry.subset / "train.jsonl", text)
 
 
 def prepare(config: Config) -> Config:
@@ -180,7 +180,7 @@ def _make(config: Config) -> None:
             raise RunError(f"{run} is there and not of a debug run; choose another output_dir or delete it")
         shutil.rmtree(run)
     facts = {"stands for": config.name.removesuffix(", debug"), "data": DATA}
-    write_atomic(run / DEBUG, json.dumps(facts) + "\n")
+    write_json(run / DEBUG, facts)
     text_only = config.data.source.startswith("jsonl:")
     if text_only:
         _write_texts(config)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from b3.config import Config
+from b3.console import count, num_bytes
 from b3.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,23 +42,12 @@ class Estimate:
         """For the start of a run."""
         share = 100 * self.trainable / self.parameters
         return [
-            f"  about {_short(self.tokens)} tokens a step in about {self.chunks} chunks a rank (longest item of a"
+            f"  about {count(self.tokens)} tokens a step in about {self.chunks} chunks a rank (longest item of a"
             f" sample: {self.longest} tokens)",
-            f"  {_short(self.trainable)} of {_short(self.parameters)} parameters are trained ({share:.2g} %)",
-            f"  memory of a rank, about {_bytes(self.memory)}: weights {_bytes(self.weights)}, gradients and optimiser"
-            f" {_bytes(self.states)}, activations of a chunk {_bytes(self.activations)}",
+            f"  {count(self.trainable)} of {count(self.parameters)} parameters are trained ({share:.2g} %)",
+            f"  memory of a rank, about {num_bytes(self.memory)}: weights {num_bytes(self.weights)}, gradients and"
+            f" optimiser {num_bytes(self.states)}, activations of a chunk {num_bytes(self.activations)}",
         ]
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
-def _short(number: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
 
 
 def estimate(config: Config, datasets: list[PairDataset], sampler: BatchPlanSampler, embedder: Embedder) -> Estimate:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config
-from b3.files import write_atomic
+from b3.files import write_json, write_text
 from b3.train.checkpoint import RESULT, read_metrics
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: Pla
     metrics, evaluations = read_metrics(folder), read_metrics(folder, "evaluation")
     last = evaluations[-1] if evaluations else None
     card = model_card(config, trainer.embedder, datasets, plans, metrics, last, trainer.bad_rows.lines)
-    write_atomic(folder / "README.md", card)
+    write_text(folder / "README.md", card)
     result = {
         "steps": config.train.steps,
         "seconds": round(seconds, 2),
@@ -41,4 +40,4 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: Pla
     }
     write_report(folder, config, datasets, plans, result)
     shutil.rmtree(folder / ".saving", ignore_errors=True)
-    write_atomic(folder / RESULT, json.dumps(result, indent=2) + "\n")
+    write_json(folder / RESULT, result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from b3 import distributed
 from b3.config import Config
 from b3.errors import DataError, InputError, RunError
-from b3.files import write_atomic
+from b3.files import write_json
 from b3.model.adapter import load_trainable
 from b3.model.embedder import Embedder
 from b3.model.weights import load_full, save_full
@@ -136,7 +135,7 @@ class ContrastiveTrainer(Trainer):
         file = self.folder / f"nonfinite-step-{step}.json"
         if self.is_world_process_zero():
             facts = {"step": step, "loss": str(self.last_loss), what: str(value), "rows": self._rows_of(step - 1)}
-            write_atomic(file, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+            write_json(file, facts, ensure_ascii=False)
         self.agreed = True
         raise RunError(
             f"{what} is {value} at step {step}; the step was not applied, its rows are in {file}. Lower train.lr, or"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,20 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from b3 import distributed
+from b3.console import peak_memory
 from b3.train.flops import ModelFlops, peak_flops
 from b3.train.step import StepResult
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder
     from b3.train.inputs import StepInputs
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that the device had allocated, or on a CPU the most that the process had resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 class Window:

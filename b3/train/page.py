@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config, dump_config
-from b3.files import write_atomic
-from b3.train.callbacks import readable
+from b3.console import duration
+from b3.files import write_text
 from b3.train.card import data_rows
 from b3.train.checkpoint import read_metrics
 
@@ -54,7 +54,7 @@ def write_report(
         f"<style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
     )
     file = folder / "report.html"
-    write_atomic(file, page)
+    write_text(file, page)
     return file
 
 
@@ -64,7 +64,7 @@ def _headline(config: Config, environment: dict[str, Any], result: dict[str, Any
     return (
         f"{config.train.steps} steps of {config.batch.size} pairs, policy {config.batch.policy},"
         f" {config.negatives.per_query} hard negatives a query, {config.model.name}, {where};"
-        f" the last part took {readable(result['seconds'])}"
+        f" the last part took {duration(result['seconds'])}"
     )
 
 

@@ -12,7 +12,7 @@ from b3 import distributed
 from b3.config import Config
 from b3.data.recipe import load_datasets
 from b3.errors import RunError
-from b3.files import write_atomic
+from b3.files import write_json
 from b3.train.announce import describe
 from b3.train.batches import build_sampler, check_stored_negatives, load_plans
 from b3.train.build import build_trainer
@@ -113,7 +113,7 @@ def _announce(config: Config, trainer: Any, datasets: list[PairDataset], plans: 
     folder = Path(config.output_dir)
     rewind_metrics(folder, trainer.sampler.start)
     trainer.bad_rows.rewind()
-    write_atomic(folder / "environment.json", json.dumps(environment(distributed.world_size()), indent=2) + "\n")
+    write_json(folder / "environment.json", environment(distributed.world_size()))
     lines = [describe(config, datasets, trainer.sampler, plans)]
     lines += estimate(config, datasets, trainer.sampler, trainer.embedder).lines()
     lines += [f"  note: {note}" for note in notes]

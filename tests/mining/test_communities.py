@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from mining import reference
 
 from b3.errors import InputError
+from b3.files import Stages
 from b3.mining import mine
 from b3.mining.graph import build_graph
 from b3.mining.miners.kmeans import balanced_kmeans, pair_vectors
 from b3.mining.rankings import rank_targets
-from b3.mining.stages import Stages
 from b3.mining.vectors import distinct_targets, unit_rows
 
 OPTIONS: dict[str, Any] = {"p": 4, "m": 20, "community_size": 8, "hard_negatives": 0}

@@ -11,7 +11,6 @@ the path of the folder that has them. `write_heads` makes one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch.nn.functional import gelu
 
 from b3.data.datasets import Item, item_id
 from b3.errors import DataError, InputError
-from b3.files import write_atomic
+from b3.files import write_json
 from b3.model.backbones.processing import Processed, Processor
 from b3.model.checkpoint import HEADS, read_json
 from b3.model.embedder import Batch, Embedder, Options
@@ -78,7 +77,7 @@ class Heads(nn.Module):
         config = self.config
         tree = {"model_type": HEADS, **{name: getattr(config, name) for name in HeadsConfig.__slots__}}
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, str(Path(folder) / WEIGHTS))
-        write_atomic(Path(folder) / CONFIG, json.dumps(tree, indent=2) + "\n")
+        write_json(Path(folder) / CONFIG, tree)
 
     @classmethod
     def load(cls, folder: Path) -> Heads:
