@@ -1,7 +1,6 @@
 """Mine batch plans.
 
-    python scripts/mine.py CONFIG.yaml [section.key=value ...]          every data set of a recipe, with the
-                                                                    variants that its schedule uses
+    python scripts/mine.py CONFIG.yaml [section.key=value ...]          every data set of a recipe
     python scripts/mine.py --queries q.npy --targets t.npy -p 30 -m 100 -k 32 --hard-negatives 5 --seed 0 --out DIR
 
 Several processes share encoding and ranking: torchrun --nproc_per_node=8 scripts/mine.py CONFIG.yaml. An interrupted

@@ -18,12 +18,10 @@ def check_classification(config: Config) -> None:
     ):
         if given and not labelled:
             raise ValueError(f"mining.{key} has no effect: no data set has family classification")
-    for name in (plan for plan in ("base", *mining.variants) if mining.classification_subset is not None):
-        if config.mining_of(name).k > (mining.classification_subset or 0):
-            raise ValueError(
-                f"mining.classification_subset {mining.classification_subset} is smaller than the community size"
-                f" {config.mining_of(name).k}"
-            )
+    if mining.classification_subset is not None and mining.k > mining.classification_subset:
+        raise ValueError(
+            f"mining.classification_subset {mining.classification_subset} is smaller than the community size {mining.k}"
+        )
     if mining.target_unit == "label30":
         for entry in labelled:
             if mining.p_of(entry) and (entry.p is not None or not isinstance(mining.p, int)):

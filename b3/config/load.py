@@ -32,9 +32,7 @@ from b3.config.schema_mining import MiningConfig, NegativesConfig
 from b3.config.yaml_tree import apply_override, locate, merge, read_yaml
 from b3.errors import ConfigError
 
-__all__ = ["BASE", "Config", "DatasetConfig", "MiningConfig", "describe_keys", "dump_config", "load_config", "merge"]
-
-BASE = "base"  # name of the plans of the `mining` section itself, beside its variants
+__all__ = ["Config", "DatasetConfig", "MiningConfig", "describe_keys", "dump_config", "load_config", "merge"]
 
 
 class Config(Section):
@@ -84,29 +82,7 @@ class Config(Section):
     @property
     def needs_plan(self) -> bool:
         """Whether training reads a batch plan."""
-        return bool(self.mined_plans)
-
-    @property
-    def batch_plans(self) -> list[str]:
-        """Names of the plans that batches are drawn from, `base` and variants; none for random batches."""
-        if not self.batch.mined:
-            return []
-        return list(dict.fromkeys(name for phase in self.batch.schedule for name in phase.plans)) or [BASE]
-
-    @property
-    def mined_plans(self) -> list[str]:
-        """Names of the plans that training reads; hard negatives come from `base`."""
-        needed = {*self.batch_plans, *([BASE] if self.negatives.mined else [])}
-        return [name for name in (BASE, *self.mining.variants) if name in needed]
-
-    def mining_of(self, plan: str) -> MiningConfig:
-        """The mining section of a plan."""
-        return self.mining if plan == BASE else self.mining.variant(plan)
-
-    def phases(self) -> list[tuple[int, dict[str, float]]] | None:
-        """(step after which it ends, share of batches by plan) of each phase of the schedule, or None without one."""
-        steps = self.train.steps
-        return [(round(phase.until * steps), phase.plans) for phase in self.batch.schedule] or None
+        return self.batch.mined or self.negatives.mined > 0
 
 
 def _known_keys(path: tuple[Any, ...]) -> list[str]:

@@ -108,13 +108,6 @@ class DataConfig(Section):
         return self
 
 
-class PhaseConfig(Section):
-    until: float = Field(gt=0, le=1, description="share of train.steps after which the phase ends; the last has 1.0")
-    plans: dict[str, float] = Field(
-        min_length=1, description="share of the batches by plan: base or a name of mining.variants; they sum to 1"
-    )
-
-
 class BatchConfig(Section):
     size: int = Field(gt=1, description="rows |B| of a batch, over all ranks")
     policy: Literal["b3", "b3_merged", "b3_mixed", "random", "random_mixed"] = Field(
@@ -128,7 +121,6 @@ class BatchConfig(Section):
     remix: Literal["epoch", "frozen"] = Field(
         "epoch", description="frozen: batches of the first epoch throughout, in a new order, as the authors' sampler"
     )
-    schedule: list[PhaseConfig] = Field([], description="phases of training that mix plans; empty: base throughout")
 
     @property
     def mined(self) -> bool:

@@ -11,23 +11,6 @@ from b3.config.schema import DatasetConfig, Family, Section
 REFINED = ("anneal", "metis")  # partitioners that end in swaps
 
 
-class MiningVariant(Section):
-    """Other plans of the same data: what is given here replaces the key of `mining`."""
-
-    p: int | dict[Family, int] | None = Field(None, description="replaces mining.p; a data set's own p stays")
-    m: int | None = Field(None, gt=0, description="replaces mining.m; a data set's own m stays")
-    k: int | None = Field(None, gt=0, description="replaces mining.k")
-    edges: str | None = Field(None, description="replaces mining.edges")
-    veto: bool | None = Field(None, description="replaces mining.veto")
-    partitioner: str | None = Field(None, description="replaces mining.partitioner")
-    penalty: int | None = Field(None, description="replaces mining.penalty")
-
-    @property
-    def replaced(self) -> dict[str, Any]:
-        """The keys that are given."""
-        return self.model_dump(exclude_none=True)
-
-
 class MiningConfig(Section):
     dir: str = Field(description="folder of the batch plans, one sub-folder a data set")
     teacher: str = Field(
@@ -65,20 +48,6 @@ class MiningConfig(Section):
     classification_subset: int | None = Field(
         None, gt=0, description="mine classification sets in random subsets of so many rows; the authors: 10000"
     )
-    variants: dict[str, MiningVariant] = Field(
-        {}, description="further plans by name, for batch.schedule; hard negatives stay those of mining itself"
-    )
-
-    def variant(self, name: str) -> MiningConfig:
-        """The section with a variant's keys in place. Raises `ValueError` where they do not fit together."""
-        replaced = self.variants[name].replaced
-        kept = self.model_dump(exclude_unset=True, exclude={"variants"})
-        if replaced.get("partitioner", "anneal") not in REFINED:
-            for key in ("refine_passes", "penalty", "piece_rows"):
-                kept.pop(key, None)  # meant for the section's own partitioner
-        if replaced.get("edges", "union") != "union":
-            kept.pop("veto", None)
-        return MiningConfig.model_validate({**kept, **replaced})
 
     @property
     def refined(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from b3 import distributed
-from b3.config import BASE, Config, DatasetConfig
+from b3.config import Config, DatasetConfig
 from b3.console import Clock, Progress, bar
 from b3.data.datasets import PairDataset
 from b3.data.recipe import load_dataset
@@ -21,18 +21,13 @@ from b3.mining.plan import BatchPlan
 from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
 
 
-def plan_name(subset: str, variant: str = BASE) -> str:
-    """The folder of a plan in mining.dir: SUBSET, or SUBSET@NAME for a variant."""
-    return subset if variant == BASE else f"{subset}@{variant}"
+def plan_folder(config: Config, subset: str) -> Path:
+    return Path(config.mining.dir) / subset
 
 
-def plan_folder(config: Config, subset: str, variant: str = BASE) -> Path:
-    return Path(config.mining.dir) / plan_name(subset, variant)
-
-
-def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: str = BASE) -> dict[str, Any]:
-    """The manifest entries that a plan of this data set must have; hard negatives come from the base plan alone."""
-    mining = config.mining_of(variant)
+def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset) -> dict[str, Any]:
+    """The manifest entries that a plan of this data set must have."""
+    mining = config.mining
     labelled = entry.family == "classification"
     by_label = labelled and mining.target_unit == "label30"
     facts: dict[str, Any] = {
@@ -43,7 +38,7 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: 
         "p": 0 if by_label else mining.p_of(entry),
         "m": entry.m or mining.m,
         "K": mining.k,
-        "h": config.negatives.mined if variant == BASE else 0,
+        "h": config.negatives.mined,
         "edges": "mutual" if by_label else mining.edges,
         "veto": mining.veto,
         "penalty": mining.penalty,
@@ -62,13 +57,13 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: 
     return facts
 
 
-def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset, variant: str = BASE) -> BatchPlan:
+def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> BatchPlan:
     """The plan of a data set. Raises `RunError` if it is missing or was mined with other data or parameters."""
-    folder = plan_folder(config, entry.subset, variant)
+    folder = plan_folder(config, entry.subset)
     if not (folder / "manifest.json").exists():
         raise RunError(f"no batch plan in {folder}; mine it first: python scripts/mine.py CONFIG.yaml")
     plan = BatchPlan.load(folder)
-    facts = wanted(config, entry, dataset, variant)
+    facts = wanted(config, entry, dataset)
     if plan.manifest.get("imported") is not None:  # mined elsewhere, with parameters that the files do not tell
         facts = {key: facts[key] for key in ("data_fingerprint", "K", "h")}
     for key, value in facts.items():
@@ -102,15 +97,10 @@ class _Job:
 
     entry: DatasetConfig
     dataset: PairDataset
-    variant: str
-
-    @property
-    def name(self) -> str:
-        return plan_name(self.entry.subset, self.variant)
 
 
 def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchPlan]:
-    """Mine every data set of a recipe that has no plan yet; returns all plans by subset, variants by SUBSET@NAME.
+    """Mine every data set of a recipe that has no plan yet; returns all plans by subset.
 
     Plans are saved one by one, and within a plan the teacher's embeddings and the ranks, so that an interrupted run
     continues after the last finished stage. `mining.dir`/report.html shows all plans.
@@ -122,21 +112,18 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
     """
     from b3.mining.page import Section, write_report_html
 
-    variants = config.mined_plans or [BASE]  # who mines for random batches wants to see the base plan
-    datasets = [load_dataset(config, entry) for entry in config.data.datasets]
-    jobs = [_Job(*pair, variant) for pair in zip(config.data.datasets, datasets, strict=True) for variant in variants]
-    missing = [
-        job for job in jobs if not (plan_folder(config, job.entry.subset, job.variant) / "manifest.json").exists()
-    ]
+    jobs = [_Job(entry, load_dataset(config, entry)) for entry in config.data.datasets]
+    missing = [job for job in jobs if not (plan_folder(config, job.entry.subset) / "manifest.json").exists()]
     for job in jobs:
         if job not in missing:
-            load_plan(config, job.entry, job.dataset, job.variant)  # refuses one that does not fit, before work starts
+            load_plan(config, job.entry, job.dataset)  # refuses one that does not fit, before work starts
     distributed.barrier()  # all have looked before the first plan appears
     if missing:
         _mine_plans(config, missing, show_progress and distributed.rank() == 0)
-    plans = {job.name: load_plan(config, job.entry, job.dataset, job.variant) for job in jobs}
+    plans = {job.entry.subset: load_plan(config, job.entry, job.dataset) for job in jobs}
     page = Path(config.mining.dir) / "report.html"
-    sections = [Section(plans[job.name], job.dataset, name=job.name) for job in jobs if plans[job.name].measured]
+    measured = [(name, job) for name, job in zip(plans, jobs, strict=True) if plans[name].measured]
+    sections = [Section(plans[name], job.dataset, name=name) for name, job in measured]
     if distributed.rank() == 0 and sections and (missing or not page.exists()):
         write_report_html(page, sections)
     distributed.barrier()
@@ -147,14 +134,12 @@ def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
     """Mine and save plans, as many at a time as there are ranks: all rank each, then rank i cuts the i-th."""
     teacher = load_teacher(config)
     world = distributed.world_size()
-    last: tuple[PairDataset, tuple[np.ndarray, np.ndarray]] | None = None
     for start in range(0, len(jobs), world):
         mine_next: Callable[[], None] | None = None
         for owner, job in enumerate(jobs[start : start + world]):
-            if last is None or last[0] is not job.dataset:  # variants share the embeddings
-                last = job.dataset, teacher_embeddings(config, job.entry, job.dataset, teacher)
-            with stage_bar(job.name, show_progress) as progress:
-                cut = _rank_job(config, job, last[1], progress, owner if world > 1 else None)
+            embeddings = teacher_embeddings(config, job.entry, job.dataset, teacher)
+            with stage_bar(job.entry.subset, show_progress) as progress:
+                cut = _rank_job(config, job, embeddings, progress, owner if world > 1 else None)
                 if cut is not None and world == 1:
                     cut()
                 elif cut is not None:
@@ -177,7 +162,7 @@ def _rank_job(
     from b3.mining.mine import parameters, plan_pairs, rank_pairs
     from b3.mining.negatives import NegativeRules
 
-    facts = wanted(config, job.entry, job.dataset, job.variant)
+    facts = wanted(config, job.entry, job.dataset)
     same = (
         "edges", "veto", "penalty", "partitioner", "refine_passes", "piece_rows", "max_similarity", "max_relative",
         "search", "target_unit", "subset_rows",
@@ -186,7 +171,7 @@ def _rank_job(
     m = facts.get("m", config.mining.m)
     chosen = parameters(len(job.dataset), facts["p"], m, facts["K"], facts["h"], facts["seed"], **given)
     rules = check_rules(NegativeRules(**facts["negatives"]) if facts["h"] else None, facts["h"])
-    stages = Stages(Path(config.mining.dir) / f".{job.name}.stages")
+    stages = Stages(Path(config.mining.dir) / f".{job.entry.subset}.stages")
     ranked = rank_pairs(*embeddings, chosen, rules, Clock(progress), stages=stages, owner=owner)
     if ranked is None:
         return None
@@ -200,7 +185,7 @@ def _rank_job(
         if owner is not None:
             ranked.clock.progress = None  # its bar is gone
         plan = plan_pairs(ranked, facts["data_fingerprint"], facts["teacher"])
-        plan.save(plan_folder(config, job.entry.subset, job.variant))
+        plan.save(plan_folder(config, job.entry.subset))
         stages.remove()
 
     return cut

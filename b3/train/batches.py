@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from b3 import distributed
-from b3.config import BASE, Config
+from b3.config import Config
 from b3.errors import RunError
 
 if TYPE_CHECKING:
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from b3.mining.plan import BatchPlan
     from b3.train.negatives import StepNegatives
     from b3.train.sampler import BatchPlanSampler
-
-    Plans = dict[str, list[BatchPlan]]  # of each data set, by the name of the plan
 
 
 def check_stored_negatives(config: Config, datasets: list[PairDataset]) -> None:
@@ -27,35 +25,28 @@ def check_stored_negatives(config: Config, datasets: list[PairDataset]) -> None:
             )
 
 
-def load_plans(config: Config, datasets: list[PairDataset]) -> Plans:
-    """The mined plans that training reads, of each data set, checked against its rows; empty if it reads none.
+def load_plans(config: Config, datasets: list[PairDataset]) -> list[BatchPlan]:
+    """The mined plan of each data set, checked against its rows; empty if the run reads none.
 
     Raises `RunError` naming the command that mines.
     """
     from b3.mining.recipe import load_plan
 
-    return {
-        name: [
-            load_plan(config, entry, dataset, name)
-            for entry, dataset in zip(config.data.datasets, datasets, strict=True)
-        ]
-        for name in config.mined_plans
-    }
+    if not config.needs_plan:
+        return []
+    return [load_plan(config, *pair) for pair in zip(config.data.datasets, datasets, strict=True)]
 
 
-def build_sampler(config: Config, datasets: list[PairDataset], plans: Plans, start: int = 0) -> BatchPlanSampler:
+def build_sampler(
+    config: Config, datasets: list[PairDataset], plans: list[BatchPlan], start: int = 0
+) -> BatchPlanSampler:
     """Batches of this rank under the recipe's policy."""
     from b3.train.sampler import BatchPlanSampler, random_rows
 
     batch, entries = config.batch, config.data.datasets
     sizes = [len(dataset) for dataset in datasets]
-    communities: dict[str, list[Any]]
-    if batch.mined:
-        communities = {name: [*plans[name]] for name in config.batch_plans}
-    else:
-        communities = {BASE: [random_rows(size) for size in sizes]}
     return BatchPlanSampler(
-        communities,
+        plans if batch.mined else [random_rows(size) for size in sizes],
         batch.size,
         sizes=sizes,
         names=[dataset.name for dataset in datasets],
@@ -68,12 +59,11 @@ def build_sampler(config: Config, datasets: list[PairDataset], plans: Plans, sta
         pools=pool_numbers(config),
         random_share=batch.random_share,
         frozen=batch.remix == "frozen",
-        schedule=config.phases(),
         negatives=_step_negatives(config, sizes, plans),
     )
 
 
-def _step_negatives(config: Config, sizes: list[int], plans: Plans) -> StepNegatives | None:
+def _step_negatives(config: Config, sizes: list[int], plans: list[BatchPlan]) -> StepNegatives | None:
     """The draw of hard negatives by batch, or None where they are drawn by community or there are none."""
     if not config.negatives.mined or config.negatives.scope == "community":
         return None
@@ -82,7 +72,7 @@ def _step_negatives(config: Config, sizes: list[int], plans: Plans) -> StepNegat
     from b3.train.negatives import StepNegatives
 
     offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    return StepNegatives(plans[BASE], offsets, config.negatives.per_query, config.seed)
+    return StepNegatives(plans, offsets, config.negatives.per_query, config.seed)
 
 
 def pool_numbers(config: Config) -> list[int]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3.config import BASE, Config
+from b3.config import Config
 from b3.errors import RunError
 from b3.train.batches import build_sampler
 from b3.train.stop import StopRequest
 
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
+    from b3.mining.plan import BatchPlan
     from b3.model.embedder import Embedder
-    from b3.train.batches import Plans
 
 
 def build_embedder(config: Config) -> Embedder:
@@ -84,7 +84,7 @@ def _attach(embedder: Embedder, config: Config) -> None:
 def build_trainer(
     config: Config,
     datasets: list[PairDataset],
-    plans: Plans,
+    plans: list[BatchPlan],
     checkpoint: Path | None,
     request: StopRequest,
 ) -> Any:
@@ -104,7 +104,7 @@ def build_trainer(
         shard_frozen(embedder)
     negatives = None
     if config.negatives.mined and config.negatives.scope == "community":
-        mined = [plan.hard_negatives for plan in plans[BASE]]
+        mined = [plan.hard_negatives for plan in plans]
         assert all(rows is not None for rows in mined), "load_plans checks this"
         negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]
     share = config.train.share_duplicates

@@ -9,24 +9,23 @@ from b3.train.claim import plan_digest
 
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
+    from b3.mining.plan import BatchPlan
     from b3.model.embedder import Embedder
-    from b3.train.batches import Plans
 
 
-def data_rows(datasets: list[PairDataset], plans: Plans) -> list[list[str]]:
-    """A header and a row a data set and plan: what was trained on, and what made its batches."""
+def data_rows(datasets: list[PairDataset], plans: list[BatchPlan]) -> list[list[str]]:
+    """A header and a row per data set: what was trained on, and what made its batches."""
     header = ["data set", "rows", "data fingerprint"]
-    of_plan = ["plan", "K, p, m", "teacher", "plan fingerprint", "mined negatives a query"]
+    of_plan = ["K, p, m", "teacher", "plan fingerprint", "mined negatives a query"]
     rows = [header + of_plan if plans else header]
     for index, dataset in enumerate(datasets):
         cells = [dataset.name, f"{len(dataset):,}", dataset.fingerprint()[:16]]
-        if not plans:
-            rows.append(cells)
-        for name, of_datasets in plans.items():
-            plan = of_datasets[index]
+        if plans:
+            plan = plans[index]
             window = ", ".join(str(plan.manifest.get(key)) for key in ("K", "p", "m"))
             mined = f"{plan.report['mined_negatives_per_query']:.2f}" if plan.measured else "imported"
-            rows.append([*cells, name, window, str(plan.manifest.get("teacher")), plan_digest(plan)[:16], mined])
+            cells += [window, str(plan.manifest.get("teacher")), plan_digest(plan)[:16], mined]
+        rows.append(cells)
     return rows
 
 
@@ -40,7 +39,7 @@ def model_card(
     config: Config,
     embedder: Embedder,
     datasets: list[PairDataset],
-    plans: Plans,
+    plans: list[BatchPlan],
     metrics: list[dict[str, Any]],
     evaluation: dict[str, Any] | None = None,
     replaced: list[dict[str, Any]] | None = None,

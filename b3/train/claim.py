@@ -17,7 +17,6 @@ from b3.train.checkpoint import METRICS
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
     from b3.mining.plan import BatchPlan
-    from b3.train.batches import Plans
 
 DATA = "data.json"
 DEBUG = "debug.json"  # the folder of a debug run holds its model and plans before it starts
@@ -46,14 +45,14 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def data_facts(datasets: list[PairDataset], plans: Plans) -> dict[str, Any]:
+def data_facts(datasets: list[PairDataset], plans: list[BatchPlan]) -> dict[str, Any]:
     """What the batches are made of: rows and fingerprint of each data set, and a digest of each plan's arrays."""
     facts: dict[str, Any] = {}
     for index, dataset in enumerate(datasets):
         facts[dataset.name] = {
             "rows": len(dataset),
             "fingerprint": dataset.fingerprint(),
-            "plans": {name: plan_digest(of_datasets[index]) for name, of_datasets in plans.items()},
+            "plan": plan_digest(plans[index]) if plans else None,
         }
     return facts
 
@@ -169,7 +168,7 @@ def _compare_data(run: Path, data: dict[str, Any]) -> None:
             what = f"data set {name} had {old.get('rows')} rows, now {facts['rows']}"
         elif facts["fingerprint"] != old.get("fingerprint"):
             what = f"the rows of data set {name} have changed: {old['fingerprint'][:12]} to {facts['fingerprint'][:12]}"
-        elif facts["plans"] != old.get("plans"):
+        elif facts["plan"] != old.get("plan"):
             what = f"the batch plan of data set {name} is another one than that of the first start"
         else:
             continue

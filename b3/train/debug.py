@@ -58,16 +58,11 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         if config.negatives.source == "data":  # which the embedded rows do not bring along
             tree["negatives"] |= {"source": "mined"}
     tree["mining"] |= _small_windows(config.mining.model_dump(include={"p", "m", "k"}), config.negatives.per_query)
-    for name, variant in config.mining.variants.items():
-        tree["mining"]["variants"][name] |= _small_windows(variant.replaced, 0)
-    step = math.lcm(ranks, *(_small_k(config.mining_of(name).k) for name in ("base", *config.mining.variants)))
+    step = math.lcm(ranks, _small_k(config.mining.k))
     size = 2 * SIZE if config.batch.random_share else min(config.batch.size, SIZE)
     tree["batch"] |= {"size": step * math.ceil(size / step)}
-    plans = config.batch_plans
-    if config.batch.schedule:  # a step or more for each plan
-        tree["batch"]["schedule"] = [{"until": (i + 1) / len(plans), "plans": {p: 1.0}} for i, p in enumerate(plans)]
     tree["train"] |= {
-        "steps": max(STEPS, len(plans)),
+        "steps": STEPS,
         "warmup_steps": min(config.train.warmup_steps, 1),
         "save_every": 2,
         "log_every": 1,
@@ -91,16 +86,13 @@ def _small_k(k: int) -> int:
 
 
 def _small_windows(mining: dict[str, Any], h: int) -> dict[str, Any]:
-    """The keys p, m and k, as far as they are given, for so few rows; wide enough for `h` hard negatives."""
-    small: dict[str, Any] = {}
-    if "p" in mining:
-        p = mining["p"]
-        small["p"] = {f: math.ceil(n / SHRINK) for f, n in p.items()} if isinstance(p, dict) else math.ceil(p / SHRINK)
-    if "m" in mining:
-        small["m"] = max(math.ceil(mining["m"] / SHRINK), 2 * h, 5)
-    if "k" in mining:
-        small["k"] = _small_k(mining["k"])
-    return small
+    """The keys p, m and k for so few rows; wide enough for `h` hard negatives."""
+    p = mining["p"]
+    return {
+        "p": {f: math.ceil(n / SHRINK) for f, n in p.items()} if isinstance(p, dict) else math.ceil(p / SHRINK),
+        "m": max(math.ceil(mining["m"] / SHRINK), 2 * h, 5),
+        "k": _small_k(mining["k"]),
+    }
 
 
 def _stand_ins(config: Config) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ from b3.train.checkpoint import RESULT, read_metrics
 
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
-    from b3.train.batches import Plans
+    from b3.mining.plan import BatchPlan
 
 
-def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: Plans, seconds: float) -> None:
+def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan], seconds: float) -> None:
     """Write everything; last the file that says the run is complete. On the first rank only."""
     from b3.train.card import model_card
     from b3.train.loop import save_adapter

@@ -16,7 +16,7 @@ from b3.train.checkpoint import read_metrics
 
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
-    from b3.train.batches import Plans
+    from b3.mining.plan import BatchPlan
 
 Curve = tuple[str, list[float], list[float], str]  # label, steps, values, colour
 BLUE, RED, GREEN, GREY = "#1c5d99", "#c8553d", "#3a7d44", "#7b8794"
@@ -26,7 +26,7 @@ def write_report(
     folder: Path,
     config: Config,
     datasets: list[PairDataset],
-    plans: Plans,
+    plans: list[BatchPlan],
     result: dict[str, Any],
 ) -> Path:
     """Write `folder`/report.html from its metrics.jsonl and environment.json."""

@@ -23,7 +23,7 @@ from b3.train.stop import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
-    from b3.train.batches import Plans
+    from b3.mining.plan import BatchPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def _steps_done(folder: Path) -> int:
         return 0
 
 
-def _claim(config: Config, datasets: list[PairDataset], plans: Plans) -> tuple[Path | None, list[str]]:
+def _claim(config: Config, datasets: list[PairDataset], plans: list[BatchPlan]) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from and what to say about it; decided by the first rank for all."""
     found: tuple[str | None, list[str], str | None] = (None, [], None)
     if distributed.rank() == 0:
@@ -106,7 +106,9 @@ def _claim(config: Config, datasets: list[PairDataset], plans: Plans) -> tuple[P
     return (None if checkpoint is None else Path(checkpoint)), notes
 
 
-def _announce(config: Config, trainer: Any, datasets: list[PairDataset], plans: Plans, notes: list[str]) -> None:
+def _announce(
+    config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan], notes: list[str]
+) -> None:
     """Write environment.json, cut the log to where training starts, and print what will happen."""
     from b3.train.estimate import estimate
 

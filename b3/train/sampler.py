@@ -6,14 +6,13 @@ every rank knows the exact number of batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from b3.errors import InputError
-from b3.train.mix import Schedule
 from b3.train.pools import Epochs, Part, Pool
 
 
@@ -26,8 +25,8 @@ class BatchPlanSampler(Sampler[list[Any]]):
 
     Args:
         plans: one per data set: a `BatchPlan`, or its communities (C, K) int64. Random batches are communities of one
-            row each, see `random_rows`. With a schedule: such a list by the name of the plan.
-        sizes: rows of each data set, for the offsets; default: largest row number of its plans + 1.
+            row each, see `random_rows`.
+        sizes: rows of each data set, for the offsets; default: largest row number of its plan + 1.
         names: of the data sets, for messages.
         batch_size: |B| over all ranks, a multiple of every K and of `world_size`.
         seed: of the draw.
@@ -38,8 +37,6 @@ class BatchPlanSampler(Sampler[list[Any]]):
         pools: number of the pool of each data set; data sets of one pool share batches. Default: a pool each.
         random_share: share of each batch that is drawn at random from its pool, in whole communities.
         frozen: every epoch has the batches of the first one in a new order.
-        schedule: (step at which it ends, share of batches by name of plan) of each phase, in order; needs `steps`.
-            Each plan counts its own epochs, through all phases.
         negatives: called as ``negatives(step, rows (B,))`` for the (B, h) hard negatives of a batch; an element of a
             batch is then (row number, its negatives).
 
@@ -63,17 +60,14 @@ class BatchPlanSampler(Sampler[list[Any]]):
         pools: Sequence[int] | None = None,
         random_share: float = 0.0,
         frozen: bool = False,
-        schedule: Sequence[tuple[int, Mapping[str, float]]] | None = None,
         negatives: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ) -> None:
         self.negatives = negatives
         if batch_size % world_size:
             raise InputError(f"batch size {batch_size} does not divide over {world_size} ranks")
-        by_name = dict(plans) if isinstance(plans, Mapping) else {"base": plans}
-        lists = [list(p) if isinstance(p, (list, tuple)) else [p] for p in by_name.values()]
-        count = len(lists[0])
-        assert all(len(p) == count for p in lists), "one plan per data set under every name"
-        sizes = sizes or [max(int(_communities(p[d]).max()) + 1 for p in lists) for d in range(count)]
+        plans = list(plans) if isinstance(plans, (list, tuple)) else [plans]
+        count = len(plans)
+        sizes = sizes or [int(_communities(plan).max()) + 1 for plan in plans]
         self.offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         self.names = list(names) if names else [f"data set {d}" for d in range(count)]
         self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
@@ -81,17 +75,7 @@ class BatchPlanSampler(Sampler[list[Any]]):
         self.epoch = 0
         self.pool_of = list(pools) if pools is not None else list(range(count))
         weights = list(weights) if weights is not None else [1.0] * count
-        self.epochs = {
-            name: Epochs(self._pools(plan, weights, random_share), seed, frozen)
-            for name, plan in zip(by_name, lists, strict=True)
-        }
-        self.schedule: Schedule | None = None
-        if schedule is not None:
-            assert steps is not None, "a schedule runs over a number of steps"
-            self.schedule = Schedule(schedule, steps, seed)
-            assert set(self.schedule.names) <= set(self.epochs), "every scheduled plan is given"
-        else:
-            assert len(self.epochs) == 1, "several plans need a schedule"
+        self.epochs = Epochs(self._pools(plans, weights, random_share), seed, frozen)
 
     def _pools(self, plans: Sequence[Any], weights: Sequence[float], random_share: float) -> list[Pool]:
         parts: dict[int, list[Part]] = {}
@@ -111,28 +95,24 @@ class BatchPlanSampler(Sampler[list[Any]]):
 
     @property
     def pools(self) -> list[Pool]:
-        """The pools of the first plan, in the order of their numbers."""
-        return next(iter(self.epochs.values())).pools
+        """In the order of their numbers."""
+        return self.epochs.pools
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches in an epoch of the first plan."""
-        return next(iter(self.epochs.values())).num_batches
+        return self.epochs.num_batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration (only without `steps`)."""
         self.epoch = epoch
 
     def epoch_batches(self, epoch: int) -> np.ndarray:
-        """All batches of an epoch of the first plan in order: (batches, |B|) int64 row numbers over all data sets."""
-        return next(iter(self.epochs.values())).epoch(epoch)
+        """All batches of an epoch in order: (batches, |B|) int64 row numbers over all data sets."""
+        return self.epochs.epoch(epoch)
 
     def batch(self, step: int) -> np.ndarray:
         """The whole batch of a step counted from the beginning of training: (|B|,) int64."""
-        if self.schedule is None:
-            return next(iter(self.epochs.values())).batch(step)
-        name, index = self.schedule.at(step)
-        return self.epochs[name].batch(index)
+        return self.epochs.batch(step)
 
     def dataset_of(self, row: int) -> tuple[int, int]:
         """(data set, row in it) of a row number."""

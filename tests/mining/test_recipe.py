@@ -98,7 +98,7 @@ def test_training_on_negatives_drawn_by_batch(root: Path) -> None:
         rows = np.array([row for row, _ in elements])
         assert np.array_equal(rows, sampler.batch(step))
         number, offset = sampler.dataset_of(int(rows[0]))[0], sampler.offsets
-        base = load_plans(config, datasets)["base"][number]
+        base = load_plans(config, datasets)[number]
         assert [n for _, n in elements] == draw_batch(base, rows - offset[number], 2, config.seed, step).tolist()
     assert train.main(recipe) == 0
     assert script.main([*recipe, "negatives.scope=community"]) == 2

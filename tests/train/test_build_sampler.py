@@ -1,4 +1,4 @@
-"""From a recipe to its batches: policies, variants mined and loaded, and what is said about them."""
+"""From a recipe to its batches: policies, and what is said about them."""
 
 from __future__ import annotations
 
@@ -11,18 +11,9 @@ import tiny
 
 from b3.config import Config, load_config
 from b3.data.recipe import load_datasets
-from b3.errors import RunError
 from b3.mining.recipe import mine_recipe
 from b3.train.announce import describe
 from b3.train.batches import build_sampler, load_plans, pool_numbers
-
-SCHEDULE = {
-    "mining": {"variants": {"hard": {"p": 0, "k": 6}}},
-    "batch": {
-        "policy": "b3",
-        "schedule": [{"until": 0.5, "plans": {"base": 1.0}}, {"until": 1.0, "plans": {"base": 0.6, "hard": 0.4}}],
-    },
-}
 
 
 @pytest.fixture(scope="module")
@@ -34,42 +25,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for subset in ("pictures", "words"):
         for side in ("queries", "targets"):
             np.save(folder / "teacher" / f"{subset}_{side}.npy", rng.normal(size=(50, 8)).astype(np.float32))
-    mine_recipe(load_config(tiny.write_recipe(folder, **SCHEDULE)))
+    mine_recipe(load_config(tiny.write_recipe(folder)))
     return folder
 
 
 def recipe(root: Path, *overrides: str, **changes: Any) -> Config:
     return load_config(tiny.write_recipe(root, "x.yaml", **changes), list(overrides))
-
-
-def test_all_variants_that_are_used_are_mined(root: Path) -> None:
-    assert {p.name for p in (root / "mining").iterdir() if p.is_dir()} == {
-        "pictures", "pictures@hard", "words", "words@hard",
-    }  # fmt: skip
-    config = recipe(root, **SCHEDULE)
-    plans = load_plans(config, load_datasets(config))
-    assert [plan.communities.shape for plan in plans["base"]] == [(12, 4)] * 2
-    assert [plan.communities.shape for plan in plans["hard"]] == [(8, 6)] * 2
-    assert {plan.manifest["p"] for plan in plans["hard"]} == {0}
-    page = (root / "mining" / "report.html").read_text()
-    assert "pictures@hard" in page
-    changed, datasets = recipe(root, "mining.variants.hard.m=9", **SCHEDULE), load_datasets(config)
-    with pytest.raises(RunError, match=r"pictures@hard does not fit the recipe \(m is 10, the recipe says 9\)"):
-        load_plans(changed, datasets)
-
-
-def test_a_schedule_from_a_recipe(root: Path) -> None:
-    config = recipe(root, **SCHEDULE)
-    datasets = load_datasets(config)
-    plans = load_plans(config, datasets)
-    sampler = build_sampler(config, datasets, plans)
-    assert [sampler.schedule.at(step)[0] for step in range(3)] == ["base"] * 3  # type: ignore[union-attr]
-    assert list(build_sampler(config, datasets, plans, start=4)) == list(sampler)[4:]
-    said = describe(config, datasets, sampler, plans)
-    assert "plan hard: 2 communities of 6 a batch, 8 batches an epoch" in said
-    assert "steps 1 to 3: 100% base" in said
-    assert "steps 4 to 6: 60% base, 40% hard" in said
-    assert "mined negatives a query (hard)" in said
 
 
 @pytest.mark.parametrize(
@@ -86,7 +47,7 @@ def test_policies(root: Path, policy: str, pools: list[int], several: bool) -> N
     sampler = build_sampler(config, datasets, plans)
     batches = [sampler.batch(step) for step in range(6)]
     assert any(len({sampler.dataset_of(row)[0] for row in batch}) == 2 for batch in batches) == several
-    mined = {frozenset((c + 50 * d).tolist()) for d, p in enumerate(plans.get("base", [])) for c in p.communities}
+    mined = {frozenset((c + 50 * d).tolist()) for d, p in enumerate(plans) for c in p.communities}
     whole = sum(frozenset(part.tolist()) in mined for batch in batches for part in batch.reshape(-1, 4))
     assert whole >= 16 if policy.startswith("b3") else whole == 0
     assert ("batches across pictures + words: 8 an epoch" in describe(config, datasets, sampler, plans)) == several
