@@ -33,7 +33,6 @@ def build_parser() -> argparse.ArgumentParser:
     arrays.add_argument("--hard-negatives", type=int, default=0, help="hard negatives per query (default 0)")
     arrays.add_argument("--edges", choices=("union", "mutual"), help="default union; mutual for partitioner paper")
     arrays.add_argument("--no-veto", action="store_true", help="keep pairs that one side ranks above its window")
-    arrays.add_argument("--penalty", type=int, default=0, help="cost of such a pair in one community (default 0)")
     arrays.add_argument("--partitioner", choices=PARTITIONERS, default="anneal")
     arrays.add_argument("--refine-passes", type=int, help="passes of annealed swaps (default 30)")
     arrays.add_argument("--piece-rows", type=int, help="cut larger data sets into pieces first (default never)")
@@ -73,7 +72,6 @@ def mine_arrays(arguments: argparse.Namespace) -> None:
             hard_negatives=arguments.hard_negatives,
             seed=arguments.seed,
             veto=not arguments.no_veto,
-            penalty=arguments.penalty,
             partitioner=arguments.partitioner,
             search=arguments.search,
             device=arguments.device,

@@ -23,9 +23,6 @@ class MiningConfig(Section):
     k: int = Field(32, gt=0, description="community size K")
     edges: Literal["union", "mutual"] = Field("union", description="when two rows are linked; mutual is the paper's")
     veto: bool = Field(True, description="drop an edge if either row ranks the other above p (union only)")
-    penalty: int = Field(
-        0, ge=0, le=60, description="cost of two rows in one community of which one ranks the other above its window"
-    )
     max_similarity: float | None = Field(
         None, description="targets of the window that the teacher scores above this count as ranked above it"
     )
@@ -65,12 +62,10 @@ class MiningConfig(Section):
         values = [self.p] if isinstance(self.p, int) else list(self.p.values())
         if min(values, default=0) < 0:
             raise ValueError(f"mining.p {self.p} must not be negative")
-        for key in ("refine_passes", "penalty", "piece_rows"):
+        for key in ("refine_passes", "piece_rows"):
             default = type(self).model_fields[key].default  # what a written config.yaml holds is no request
             if not self.refined and getattr(self, key) not in (default, 0):
                 raise ValueError(f"mining.{key} {getattr(self, key)} has no effect with partitioner {self.partitioner}")
-        if self.penalty and (self.edges != "union" or not self.veto):
-            raise ValueError(f"mining.penalty {self.penalty} needs edges union with the veto")
         if self.partitioner == "paper" and self.edges != "mutual":
             raise ValueError("mining.partitioner paper needs mining.edges mutual")
         if self.edges == "mutual" and not self.veto:

@@ -12,8 +12,6 @@ from b3.mining.labels import label_count
 from b3.mining.negatives import NegativeRules
 from b3.mining.parameters import EDGES, PARTITIONERS, REFINED, SEARCHES, TARGET_UNITS, Parameters
 
-MOST_PENALTY = 60  # weights are int8
-
 
 def check_arrays(queries: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     queries, targets = (a if isinstance(a, np.ndarray) else np.asarray(a) for a in (queries, targets))
@@ -35,7 +33,7 @@ def check_arrays(queries: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def check_parameters(chosen: Parameters, count: int, refine_passes: int, block_rows: int | None) -> None:
     """Raise `InputError` for a value out of range or one that would have no effect."""
-    least = {"p": 0, "m": 1, "K": 1, "h": 0, "seed": 0, "penalty": 0, "refine_passes": 0, "block_rows": 1}
+    least = {"p": 0, "m": 1, "K": 1, "h": 0, "seed": 0, "refine_passes": 0, "block_rows": 1}
     given = vars(chosen) | {"refine_passes": refine_passes, "block_rows": 1 if block_rows is None else block_rows}
     names = {"K": "community_size", "h": "hard_negatives"}
     for key, low in least.items():
@@ -49,12 +47,6 @@ def check_parameters(chosen: Parameters, count: int, refine_passes: int, block_r
             raise InputError(f"{key} is {given[key]!r}; choose from {', '.join(known)}")
     if chosen.partitioner == "paper" and chosen.edges != "mutual":
         raise InputError(f"partitioner paper works on mutual edges, not {chosen.edges}; leave edges out")
-    if chosen.penalty and (chosen.edges != "union" or not chosen.veto):
-        raise InputError(f"penalty {chosen.penalty} needs union edges with the veto; leave edges and veto out")
-    if chosen.penalty > MOST_PENALTY:
-        raise InputError(f"penalty is {chosen.penalty}; give at most {MOST_PENALTY}")
-    if chosen.penalty and chosen.partitioner not in REFINED:
-        raise InputError(f"penalty {chosen.penalty} has no effect with partitioner {chosen.partitioner}")
     if chosen.target_unit == "label30" and chosen.edges != "mutual":
         raise InputError(f"target_unit label30 works on mutual edges, not {chosen.edges}; leave edges out")
     if chosen.target_unit == "label30" and (chosen.limits or chosen.piece_rows is not None):

@@ -39,7 +39,7 @@ def find_communities(
             if cut.target_unit == "label30":
                 graph = label_graph(ranks, distinct)
             else:
-                graph = build_graph(ranks, distinct, cut.edges, cut.veto, cut.budget(count), cut.seed, cut.penalty)
+                graph = build_graph(ranks, distinct, cut.edges, cut.veto, cut.budget(count), cut.seed)
             remainder = choose_remainder(graph, count, cut.K, cut.seed)
             rows = np.setdiff1d(np.arange(count), remainder)
             facts |= {"edges": graph.num_edges, "isolated_rows": int((np.diff(graph.indptr) == 0).sum())}
@@ -75,7 +75,7 @@ def _by_similarity(
         members = rows[inside]
         with clock.stage("graph"):
             wide = cut.budget(len(ranks.own))
-            graph = build_graph(ranks, distinct, cut.edges, cut.veto, wide, cut.seed, cut.penalty, members)
+            graph = build_graph(ranks, distinct, cut.edges, cut.veto, wide, cut.seed, members)
         facts["edges"] += graph.num_edges
         facts["isolated_rows"] += int((np.diff(graph.indptr) == 0).sum())
         labels[inside] = first + _cut(graph, distinct.of_row[members], cut, clock, {})

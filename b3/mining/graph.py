@@ -19,8 +19,7 @@ EDGE_BLOCK = 1 << 22
 class Graph:
     """A symmetric graph without loops in compressed rows; the neighbours of i are ``indices[indptr[i]:indptr[i+1]]``.
 
-    Attributes: indptr (N + 1,) int64, indices (E,) int32 ascending in a row, weights (E,) int8: 1 or 2 for hard
-        negatives, below 0 for pairs to keep apart.
+    Attributes: indptr (N + 1,) int64, indices (E,) int32 ascending in a row, weights (E,) int8: 1 or 2.
     """
 
     indptr: np.ndarray
@@ -43,14 +42,6 @@ class Graph:
     def sources(self) -> np.ndarray:
         """(E,) int32: the row that each entry of `indices` is a neighbour of."""
         return np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.indptr))
-
-    def positive(self) -> Graph:
-        """The graph without the pairs to keep apart."""
-        if (self.weights > 0).all():
-            return self
-        kept = self.weights > 0
-        indptr = np.concatenate([[0], np.cumsum(kept, dtype=np.int64)])[self.indptr]
-        return Graph(indptr, self.indices[kept], self.weights[kept])
 
     def restrict(self, rows: np.ndarray) -> Graph:
         """The graph over `rows` (ascending), renumbered 0, 1, ..."""
@@ -154,7 +145,6 @@ def build_graph(
     veto: bool,
     budget: int,
     seed: int,
-    penalty: int = 0,
     members: np.ndarray | None = None,
 ) -> Graph:
     """Join rows i and j where one's target is in the window of the other.
@@ -162,10 +152,9 @@ def build_graph(
     union: weight = number of directions that hold, 1 or 2, so that the weight inside a community is the number of
     window hits that it contains; with `veto` a pair is dropped if either ranks the other's target above the window.
     mutual: both directions must hold (paper, section 3.2); weight 1; vetoes by itself.
-    penalty: pairs of which one ranks the other's target above the window get the weight -penalty (union with veto).
     members: (n,) rows, ascending: the graph over these alone, renumbered; default: all.
     """
-    assert edges in ("union", "mutual") and (penalty == 0 or (veto and edges == "union"))
+    assert edges in ("union", "mutual")
     members = np.arange(len(ranks.own)) if members is None else members
     place = places(members, len(ranks.own))
     # Row j of the transpose lists the i whose window holds j's target; the other direction is looked up there.
@@ -179,11 +168,6 @@ def build_graph(
             back.data[kinds == TOP] = 0
     back.eliminate_zeros()
     both = back.maximum(back.T.tocsr()).tocsr()
-    if penalty:
-        apart = _adjacency(*rows_of_targets(ranks.skipped, ranks, distinct, budget, seed, place))
-        apart = apart.maximum(apart.T.tocsr()).tocsr()
-        apart.data = np.full(len(apart.data), -penalty, dtype=np.int8)
-        both = (both + apart).tocsr()
     both.sort_indices()
     return Graph(both.indptr.astype(np.int64), both.indices.astype(np.int32, copy=False), both.data)
 

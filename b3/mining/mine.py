@@ -36,7 +36,6 @@ def mine(
     *,
     edges: str | None = None,
     veto: bool = True,
-    penalty: int = 0,
     partitioner: str = "anneal",
     refine_passes: int = 30,
     piece_rows: int | None = None,
@@ -71,7 +70,6 @@ def mine(
         edges: "union" (a pair counts for each direction that holds) or "mutual" (both must hold; the paper's). Default:
             union, and mutual for the partitioner "paper".
         veto: drop pairs of which one ranks the other's target above its window (union only; mutual implies it).
-        penalty: what such a pair in one community costs, in units of a mined negative; 0 only gains nothing by it.
         partitioner: "anneal" (annealed swaps from random communities), "metis" (recursive METIS, repair of the sizes,
             annealed swaps), "paper" (the authors' METIS call and repair), "kmeans" (balanced k-means of the pairs, no
             windows) or "random" (seeded permutation).
@@ -102,7 +100,7 @@ def mine(
     """
     queries, targets = check_arrays(queries, targets)
     chosen = parameters(
-        len(queries), p, m, community_size, hard_negatives, seed, edges=edges, veto=veto, penalty=penalty,
+        len(queries), p, m, community_size, hard_negatives, seed, edges=edges, veto=veto,
         partitioner=partitioner, refine_passes=refine_passes, piece_rows=piece_rows, max_similarity=max_similarity,
         max_relative=max_relative, search=search, target_unit=target_unit, subset_rows=subset_rows,
         block_rows=block_rows,
@@ -123,7 +121,6 @@ def parameters(
     *,
     edges: str | None,
     veto: bool,
-    penalty: int,
     partitioner: str,
     refine_passes: int,
     piece_rows: int | None,
@@ -136,14 +133,14 @@ def parameters(
 ) -> Parameters:
     """The parameters of `mine` for `count` rows, checked."""
     # Integers of numpy overflow, and json does not take them.
-    p, m, community_size, hard_negatives, seed, refine_passes, penalty = (
+    p, m, community_size, hard_negatives, seed, refine_passes = (
         int(value) if isinstance(value, np.integer) else value
-        for value in (p, m, community_size, hard_negatives, seed, refine_passes, penalty)
+        for value in (p, m, community_size, hard_negatives, seed, refine_passes)
     )
     chosen = Parameters(
         p=p, m=m, K=community_size, h=hard_negatives,
         edges=edges or ("mutual" if partitioner == "paper" or target_unit == "label30" else "union"),
-        veto=bool(veto), penalty=penalty, partitioner=partitioner,
+        veto=bool(veto), partitioner=partitioner,
         refine_passes=refine_passes if partitioner in REFINED else 0, piece_rows=piece_rows,
         max_similarity=max_similarity, max_relative=max_relative, search=search,
         target_unit=target_unit, subset_rows=subset_rows, seed=seed,

@@ -24,7 +24,6 @@ class Parameters:
     h: int
     edges: str
     veto: bool
-    penalty: int
     partitioner: str
     refine_passes: int
     piece_rows: int | None

@@ -39,7 +39,6 @@ def metis_labels(graph: Graph, num_parts: int, seed: int, recursive: bool) -> np
         return random_labels(count, -(-count // num_parts), seed) if num_parts > 1 else np.zeros(count, dtype=np.int64)
     import pymetis
 
-    graph = graph.positive()
     adjacency = pymetis.CSRAdjacency(graph.indptr, graph.indices.astype(np.int64))
     weights = None if (graph.weights == 1).all() else graph.weights.astype(np.int64)
     options = pymetis.Options(seed=int(mix64(seed, 4)[0] >> np.uint64(34)))  # METIS takes 31 bits

@@ -1,4 +1,4 @@
-"""Partitioners, penalty, pieces, balanced k-means; continuing after a finished stage."""
+"""Partitioners, pieces, balanced k-means; continuing after a finished stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from mining import reference
 from b3.errors import InputError
 from b3.files import Stages
 from b3.mining import mine
-from b3.mining.graph import build_graph
 from b3.mining.miners.kmeans import balanced_kmeans, pair_vectors
 from b3.mining.rankings import rank_targets
 from b3.mining.vectors import distinct_targets, unit_rows
@@ -63,35 +62,6 @@ def test_pair_vectors_point_between_query_and_target() -> None:
     np.testing.assert_allclose(found, total / np.linalg.norm(total, axis=1, keepdims=True), atol=2e-8)
 
 
-@pytest.mark.parametrize("labels", [None, 60])
-def test_a_penalty_trades_hits_for_fewer_rows_above_the_window(labels: int | None) -> None:
-    queries, targets = reference.clustered(600, labels=labels)
-    reports = [mine(queries, targets, **OPTIONS, penalty=penalty).report for penalty in (0, 1, 8)]
-    skipped = [r["skipped_ranks_per_query"] for r in reports]
-    hits = [r["mined_negatives_per_query"] for r in reports]
-    assert skipped[0] > 1.3 * skipped[1] and skipped[1] >= skipped[2], skipped
-    assert hits[0] >= hits[1] >= hits[2] > 1.5 * reports[0]["random_mined_negatives_per_query"]
-
-
-def test_penalised_pairs_are_those_above_the_window() -> None:
-    queries, targets = reference.clustered(90)
-    distinct = distinct_targets(unit_rows(targets, "targets"))
-    ranks = rank_targets(unit_rows(queries, "queries"), distinct, 3, 12, 3)
-    graph = build_graph(ranks, distinct, "union", True, 10_000, 0, penalty=5)
-    number, orders = reference.distinct_of(targets), reference.ranking(queries, targets)
-    wanted = reference.weights(orders, number, 3, 12, "union", True)
-    for i, order in enumerate(orders):
-        for j in order[:3]:
-            if i != j:
-                wanted[i, j] = wanted[j, i] = -5
-    assert np.array_equal(reference.dense(graph), wanted)
-    part = np.arange(1, 90, 2)
-    inside = build_graph(ranks, distinct, "union", True, 10_000, 0, penalty=5, members=part)
-    assert np.array_equal(reference.dense(inside), wanted[np.ix_(part, part)])
-    assert (inside.positive().weights > 0).all()
-    assert np.array_equal(reference.dense(inside.positive()), np.maximum(wanted[np.ix_(part, part)], 0))
-
-
 def test_annealing_equals_metis_and_beats_what_a_few_greedy_passes_find() -> None:
     queries, targets = reference.clustered(1500)
     found = {
@@ -123,11 +93,6 @@ def test_pieces_keep_sizes_exact_and_cost_some_quality(partitioner: str) -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"penalty": -1}, "penalty is -1; give an integer of at least 0"),
-        ({"penalty": 100}, "penalty is 100; give at most 60"),
-        ({"penalty": 1, "veto": False}, "penalty 1 needs union edges with the veto"),
-        ({"penalty": 1, "edges": "mutual"}, "penalty 1 needs union edges"),
-        ({"penalty": 1, "partitioner": "kmeans"}, "penalty 1 has no effect with partitioner kmeans"),
         ({"piece_rows": 9}, "piece_rows is 9; give an integer of at least 16"),
         ({"piece_rows": 64, "partitioner": "random"}, "piece_rows has no effect with partitioner random"),
         ({"max_relative": 0}, "max_relative is 0; give a positive share"),

@@ -58,7 +58,7 @@ def refine(
     """`passes` rounds of annealed swaps; stops early when a cold round finds none. Never lowers the objective.
 
     Args:
-        graph: over N rows; weights may be negative.
+        graph: over N rows.
         labels: (N,) int64, community of each row; all of size K.
         targets: (N,) int64, distinct target of each row.
         progress: called as ``progress("refine", passes done, passes)``.
