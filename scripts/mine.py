@@ -36,8 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
     arrays.add_argument("--partitioner", choices=PARTITIONERS, default="anneal")
     arrays.add_argument("--refine-passes", type=int, help="passes of annealed swaps (default 30)")
     arrays.add_argument("--piece-rows", type=int, help="cut larger data sets into pieces first (default never)")
-    arrays.add_argument("--max-similarity", type=float, help="largest teacher similarity of a negative")
-    arrays.add_argument("--max-relative", type=float, help="the same as a share of the positive's, such as 0.95")
     arrays.add_argument("--search", choices=("exact", "ivf"), default="exact", help="ivf: approximate, for millions")
     arrays.add_argument("--device", help="torch device for ranking (default: a GPU if there is one)")
     arrays.add_argument("--seed", type=int, default=0)
@@ -58,7 +56,7 @@ def mine_arrays(arguments: argparse.Namespace) -> None:
         raise RunError(f"{arguments.out} holds a batch plan already; choose another --out or delete it")
     options: dict[str, Any] = {
         name: value
-        for name in ("edges", "refine_passes", "piece_rows", "max_similarity", "max_relative")
+        for name in ("edges", "refine_passes", "piece_rows")
         if (value := getattr(arguments, name)) is not None
     }
     stages = Stages(arguments.out.parent / f".{arguments.out.name}.stages")

@@ -23,12 +23,6 @@ class MiningConfig(Section):
     k: int = Field(32, gt=0, description="community size K")
     edges: Literal["union", "mutual"] = Field("union", description="when two rows are linked; mutual is the paper's")
     veto: bool = Field(True, description="drop an edge if either row ranks the other above p (union only)")
-    max_similarity: float | None = Field(
-        None, description="targets of the window that the teacher scores above this count as ranked above it"
-    )
-    max_relative: float | None = Field(
-        None, gt=0, description="as max_similarity, as a share of the positive's score (NV-Retriever: 0.95)"
-    )
     partitioner: Literal["anneal", "metis", "paper", "kmeans", "random"] = Field(
         "anneal",
         description="anneal: swaps from random communities; metis: swaps from METIS; paper: k-way METIS and the"

@@ -49,16 +49,14 @@ def check_parameters(chosen: Parameters, count: int, refine_passes: int, block_r
         raise InputError(f"partitioner paper works on mutual edges, not {chosen.edges}; leave edges out")
     if chosen.target_unit == "label30" and chosen.edges != "mutual":
         raise InputError(f"target_unit label30 works on mutual edges, not {chosen.edges}; leave edges out")
-    if chosen.target_unit == "label30" and (chosen.limits or chosen.piece_rows is not None):
-        raise InputError("target_unit label30 knows no max_similarity, max_relative or piece_rows; leave them out")
+    if chosen.target_unit == "label30" and chosen.piece_rows is not None:
+        raise InputError("target_unit label30 knows no piece_rows; leave it out")
     if chosen.subset_rows is not None:
         _check_integer("subset_rows", chosen.subset_rows, chosen.K)
     if chosen.piece_rows is not None:
         _check_integer("piece_rows", chosen.piece_rows, 2 * chosen.K)
         if chosen.partitioner not in REFINED:
             raise InputError(f"piece_rows has no effect with partitioner {chosen.partitioner}; leave it out")
-    if chosen.max_relative is not None and not chosen.max_relative > 0:
-        raise InputError(f"max_relative is {chosen.max_relative}; give a positive share of the positive's similarity")
 
 
 def _check_integer(name: str, value: Any, low: int) -> None:

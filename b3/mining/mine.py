@@ -39,8 +39,6 @@ def mine(
     partitioner: str = "anneal",
     refine_passes: int = 30,
     piece_rows: int | None = None,
-    max_similarity: float | None = None,
-    max_relative: float | None = None,
     search: str = "exact",
     negative_rules: NegativeRules | None = None,
     target_unit: str = "distinct",
@@ -76,8 +74,6 @@ def mine(
         refine_passes: passes of annealed swaps ("anneal" and "metis").
         piece_rows: data sets with more rows are first cut into pieces of similar rows, at most so many each, by
             balanced k-means; communities do not cross pieces. Bounds memory and time of the graph; None: never.
-        max_similarity: a target of the window that the teacher scores above this is treated as ranked above it.
-        max_relative: the same for a score above this share of the positive's (NV-Retriever, arXiv 2407.15831).
         search: "exact", or "ivf": approximate, for very large N; ``report["search_recall"]`` measures it.
         negative_rules: what may be drawn as a hard negative, and how.
         target_unit: "distinct", or "label30" for classification as the paper's scripts do it (`b3.mining.labels`);
@@ -101,8 +97,8 @@ def mine(
     queries, targets = check_arrays(queries, targets)
     chosen = parameters(
         len(queries), p, m, community_size, hard_negatives, seed, edges=edges, veto=veto,
-        partitioner=partitioner, refine_passes=refine_passes, piece_rows=piece_rows, max_similarity=max_similarity,
-        max_relative=max_relative, search=search, target_unit=target_unit, subset_rows=subset_rows,
+        partitioner=partitioner, refine_passes=refine_passes, piece_rows=piece_rows, search=search,
+        target_unit=target_unit, subset_rows=subset_rows,
         block_rows=block_rows,
     )  # fmt: skip
     rules = check_rules(negative_rules, hard_negatives)
@@ -124,8 +120,6 @@ def parameters(
     partitioner: str,
     refine_passes: int,
     piece_rows: int | None,
-    max_similarity: float | None,
-    max_relative: float | None,
     search: str,
     target_unit: str,
     subset_rows: int | None,
@@ -142,7 +136,7 @@ def parameters(
         edges=edges or ("mutual" if partitioner == "paper" or target_unit == "label30" else "union"),
         veto=bool(veto), partitioner=partitioner,
         refine_passes=refine_passes if partitioner in REFINED else 0, piece_rows=piece_rows,
-        max_similarity=max_similarity, max_relative=max_relative, search=search,
+        search=search,
         target_unit=target_unit, subset_rows=subset_rows, seed=seed,
     )  # fmt: skip
     check_parameters(chosen, count, refine_passes, block_rows)
@@ -201,12 +195,12 @@ def rank_pairs(
         chosen, width, counted = windows(chosen, rules, len(distinct))
 
     def rank(part: np.ndarray, of: DistinctTargets, p: int, m: int, share: tuple[int, int] = (0, 1)) -> Ranks:
-        options = chosen.limits, share, chosen.search
+        options = share, chosen.search
         return rank_targets(part, of, p, m, chosen.K - 1, device, block_rows, clock.progress, *options)
 
     wide = max(width, counted)
     key = Stages.key(
-        embeddings=fingerprint, p=chosen.p, m=wide, K=chosen.K, limits=str(chosen.limits), search=chosen.search,
+        embeddings=fingerprint, p=chosen.p, m=wide, K=chosen.K, search=chosen.search,
         unit=chosen.target_unit,
     )  # fmt: skip
     with clock.stage("rank"):

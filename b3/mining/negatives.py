@@ -107,7 +107,7 @@ def count_scores(ranks: Ranks, members: np.ndarray, penalty: float) -> Scores:
     order = ranks.order[members]
     ids, at = np.unique(order, return_inverse=True)
     at = at.reshape(order.shape)
-    above = np.arange(order.shape[1]) < ranks.skip[members, None]
+    above = np.broadcast_to(np.arange(order.shape[1]) < ranks.p, order.shape)
     scores = np.bincount(at[~above], minlength=len(ids)).astype(np.float64)
     scores -= penalty * np.bincount(at[above], minlength=len(ids))
     return Scores(ids, at, above, scores)

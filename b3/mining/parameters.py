@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from b3.mining.rankings import Limits
-
 EDGES = ("union", "mutual")
 SEARCHES = ("exact", "ivf")
 TARGET_UNITS = ("distinct", "label30")
@@ -27,19 +25,10 @@ class Parameters:
     partitioner: str
     refine_passes: int
     piece_rows: int | None
-    max_similarity: float | None
-    max_relative: float | None
     search: str
     target_unit: str
     subset_rows: int | None
     seed: int
-
-    @property
-    def limits(self) -> Limits | None:
-        """The limits on similarity, if there are any."""
-        if self.max_similarity is None and self.max_relative is None:
-            return None
-        return Limits(self.max_similarity, self.max_relative)
 
     def budget(self, num_rows: int) -> int:
         """Edges that a row keeps where targets repeat."""

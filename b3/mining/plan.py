@@ -22,7 +22,7 @@ ARRAYS = ("communities", "remainder", "hard_negatives", *BATCH_ARRAYS)
 FILES = (*(f"{name}.npy" for name in ARRAYS), "report.json", "report.html", "manifest.json")
 IDENTITY = (
     "data_fingerprint", "embeddings_fingerprint", "teacher", "N", "p", "m", "K", "h",
-    "edges", "veto", "max_similarity", "max_relative", "partitioner", "refine_passes", "piece_rows",
+    "edges", "veto", "partitioner", "refine_passes", "piece_rows",
     "search", "seed", "negatives", "target_unit", "subset_rows",
     "imported",
 )  # fmt: skip

@@ -30,8 +30,6 @@ class Ranks:
         positive: (N,) float64, score of the own target.
         best: (N,) float64, largest score from rank p on, own target excluded.
         mass: (N,) float64, sum of exp((score - best) / 0.02) over the `terms` largest scores from rank p on.
-        skip: (N,) int32, ranks that count as skipped for the query: p, or more where the limits on similarity rule
-            out a part of the window.
     """
 
     order: np.ndarray
@@ -41,7 +39,6 @@ class Ranks:
     positive: np.ndarray
     best: np.ndarray
     mass: np.ndarray
-    skip: np.ndarray
     num_targets: int
     _sorted: np.ndarray = field(init=False, repr=False)
     _top: np.ndarray = field(init=False, repr=False)
@@ -52,26 +49,22 @@ class Ranks:
             span = slice(start, start + CLASSIFY_ROWS)
             position = np.argsort(self.order[span], axis=1)
             ids[span] = np.take_along_axis(self.order[span], position, axis=1)
-            top[span] = position < self.skip[span, None]
+            top[span] = position < self.p
         object.__setattr__(self, "_sorted", ids)
         object.__setattr__(self, "_top", top)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays by name."""
-        return {name: getattr(self, name) for name in ("order", "own", "positive", "best", "mass", "skip")}
+        return {name: getattr(self, name) for name in ("order", "own", "positive", "best", "mass")}
 
     def window(self, rows: slice | np.ndarray) -> np.ndarray:
-        """(n, m) int32: distinct targets at ranks [p, p + m) of queries; the own one stands for those ruled out."""
-        window = self.order[rows, self.p :]
-        ruled_out = np.arange(self.p, self.order.shape[1]) < self.skip[rows, None]
-        return np.where(ruled_out, self.own[rows, None], window) if ruled_out.any() else window
+        """(n, m) int32: distinct targets at ranks [p, p + m) of queries."""
+        return self.order[rows, self.p :]
 
     def skipped(self, rows: slice | np.ndarray) -> np.ndarray:
-        """(n, k) int32: distinct targets above the window of queries; the own one fills the rows that have fewer."""
-        width = max(self.p, int(self.skip[rows].max(initial=0)))
-        beyond = np.arange(width) >= self.skip[rows, None]
-        return np.where(beyond, self.own[rows, None], self.order[rows, :width])
+        """(n, p) int32: distinct targets above the window of queries."""
+        return self.order[rows, : self.p]
 
     def classify(self, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Where query ``rows[e]`` ranks distinct target ``targets[e]``: `TOP` (above p), `WINDOW` or `NONE`; int8.
@@ -93,27 +86,6 @@ class Ranks:
         return kinds
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What else than rank makes a target too good to be a negative; None: nothing.
-
-    Attributes:
-        max_similarity: largest teacher similarity of a negative.
-        max_relative: largest similarity of a negative as a share of the positive's (NV-Retriever, arXiv 2407.15831,
-            section 3.1: TopK-PercPos, 0.95 there). Where the positive's is negative nothing is left.
-    """
-
-    max_similarity: float | None = None
-    max_relative: float | None = None
-
-    def skip(self, scores: np.ndarray, positive: np.ndarray, p: int) -> np.ndarray:
-        """(n,) int32 ranks to skip, given scores (n, k) in rank order and those of the own targets (n,)."""
-        cap = np.full(len(scores), np.inf if self.max_similarity is None else self.max_similarity)
-        if self.max_relative is not None:
-            cap = np.minimum(cap, np.where(positive > 0, self.max_relative * positive, -np.inf))
-        return np.maximum(p, (scores > cap[:, None]).sum(axis=1)).astype(np.int32)
-
-
 def rank_targets(
     queries: np.ndarray,
     distinct: DistinctTargets,
@@ -123,7 +95,6 @@ def rank_targets(
     device: str | None = None,
     block_rows: int | None = None,
     progress: Progress | None = None,
-    limits: Limits | None = None,
     share: tuple[int, int] = (0, 1),
     method: str = "exact",
 ) -> Ranks:
@@ -137,7 +108,6 @@ def rank_targets(
         device: torch device that searches large inputs; default: a GPU if there is one.
         block_rows: queries a block; changes memory and speed, never the result.
         progress: called as ``progress("rank", rows done, rows)``.
-        limits: that rule out a part of the window.
         share: (i, n): only the i-th of n equal parts of the rows; `join_ranks` puts the parts together.
         method: "exact", or "ivf" (`b3.mining.search_ivf`).
     """
@@ -154,7 +124,7 @@ def rank_targets(
     step = block_rows or step
     first, last = (len(queries) * k // share[1] for k in (share[0], share[0] + 1))
     count = last - first
-    order, skip = np.empty((count, p + m), dtype=np.int32), np.full(count, p, dtype=np.int32)
+    order = np.empty((count, p + m), dtype=np.int32)
     positive, best, mass = (np.zeros(count) for _ in range(3))
     for start in range(first, last, step):
         rows = slice(start, min(start + step, last))
@@ -164,11 +134,9 @@ def rank_targets(
         order[span] = ids[:, : p + m]
         positive[span] = pair_scores(queries[rows], distinct.vectors[own][:, None])[:, 0]
         best[span], mass[span] = _eligible_mass(ids[:, p:] != own[:, None], scores[:, p:], terms)
-        if limits is not None:
-            skip[span] = limits.skip(scores[:, : p + m], positive[span], p)
         if progress:
             progress("rank", span.stop, count)
-    return Ranks(order, p, m, distinct.of_row[first:last], positive, best, mass, skip, num_targets)
+    return Ranks(order, p, m, distinct.of_row[first:last], positive, best, mass, num_targets)
 
 
 def join_ranks(parts: list[Ranks]) -> Ranks:

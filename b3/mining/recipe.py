@@ -41,8 +41,6 @@ def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset) -> dict[s
         "h": config.negatives.mined,
         "edges": "mutual" if by_label else mining.edges,
         "veto": mining.veto,
-        "max_similarity": mining.max_similarity,
-        "max_relative": mining.max_relative,
         "partitioner": mining.partitioner,
         "refine_passes": mining.refine_passes if mining.refined else 0,
         "piece_rows": mining.piece_rows,
@@ -163,7 +161,7 @@ def _rank_job(
 
     facts = wanted(config, job.entry, job.dataset)
     same = (
-        "edges", "veto", "partitioner", "refine_passes", "piece_rows", "max_similarity", "max_relative",
+        "edges", "veto", "partitioner", "refine_passes", "piece_rows",
         "search", "target_unit", "subset_rows",
     )  # fmt: skip
     given = {name: facts[name] for name in same}

@@ -95,7 +95,6 @@ def test_pieces_keep_sizes_exact_and_cost_some_quality(partitioner: str) -> None
     [
         ({"piece_rows": 9}, "piece_rows is 9; give an integer of at least 16"),
         ({"piece_rows": 64, "partitioner": "random"}, "piece_rows has no effect with partitioner random"),
-        ({"max_relative": 0}, "max_relative is 0; give a positive share"),
         ({"search": "hnsw"}, "search is 'hnsw'; choose from exact, ivf"),
     ],
 )
@@ -121,14 +120,14 @@ def test_a_finished_ranking_is_not_done_again(tmp_path: Path, monkeypatch: pytes
     assert reports[0] == reports[1]
     mine(queries, targets, **OPTIONS, refine_passes=5, stages=stages)
     assert not calls and len(cuts) == 1, "other communities of the same ranks"
-    for changed in ({"p": 5}, {"m": 21}, {"max_similarity": 0.5}):
+    for changed in ({"p": 5}, {"m": 21}):
         mine(queries, targets, **OPTIONS | changed, stages=stages)
     mine(queries * 2 + 1, targets, **OPTIONS, stages=stages)
-    assert len(calls) == 4
+    assert len(calls) == 3
     file = tmp_path / "stages" / "ranks.npz"
     file.write_bytes(file.read_bytes()[:-200])  # torn
     mine(queries * 2 + 1, targets, **OPTIONS, stages=stages)
-    assert len(calls) == 5
+    assert len(calls) == 4
 
 
 def test_an_approximate_search_reports_its_recall() -> None:

@@ -11,7 +11,7 @@ from mining import reference
 
 import b3.mining.rankings as rank
 import b3.mining.search as search
-from b3.mining.rankings import NONE, TOP, WINDOW, Limits, Ranks, join_ranks, rank_targets
+from b3.mining.rankings import NONE, TOP, WINDOW, Ranks, join_ranks, rank_targets
 from b3.mining.vectors import distinct_targets, unit_rows
 
 
@@ -112,26 +112,6 @@ def test_parts_of_the_rows_join_to_the_whole() -> None:
     for parts in (1, 2, 3, 7):
         shares = [rank_targets(units, distinct, 3, 9, 4, share=(k, parts)) for k in range(parts)]
         assert equal(whole, join_ranks(shares))
-
-
-def test_limits_on_similarity_rule_out_the_top_of_the_window() -> None:
-    queries, targets = reference.clustered(80, labels=60)
-    distinct, units = distinct_targets(unit_rows(targets, "targets")), unit_rows(queries, "queries")
-    for limits in (Limits(max_similarity=0.5), Limits(max_relative=0.8), Limits(0.6, 0.9), Limits()):
-        found = rank_targets(units, distinct, 3, 20, 4, limits=limits)
-        scores = units.astype(np.float64) @ distinct.vectors.astype(np.float64).T
-        for i, own in enumerate(found.own):
-            cap = np.inf if limits.max_similarity is None else limits.max_similarity
-            if limits.max_relative is not None:
-                cap = min(cap, limits.max_relative * scores[i, own] if scores[i, own] > 0 else -np.inf)
-            ranked = found.order[i]
-            good = {int(u) for r, u in enumerate(ranked) if r >= 3 and scores[i, u] <= cap} - {int(own)}
-            window = found.window(np.array([i]))[0]
-            assert set(window.tolist()) - {int(own)} == good
-            skipped = set(found.skipped(np.array([i]))[0].tolist()) - {int(own)}
-            assert skipped == set(ranked.tolist()) - good - {int(own)}
-            kinds = found.classify(np.full(len(distinct), i), np.arange(len(distinct)))
-            assert set(np.flatnonzero(kinds == WINDOW)) - {int(own)} == good
 
 
 @pytest.mark.parametrize("small", [0, 6000])
