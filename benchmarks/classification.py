@@ -79,7 +79,6 @@ def plans(rows: int, labels: int) -> dict[str, dict[str, Any]]:
         "distinct, m 10": {"p": 0, "m": min(10, labels - 1)},
         "distinct, m 31": {"p": 0, "m": min(31, labels - 1)},
         "label30, paper": {"partitioner": "paper", **authors},
-        "label30, refined": {"partitioner": "metis", **authors},
         "random": {"partitioner": "random", **own},
     }
 

@@ -27,8 +27,6 @@ PARTITIONS: dict[str, dict[str, Any]] = {
     "random": {"partitioner": "random"},
     "balanced k-means": {"partitioner": "kmeans"},
     "paper (mutual, k-way, authors' repair)": {"partitioner": "paper"},
-    "metis recursive, repair, no swaps": {"partitioner": "metis", "refine_passes": 0, "veto": False},
-    "metis, 30 passes": {"partitioner": "metis", "veto": False},
     "anneal, no veto": {"veto": False},
     "anneal (default)": {},
     "anneal, mutual edges": {"edges": "mutual"},
@@ -198,7 +196,7 @@ def main() -> None:
                     f"{size}, {name}", run("partition", folder, {"community_size": size, "partitioner": name})
                 )
                 for size in SIZES
-                for name in ("random", "paper", "metis", "anneal")
+                for name in ("random", "paper", "anneal")
             ],
         )
     if "rank" in parts:
@@ -235,7 +233,7 @@ def main() -> None:
             )
         table(["rows", "mined negatives a query", "peak GiB", "seconds"], found_rows)
     if "emoji" in parts:
-        names = ("random", "kmeans", "paper", "metis", "anneal")
+        names = ("random", "kmeans", "paper", "anneal")
         rows = [(name, run("emoji", folder, {"partitioner": name})) for name in names]
         table(
             ["embedded data, K = 8", "mined negatives a query", "above the window", "equal targets", "s a subset"],

@@ -17,7 +17,7 @@ from typing import Any
 
 from b3.errors import ConfigError, RunError, command
 
-PARTITIONERS = ("anneal", "metis", "paper", "kmeans", "random")
+PARTITIONERS = ("anneal", "paper", "kmeans", "random")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from b3.config.schema import DatasetConfig, Family, Section
 
-REFINED = ("anneal", "metis")  # partitioners that end in swaps
+REFINED = ("anneal",)  # partitioners that end in swaps
 
 
 class MiningConfig(Section):
@@ -23,12 +23,12 @@ class MiningConfig(Section):
     k: int = Field(32, gt=0, description="community size K")
     edges: Literal["union", "mutual"] = Field("union", description="when two rows are linked; mutual is the paper's")
     veto: bool = Field(True, description="drop an edge if either row ranks the other above p (union only)")
-    partitioner: Literal["anneal", "metis", "paper", "kmeans", "random"] = Field(
+    partitioner: Literal["anneal", "paper", "kmeans", "random"] = Field(
         "anneal",
-        description="anneal: swaps from random communities; metis: swaps from METIS; paper: k-way METIS and the"
+        description="anneal: swaps from random communities; paper: k-way METIS and the"
         " authors' repair; kmeans: balanced k-means, no windows",
     )
-    refine_passes: int = Field(30, ge=0, description="passes of annealed swaps (anneal and metis)")
+    refine_passes: int = Field(30, ge=0, description="passes of annealed swaps (anneal)")
     piece_rows: int | None = Field(
         None, gt=1, description="cut larger data sets into pieces of at most so many rows first, by balanced k-means"
     )

@@ -10,7 +10,7 @@ from b3.console import Clock
 from b3.mining.graph import Graph, build_graph
 from b3.mining.labels import label_graph
 from b3.mining.parameters import Parameters
-from b3.mining.partition import choose_remainder, communities_of, metis_labels, random_labels, reference_repair, repair
+from b3.mining.partition import choose_remainder, communities_of, metis_labels, random_labels, reference_repair
 from b3.mining.rankings import Ranks
 from b3.mining.vectors import DistinctTargets
 
@@ -90,12 +90,10 @@ def _cut(graph: Graph, targets: np.ndarray, cut: Parameters, clock: Clock, facts
         if cut.partitioner == "anneal":
             labels = random_labels(len(graph), cut.K, cut.seed)
         else:
-            labels = metis_labels(graph, parts, cut.seed, recursive=cut.partitioner == "metis")
+            labels = metis_labels(graph, parts, cut.seed)
             sizes = np.bincount(labels, minlength=parts)
             facts |= {"partition_size_min": int(sizes.min()), "partition_size_max": int(sizes.max())}
-            if cut.partitioner == "paper":
-                return reference_repair(labels, parts, cut.K)
-            labels = repair(graph, labels, parts, cut.K, cut.seed)
+            return reference_repair(labels, parts, cut.K)
     if not cut.refine_passes:
         return labels
     from b3.mining.miners.anneal import objective, refine

@@ -68,10 +68,10 @@ def mine(
         edges: "union" (a pair counts for each direction that holds) or "mutual" (both must hold; the paper's). Default:
             union, and mutual for the partitioner "paper".
         veto: drop pairs of which one ranks the other's target above its window (union only; mutual implies it).
-        partitioner: "anneal" (annealed swaps from random communities), "metis" (recursive METIS, repair of the sizes,
-            annealed swaps), "paper" (the authors' METIS call and repair), "kmeans" (balanced k-means of the pairs, no
+        partitioner: "anneal" (annealed swaps from random communities), "paper" (the authors' METIS
+            call and repair), "kmeans" (balanced k-means of the pairs, no
             windows) or "random" (seeded permutation).
-        refine_passes: passes of annealed swaps ("anneal" and "metis").
+        refine_passes: passes of annealed swaps ("anneal").
         piece_rows: data sets with more rows are first cut into pieces of similar rows, at most so many each, by
             balanced k-means; communities do not cross pieces. Bounds memory and time of the graph; None: never.
         search: "exact", or "ivf": approximate, for very large N; ``report["search_recall"]`` measures it.

@@ -26,10 +26,10 @@ def random_labels(num_rows: int, community_size: int, seed: int) -> np.ndarray:
     return labels
 
 
-def metis_labels(graph: Graph, num_parts: int, seed: int, recursive: bool) -> np.ndarray:
+def metis_labels(graph: Graph, num_parts: int, seed: int) -> np.ndarray:
     """(N,) int64 part of each row by METIS: minimum weighted cut, sizes only roughly equal.
 
-    `recursive` bisection is better and faster for small parts; the k-way default is what the paper's scripts call.
+    K-way with its defaults, as the paper's scripts call it.
     """
     count = len(graph)
     assert 0 < num_parts <= count
@@ -42,42 +42,8 @@ def metis_labels(graph: Graph, num_parts: int, seed: int, recursive: bool) -> np
     adjacency = pymetis.CSRAdjacency(graph.indptr, graph.indices.astype(np.int64))
     weights = None if (graph.weights == 1).all() else graph.weights.astype(np.int64)
     options = pymetis.Options(seed=int(mix64(seed, 4)[0] >> np.uint64(34)))  # METIS takes 31 bits
-    result = pymetis.part_graph(num_parts, adjacency, eweights=weights, recursive=recursive, options=options)
+    result = pymetis.part_graph(num_parts, adjacency, eweights=weights, recursive=False, options=options)
     return np.asarray(result.vertex_part, dtype=np.int64)
-
-
-def repair(graph: Graph, labels: np.ndarray, num_parts: int, community_size: int, seed: int) -> np.ndarray:
-    """Make every part exactly K rows: over-full parts give up their least connected rows.
-
-    Each of those goes to the part with a free place to which it is connected best; those without one fill the places
-    that are left. Ties by a seeded hash, then by number.
-    """
-    labels = labels.copy()
-    assert len(labels) == num_parts * community_size
-    sources = graph.sources()
-    same = labels[sources] == labels[graph.indices]
-    inside = np.bincount(sources[same], weights=graph.weights[same], minlength=len(labels)).astype(np.int64)
-    order = np.lexsort((mix64(seed, 5, np.arange(len(labels))), -inside, labels))
-    sizes = np.bincount(labels, minlength=num_parts)
-    position = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    evicted = order[position >= community_size]
-    free = community_size - np.minimum(sizes, community_size)
-    labels[evicted] = -1
-    waiting = []
-    for row in evicted[np.argsort(-graph.degrees()[evicted], kind="stable")]:
-        span = slice(graph.indptr[row], graph.indptr[row + 1])
-        parts = labels[graph.indices[span]]
-        usable = parts >= 0
-        usable[usable] = free[parts[usable]] > 0
-        if not usable.any():
-            waiting.append(row)
-            continue
-        linked, at = np.unique(parts[usable], return_inverse=True)
-        part = linked[np.bincount(at, weights=graph.weights[span][usable]).argmax()]
-        labels[row] = part
-        free[part] -= 1
-    labels[np.asarray(waiting, dtype=np.int64)] = np.repeat(np.arange(num_parts), free)
-    return labels
 
 
 def reference_repair(labels: np.ndarray, num_parts: int, community_size: int) -> np.ndarray:

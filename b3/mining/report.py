@@ -143,7 +143,7 @@ def make_report(
     seed: int,
     *,
     negatives: np.ndarray | None = None,
-    partitioner: str = "metis",
+    partitioner: str = "anneal",
     budget: int | None = None,
     compare_paper: bool = True,
 ) -> dict[str, Any]:

@@ -45,5 +45,5 @@ def paper_communities(
     graph = build_graph(ranks, distinct, "mutual", True, budget, seed)
     rows = np.setdiff1d(np.arange(count), choose_remainder(graph, count, community_size, seed))
     parts = len(rows) // community_size
-    labels = metis_labels(graph.restrict(rows), parts, seed, recursive=False)
+    labels = metis_labels(graph.restrict(rows), parts, seed)
     return communities_of(reference_repair(labels, parts, community_size), rows, community_size)

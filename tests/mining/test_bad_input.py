@@ -95,7 +95,7 @@ def test_no_rows() -> None:
     refuse("no rows to mine", np.empty((0, 8), dtype=np.float32), np.empty((0, 8), dtype=np.float32))
 
 
-@pytest.mark.parametrize("partitioner", ["anneal", "metis", "paper", "kmeans", "random"])
+@pytest.mark.parametrize("partitioner", ["anneal", "paper", "kmeans", "random"])
 class TestSizes:
     def test_k_above_n(self, partitioner: str) -> None:
         message = "^community_size 65 exceeds the 64 rows; give at most 64$"

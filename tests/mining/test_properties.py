@@ -38,7 +38,7 @@ def cases(draw: st.DrawFn, rows: tuple[int, int] = (6, 70)) -> tuple[np.ndarray,
         "community_size": draw(st.integers(1, count)),
         "hard_negatives": draw(st.integers(0, 4)),
         "seed": draw(st.integers(0, 2**64)),
-        "partitioner": draw(st.sampled_from(["anneal", "metis", "paper", "kmeans", "random"])),
+        "partitioner": draw(st.sampled_from(["anneal", "paper", "kmeans", "random"])),
         "veto": draw(st.booleans()),
         "refine_passes": draw(st.integers(0, 4)),
     }
@@ -105,7 +105,7 @@ def test_threads_and_blocks_do_not_matter_for_the_float32_search(labels: int, mo
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("partitioner", ["anneal", "metis", "paper", "kmeans", "random"])
+@pytest.mark.parametrize("partitioner", ["anneal", "paper", "kmeans", "random"])
 @pytest.mark.parametrize("labels", [0, 40])
 def test_another_seed_gives_another_plan(partitioner: str, labels: int) -> None:
     queries, targets = make(203, labels, 8, 16, 0)
@@ -120,7 +120,7 @@ def test_another_seed_gives_another_plan(partitioner: str, labels: int) -> None:
 @given(cases(rows=(12, 70)))
 def test_refinement_never_lowers_the_objective(case: tuple[np.ndarray, np.ndarray, dict[str, Any]]) -> None:
     queries, targets, options = case
-    options |= {"partitioner": "metis", "refine_passes": 4}
+    options |= {"partitioner": "anneal", "refine_passes": 4}
     report = mine(queries, targets, **options).report
     gains = report["refinement_gains"]
     assert len(gains) <= 4 and all(gain > 0 for gain in gains[:-1]) and all(gain >= 0 for gain in gains)
@@ -167,18 +167,18 @@ def test_the_report_is_consistent(case: tuple[np.ndarray, np.ndarray, dict[str, 
     if plan.hard_negatives is not None:
         assert r["hard_negatives_missing"] == int((plan.hard_negatives == -1).sum())
         assert plan.hard_negatives.max() < len(queries)
-    if options["partitioner"] in ("anneal", "metis"):
+    if options["partitioner"] == "anneal":
         assert plan.manifest["refine_passes"] == options["refine_passes"]
     else:
         assert plan.manifest["refine_passes"] == 0 and "refinement_gains" not in r
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_metis_beats_paper_beats_random_on_clusters(seed: int) -> None:
+def test_annealing_beats_paper_beats_random_on_clusters(seed: int) -> None:
     queries, targets = make(1600, 0, 40, 32, seed)
     options: dict[str, Any] = {"p": 5, "m": 40, "community_size": 16, "hard_negatives": 0, "seed": seed}
     found = [
         mine(queries, targets, **options, partitioner=name).report["mined_negatives_per_query"]
-        for name in ("metis", "paper", "random")
+        for name in ("anneal", "paper", "random")
     ]
     assert found[0] > 1.1 * found[1] and found[1] > 2 * found[2], found

@@ -59,7 +59,7 @@ def toy(kind: str) -> Toy:
 
 
 @cache
-def mined(kind: str, partitioner: str = "metis", h: int = 2) -> BatchPlan:
+def mined(kind: str, partitioner: str = "anneal", h: int = 2) -> BatchPlan:
     data = toy(kind)
     return mine(data.queries, data.targets, P, M, SIZE, h, partitioner=partitioner)
 
@@ -93,7 +93,7 @@ def counted(data: Toy, communities: np.ndarray) -> dict[str, Any]:
 
 
 @everywhere
-@pytest.mark.parametrize("partitioner", ["metis", "paper", "random"])
+@pytest.mark.parametrize("partitioner", ["anneal", "paper", "random"])
 def test_counts_of_negatives_above_the_positive_and_mass(kind: str, partitioner: str) -> None:
     plan = mined(kind, partitioner)
     expected = counted(toy(kind), plan.communities)
@@ -161,7 +161,7 @@ def test_the_papers_recipe_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @everywhere
-@pytest.mark.parametrize("partitioner", ["metis", "random"])
+@pytest.mark.parametrize("partitioner", ["anneal", "random"])
 def test_likely_false_negatives_are_the_largest_differences_without_repeats(kind: str, partitioner: str) -> None:
     data, plan = toy(kind), mined(kind, partitioner)
     best = counted(data, plan.communities)["best"]
