@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from golden_data import GOLDEN, cases, checkpoint, item
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import run_python
 from safetensors.numpy import load_file
 
 from b3 import Embedder
@@ -23,7 +22,6 @@ from b3.errors import DataError, RunError
 from b3.model.cache import EmbeddingCache
 from b3.model.encode import Encoder, token_batches
 
-ROOT = Path(__file__).parents[1]
 ITEMS = [item(case) for case in cases()]
 EXPECTED = load_file(GOLDEN / "embed_expected.safetensors")["base/raw"]
 
@@ -174,12 +172,7 @@ def test_ranks_change_no_byte(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "encode.py").write_text(SCRIPT)
     results = []
     for ranks in (1, 2, 3):
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={29560 + ranks}"]
-        subprocess.run(
-            [sys.executable, *launcher, str(tmp_path / "encode.py"), str(folder), str(tmp_path / f"v{ranks}")],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
-            check=True, capture_output=True, timeout=180,
-        )  # fmt: skip
+        run_python(tmp_path / "encode.py", folder, tmp_path / f"v{ranks}", ranks=ranks)
         results += [np.load(tmp_path / f"v{ranks}-{r}.npy") for r in range(ranks)]
     assert all(np.array_equal(results[0], other) for other in results[1:])
 
@@ -187,15 +180,10 @@ def test_ranks_change_no_byte(folder: Path, tmp_path: Path) -> None:
 def test_evaluation_over_ranks_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
     data = GOLDEN / "mmeb-eval"
     for ranks in (1, 2):
-        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={29570 + ranks}"]
-        command = [
-            str(ROOT / "eval_mmeb.py"), "--model_name", str(folder), "--normalize", "True", "--dataset_name", str(data),
-            "--subset_name", "all", "--image_dir", str(data / "eval_images"), "--dataloader_num_workers", "1",
-            "--encode_output_path", str(tmp_path / str(ranks)),
-        ]  # fmt: skip
-        subprocess.run(
-            [sys.executable, *launcher, *command], check=True, capture_output=True, timeout=180,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        run_python(
+            "eval_mmeb.py", "--model_name", folder, "--normalize", "True", "--dataset_name", data,
+            "--subset_name", "all", "--image_dir", data / "eval_images", "--dataloader_num_workers", "1",
+            "--encode_output_path", tmp_path / str(ranks), ranks=ranks,
         )  # fmt: skip
     files = sorted(p.name for p in (tmp_path / "1").glob("*_*.*"))
     assert len(files) == 12

@@ -6,6 +6,7 @@ only their location), so that worker processes open files on their own.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import threading
@@ -71,7 +72,7 @@ class ParquetImages:
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ParquetImages, (self.location,)
+        return _shared_store, (self.location,)  # one store, one index per process, however often it is unpickled
 
     def _open(self) -> None:
         with self._lock:
@@ -111,6 +112,11 @@ class ParquetImages:
                     self._groups.popitem(last=False)
             self._groups.move_to_end(group)
             return self._groups[group][row].as_py()
+
+
+@functools.lru_cache(maxsize=64)
+def _shared_store(location: str) -> ParquetImages:
+    return ParquetImages(location)
 
 
 def open_store(location: str | Path) -> FolderImages | ParquetImages:

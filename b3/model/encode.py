@@ -19,6 +19,7 @@ from b3 import distributed
 from b3.console import bar
 from b3.data.datasets import Item, as_item
 from b3.errors import DataError
+from b3.model.workers import run_ahead
 
 if TYPE_CHECKING:
     from b3.model.backbones.processing import Processor
@@ -101,6 +102,9 @@ class Encoder:
     on_error: str = "fail"
     skipped: dict[str, str] = field(default_factory=dict)
     num_encoded: int = 0  # distinct items that went through the model, over all ranks and calls
+
+    def __post_init__(self) -> None:
+        self._prepare = _Prepare(self.embedder.processor)
 
     def encode(self, items: Iterable[Item], progress: str | None = None) -> np.ndarray:
         """Raw vectors (N, D) float32 in the order of `items`, on every rank.
@@ -209,7 +213,8 @@ class Encoder:
         embedder.eval()
         try:
             with torch.inference_mode():
-                for rows, inputs, problems in _loader(embedder, items, batches, self.workers):
+                tasks = ((rows, [items[row] for row in rows]) for rows in batches)
+                for rows, inputs, problems in run_ahead(self._prepare, tasks, self.workers, _describe):
                     if inputs is None:
                         yield rows, np.empty((0, embedder.dim), dtype=np.float32), problems
                         continue
@@ -219,23 +224,23 @@ class Encoder:
             embedder.train(was_training)
 
 
-class _Batches:
-    """Map-style data set of whole batches, for a loader with workers."""
+Prepared = tuple[np.ndarray, "Batch | None", list[tuple[int, str]]]
 
-    def __init__(self, processor: Processor, items: list[Item], batches: list[np.ndarray]) -> None:
-        self.processor, self.items, self.batches = processor, items, batches
 
-    def __len__(self) -> int:
-        return len(self.batches)
+@dataclass(frozen=True)
+class _Prepare:
+    """Inputs of one batch; runs in workers."""
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, Batch | None, list[tuple[int, str]]]:
-        """(rows that worked, their inputs, (row, problem) of the others)."""
+    processor: Processor
+
+    def __call__(self, task: tuple[np.ndarray, list[Item]]) -> Prepared:
+        """(rows that worked, their inputs, (row, problem) of the others) of (rows, items)."""
         from b3.model.embedder import collate
 
         good, processed, problems = [], [], []
-        for row in self.batches[index].tolist():
+        for row, item in zip(task[0].tolist(), task[1], strict=True):
             try:
-                processed.append(self.processor(self.items[row]))
+                processed.append(self.processor(item))
                 good.append(row)
             except DataError as error:
                 problems.append((row, str(error)))
@@ -243,21 +248,9 @@ class _Batches:
         return np.asarray(good, dtype=np.int64), inputs, problems
 
 
-def _first(batch: list[Any]) -> Any:
-    return batch[0]
-
-
-def _loader(embedder: Embedder, items: list[Item], batches: list[np.ndarray], workers: int) -> Iterable[Any]:
-    from torch.utils.data import DataLoader
-
-    data: Any = _Batches(embedder.processor, items, batches)
-    return DataLoader(
-        data,
-        batch_size=1,
-        collate_fn=_first,
-        num_workers=min(workers, len(batches)),
-        prefetch_factor=4 if min(workers, len(batches)) else None,
-    )
+def _describe(task: tuple[np.ndarray, list[Item]]) -> str:
+    shown = ", ".join(item.describe() for item in task[1][:3])
+    return f"{len(task[1])} items: {shown}" + (", ..." if len(task[1]) > 3 else "")
 
 
 def encode_items(

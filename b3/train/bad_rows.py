@@ -69,6 +69,11 @@ class GuardedCollator:
             raise original
         return self.collator(good), replaced
 
+    def describe(self, rows: list[StepRow]) -> str:
+        """Which rows a batch reads, for errors."""
+        names = [f"{self.collator.datasets[place[0]].name} row {place[1]}" for place in rows[:5]]
+        return f"{len(rows)} rows: {', '.join(names)}" + (", ..." if len(rows) > 5 else "")
+
     def _items(self, place: StepRow) -> Iterable[Item]:
         dataset = self.collator.datasets[place[0]]
         yield dataset.query(place[1])

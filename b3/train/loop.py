@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -22,6 +21,7 @@ from b3.files import write_json
 from b3.model.adapter import load_trainable
 from b3.model.embedder import Embedder
 from b3.model.weights import load_full, save_full
+from b3.model.workers import run_ahead
 from b3.train import checkpoint as checkpoints
 from b3.train.bad_rows import BadRows, GuardedCollator, Replaced
 from b3.train.callbacks import Evaluate, Progress, Stop
@@ -33,7 +33,7 @@ from b3.train.ranks import Roll
 from b3.train.sampler import BatchPlanSampler
 from b3.train.shard import equal_chunks
 from b3.train.step import CachedStep
-from b3.train.stop import StopRequest, ignore_in_worker
+from b3.train.stop import StopRequest
 
 
 def training_arguments(config: Config, world_size: int) -> TrainingArguments:
@@ -164,9 +164,8 @@ class ContrastiveTrainer(Trainer):
             samples = [inputs]
         except StopIteration:
             pass
-        except DataError as error:  # from a worker it comes with the worker's traceback around it
-            text = str(error).strip().splitlines()[-1]
-            problem = DataError(text.rpartition("DataError: ")[2])
+        except DataError as error:
+            problem = error
         self.window.waited += time.perf_counter() - started
         chunks = samples[0].num_chunks if samples else 0
         status = distributed.numbers_of_ranks([problem is not None, len(replaced), chunks])
@@ -288,23 +287,17 @@ class _Batches:
 
     def __init__(self, trainer: ContrastiveTrainer) -> None:
         collator, self.sampler, config = trainer.collator, trainer.sampler, trainer.config
-        workers = config.train.workers
-        self.loader: DataLoader[Any] = DataLoader(
-            Rows([len(d) for d in collator.datasets]),
-            batch_sampler=self.sampler,
-            collate_fn=GuardedCollator(collator, config.data.bad_images == "replace", config.seed),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            worker_init_fn=ignore_in_worker,
-            generator=torch.Generator().manual_seed(0),  # leaves the global random state alone
-        )
+        self.workers = config.train.workers
+        self.rows = Rows([len(d) for d in collator.datasets])
+        self.collate = GuardedCollator(collator, config.data.bad_images == "replace", config.seed)
 
     def __len__(self) -> int:
         assert self.sampler.steps is not None
         return self.sampler.steps
 
     def __iter__(self) -> Iterator[tuple[StepInputs, list[Replaced]]]:
-        return iter(self.loader)
+        tasks = ([self.rows[row] for row in batch] for batch in self.sampler)
+        return run_ahead(self.collate, tasks, self.workers, self.collate.describe)
 
 
 def save_adapter(embedder: Embedder, folder: Path) -> None:

@@ -42,9 +42,3 @@ class StopRequest:
     def agreed(self) -> bool:
         """Whether any rank was asked to stop."""
         return distributed.any_rank(self.name is not None)
-
-
-def ignore_in_worker(worker: int) -> None:
-    """For loader workers: a signal to the whole job must not take the batches from a rank that is about to save."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from processes import run_python
 
 import train
 from b3.config import load_config
@@ -153,14 +153,9 @@ def test_two_arrays_from_the_command_line(root: Path, capsys: pytest.CaptureFixt
     assert "missing: --out" in capsys.readouterr().err
 
 
-def mine_with(root: Path, ranks: int, out: str, *overrides: str, port: int = 0) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
-    return subprocess.run(
-        [*start, "scripts/mine.py", str(root / "recipe.yaml"), f"mining.dir={root / out}", *overrides],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+def mine_with(root: Path, ranks: int, out: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    arguments = ("scripts/mine.py", root / "recipe.yaml", f"mining.dir={root / out}", *overrides)
+    return run_python(*arguments, ranks=ranks, timeout=300, check=False)
 
 
 def plan_files(folder: Path) -> dict[str, bytes]:
@@ -172,7 +167,7 @@ def test_one_two_and_three_ranks_give_the_same_bytes(root: Path) -> None:
     teacher = f"mining.teacher={root / 'teacher-model'}"
     found = []
     for ranks in (1, 2, 3):
-        done = mine_with(root, ranks, f"mining-{ranks}", teacher, port=29610 + ranks)
+        done = mine_with(root, ranks, f"mining-{ranks}", teacher)
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("mined negatives a query") == 2, "one rank prints"
         found.append(plan_files(root / f"mining-{ranks}"))

@@ -9,20 +9,15 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from processes import free_port
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["b3.train.loop", "b3.train.run", "b3.train.finish", "forks"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
@@ -31,7 +26,6 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
         os.dup2(descriptor, stream)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(descriptor), "w", buffering=1) for _ in range(2))
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a process of the shell
     import train
 
     code = train.main(arguments)

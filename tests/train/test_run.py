@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from forks import Job, free_port
+from forks import Job
+from processes import run_python
 from safetensors.torch import load_file
 
 from b3.train import BatchPlanSampler
@@ -176,15 +174,7 @@ def test_more_ranks_than_rows_is_refused(root: Path) -> None:
 
 def test_torchrun_starts_it(root: Path, single: Path) -> None:
     """From a shell, as a user does; the other tests fork their processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    result = subprocess.run(
-        [*command, str(ROOT / "train.py"), str(root / "recipe.yaml"), f"output_dir={root / 'torchrun'}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    result = run_python("train.py", root / "recipe.yaml", f"output_dir={root / 'torchrun'}", ranks=2, timeout=300)
     assert result.stdout.count("done: adapter") == 1
     for ours, theirs in zip(metrics(root / "torchrun"), metrics(single), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
