@@ -121,7 +121,7 @@ class WorkerPool:
         pairs = [Pipe() for _ in range(num_workers)]
         life, self._life = os.pipe()
         fds = [there.fileno() for _, there in pairs]
-        code = f"from b3.model.workers import serve; serve({life}, {str(self.folder)!r}, {fds})"
+        code = f"from b3.model.workers import serve; serve({life}, {str(self.folder)!r}, {fds}, {PRELOAD})"
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited by the server and its forks
@@ -223,9 +223,9 @@ def close_pools() -> None:
         pool.close()
 
 
-def serve(life: int, folder: str, sockets: list[int]) -> None:
+def serve(life: int, folder: str, sockets: list[int], preload: tuple[str, ...]) -> None:
     """The server: forks one worker per socket and ends with them when the pipe `life` is closed at its other end."""
-    for name in PRELOAD:
+    for name in preload:
         with contextlib.suppress(ImportError):
             import_module(name)
     children = []

@@ -82,9 +82,7 @@ def test_a_bug_in_a_worker_shows_its_traceback() -> None:
 def test_a_worker_that_hangs_is_named_with_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     list(run_ahead(act, [("ok", 0)], 1))
     workers._POOLS[1].time_limit = 0.3
-    with pytest.raises(
-        RunError, match=r"worker 0 \(process \d+\) gave no result .* reading \('wait', 60\)"
-    ):
+    with pytest.raises(RunError, match=r"worker 0 \(process \d+\) gave no result .* reading \('wait', 60\)"):
         list(run_ahead(act, [("ok", 1), ("wait", 60), ("ok", 2)], 1))
     assert [value for value, _ in run_ahead(act, [("ok", 1)], 1)] == [1]
 
