@@ -68,7 +68,7 @@ def published(model: Path, items: list[dict[str, Any]]) -> tuple[np.ndarray, flo
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
-    from b3.data.datasets import Item
+    from b3.data.items import Item
     from b3.model.backbones.processing import Processor
 
     network = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()

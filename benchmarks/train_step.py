@@ -72,7 +72,7 @@ def make_batches(folder: Path, size: int) -> list[Batch]:
 
 def ours(model: Path, options: Any) -> Prepare:
     from b3 import Embedder
-    from b3.data.datasets import Item
+    from b3.data.items import Item
     from b3.model.adapter import AdapterSpec, attach_adapter
     from b3.train.collate import StepCollator
     from b3.train.losses.info_nce import ContrastiveLoss
@@ -147,7 +147,7 @@ def recipe(model: Path, options: Any) -> Prepare:
     import torch
     from transformers import Qwen2VLForConditionalGeneration
 
-    from b3.data.datasets import Item
+    from b3.data.items import Item
     from b3.model.backbones.processing import Processor
     from benchmarks import gradcache_recipe
 

@@ -17,7 +17,7 @@ from b3.errors import command
 
 def texts(config: Config) -> Iterator[str]:
     """All training texts, without the image placeholder."""
-    from b3.data.recipe import load_datasets
+    from b3.data.datasets import load_datasets
 
     for dataset in load_datasets(config):
         for query, target in dataset:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.data.own import Columns, prompt, read_rows
 from b3.data.own_index import load_index
 from b3.errors import DataError, InputError, RunError, command

@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from b3.data.datasets import Item
+from b3.data.items import Item
 
 GOLDEN = Path(__file__).parent / "golden"
 

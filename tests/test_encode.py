@@ -17,7 +17,7 @@ from processes import run_python
 from safetensors.numpy import load_file
 
 from b3 import Embedder
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.errors import DataError, RunError
 from b3.model.cache import EmbeddingCache
 from b3.model.encode import Encoder, token_batches
@@ -157,7 +157,7 @@ import json, sys
 import numpy as np
 from pathlib import Path
 from b3 import Embedder, distributed
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.model.encode import Encoder
 from golden_data import cases, item
 distributed.start()

@@ -1,89 +1,32 @@
-"""Items, training pairs and evaluation rows, as the rest of the system sees them.
+"""Training pairs and evaluation rows, as the rest of the system sees them, and how a source becomes one of the two.
 
-An `Item` is one side of a row: a text, an image, or both. A `PairDataset` gives (query, target, negatives) by row
-number; an `EvalDataset` gives a query and its own candidate list, element 0 being right (MMEB).
+A `PairDataset` gives (query, target, negatives) by row number; an `EvalDataset` gives a query and its own candidate
+list, element 0 being right (MMEB).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3.data.images import FolderImages, ImageRef, ParquetImages, content_key, decode, peek
+from b3.config import Config, DatasetConfig
+from b3.data.images import FolderImages, ImageRef, ParquetImages
+from b3.data.items import Item
+from b3.data.prompts import target_prefix
+from b3.data.tables import (
+    EVAL_COLUMNS,
+    PAIR_COLUMNS,
+    check_eval,
+    check_pairs,
+    check_rows,
+    default_image_dir,
+    image_store,
+    load_table,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from PIL import Image
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One input of the embedder: `text` in the data set's form (``<|image_1|>`` stands for the image) and an image.
-
-    `image` is None, a path, an `ImageRef` into a store, or a `PIL.Image`.
-    """
-
-    text: str
-    image: ImageRef | Image.Image | str | Path | None = None
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """Equal for items with equal content; used to encode each distinct item once."""
-        return self.text, self.image_key
-
-    @property
-    def image_key(self) -> str:
-        if self.image is None:
-            return ""
-        if isinstance(self.image, ImageRef):
-            return self.image.key
-        if isinstance(self.image, (str, Path)):
-            return f":{self.image}"
-        return content_key(self.image)
-
-    def open_image(self) -> Image.Image | None:
-        """The decoded picture, or None. Raises `DataError` if it is missing or does not decode."""
-        if self.image is None:
-            return None
-        if isinstance(self.image, ImageRef):
-            return self.image.open()
-        if isinstance(self.image, (str, Path)):
-            path = Path(self.image)
-            return decode(FolderImages(path.parent).read(path.name), str(path))
-        return self.image
-
-    def peek_image(self) -> tuple[bytes, tuple[int, int]]:
-        """(digest of the picture, (width, height)), reading the file but decoding only its header."""
-        if isinstance(self.image, (str, Path)):
-            path = Path(self.image)
-            return peek(FolderImages(path.parent).read(path.name), str(path))
-        if isinstance(self.image, ImageRef):
-            return peek(self.image.store.read(self.image.path), f"{self.image.path} in {self.image.store.location}")
-        assert self.image is not None
-        return content_key(self.image).encode(), self.image.size
-
-    def describe(self) -> str:
-        """A short name for error messages."""
-        image = self.image.path if isinstance(self.image, ImageRef) else self.image_key[:80]
-        return f"text {self.text[:60]!r}" + (f" with image {image}" if image else "")
-
-
-def item_id(item: Item) -> int:
-    """64-bit id, equal for equal items on every rank."""
-    digest = hashlib.sha256("\0".join(item.key).encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
-
-
-def as_item(value: Item | dict[str, Any] | str) -> Item:
-    """Accept an `Item`, a plain text, or ``{"text": ..., "image": ...}``."""
-    if isinstance(value, Item):
-        return value
-    if isinstance(value, str):
-        return Item(value)
-    return Item(value.get("text") or "", value.get("image"))
 
 
 class PairDataset:
@@ -112,6 +55,7 @@ class PairDataset:
         self.target_prefix = target_prefix
         self._columns = {column: table.column(column).combine_chunks() for column in table.column_names}
         self._num_rows = table.num_rows
+        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return self._num_rows
@@ -153,7 +97,15 @@ class PairDataset:
         return ((self.query(row), self.target(row)) for row in range(len(self)))
 
     def fingerprint(self) -> str:
-        """SHA-256 over all rows in order (texts and image paths, prefix included); equal data, equal fingerprint."""
+        """SHA-256 over all rows in order (texts and image paths, prefix included); equal data, equal fingerprint.
+
+        Computed once: a run asks for it several times, and it reads every row.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._hash_rows()
+        return self._fingerprint
+
+    def _hash_rows(self) -> str:
         digest = hashlib.sha256(self.target_prefix.encode())
         for column in sorted(self._columns):
             digest.update(column.encode())
@@ -203,3 +155,71 @@ class EvalDataset:
 
     def candidates(self, row: int) -> list[Item]:
         return [self._item(self.target_prefix + text, path) for text, path in self.raw_candidates(row)]
+
+
+def load_pairs(
+    source: str,
+    subset: str,
+    split: str = "train",
+    *,
+    family: str = "retrieval",
+    image_dir: str | None = None,
+    prefix_targets: bool = True,
+    max_rows: int | None = None,
+) -> PairDataset:
+    """Training pairs of one subset (MMEB-train schema).
+
+    Args:
+        source: source line, see `b3.data.tables`.
+        subset: configuration of the hub data set, folder or file stem; also the name.
+        split: "original" or "diverse_instruction" for MMEB-train, "train" for the embedded data.
+        image_dir: folder or `.parquet` file of images; not needed for embedded data.
+        prefix_targets: put the subset's prefix of `b3.data.prompts` before text-only targets.
+        max_rows: keep the first rows only.
+
+    Raises:
+        DataError: nothing found, a column is missing, or a row has neither text nor image.
+    """
+    where = f"{source} subset {subset} split {split}"
+    table = check_rows(load_table(source, subset, split), PAIR_COLUMNS, where)
+    check_pairs(table, where)
+    if max_rows is not None:
+        table = table.slice(0, max_rows)
+    store = image_store(table, ("qry_image_path", "pos_image_path"), image_dir or default_image_dir(source), where)
+    return PairDataset(subset, table, store, family, target_prefix(subset) if prefix_targets else "")
+
+
+def load_eval(
+    source: str,
+    subset: str,
+    split: str = "test",
+    *,
+    image_dir: str | None = None,
+    prefix_targets: bool = False,
+    max_rows: int | None = None,
+) -> EvalDataset:
+    """One evaluation subset (MMEB-eval schema). Arguments and errors as `load_pairs`."""
+    where = f"{source} subset {subset} split {split}"
+    table = check_rows(load_table(source, subset, split), EVAL_COLUMNS, where).slice(0, max_rows)
+    check_eval(table, where)
+    store = image_store(table, ("qry_img_path", "tgt_img_path"), image_dir or default_image_dir(source), where)
+    return EvalDataset(subset, table, store, target_prefix(subset) if prefix_targets else "")
+
+
+def load_dataset(config: Config, entry: DatasetConfig) -> PairDataset:
+    """One training data set of a recipe; raises `DataError` as `load_pairs`."""
+    data = config.data
+    return load_pairs(
+        entry.source or data.source,
+        entry.subset,
+        entry.split or data.split,
+        family=entry.family,
+        image_dir=entry.image_dir or data.image_dir,
+        prefix_targets=data.prefix_targets,
+        max_rows=entry.max_rows,
+    )
+
+
+def load_datasets(config: Config) -> list[PairDataset]:
+    """All training data sets, in the recipe's order."""
+    return [load_dataset(config, entry) for entry in config.data.datasets]

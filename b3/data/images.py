@@ -13,22 +13,12 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from b3.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-class ImageStore(Protocol):
-    """Maps the image path of a row to the encoded bytes of that image."""
-
-    location: str
-
-    def read(self, path: str) -> bytes: ...
-
-    def __contains__(self, path: str) -> bool: ...
 
 
 class FolderImages:
@@ -175,7 +165,7 @@ def peek(data: bytes, name: str) -> tuple[bytes, tuple[int, int]]:
 
 
 def content_key(image: Image.Image) -> str:
-    """A key that is equal for pictures with equal pixels (mode, size and palette included)."""
+    """A key that is equal for images with equal pixels (mode, size and palette included)."""
     digest = hashlib.sha256(f"{image.mode}{image.size}".encode())
     digest.update(bytes(image.getpalette() or ()))
     digest.update(image.tobytes())

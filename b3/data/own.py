@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from b3.data.datasets import Item
 from b3.data.images import FolderImages, ImageRef
+from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER
 from b3.errors import DataError
 

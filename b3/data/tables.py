@@ -12,9 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3.data.datasets import EvalDataset, PairDataset
 from b3.data.images import FolderImages, ParquetImages, open_store
-from b3.data.prompts import target_prefix
 from b3.errors import DataError
 
 if TYPE_CHECKING:
@@ -150,7 +148,8 @@ def check_rows(table: pa.Table, columns: tuple[str, ...], where: str) -> pa.Tabl
     return table
 
 
-def _check_pairs(table: pa.Table, where: str) -> None:
+def check_pairs(table: pa.Table, where: str) -> None:
+    """Raise `DataError` naming the first row with a query or target that has neither text nor image."""
     import pyarrow.compute as pc
 
     for side, text, path in (("query", "qry", "qry_image_path"), ("target", "pos_text", "pos_image_path")):
@@ -160,7 +159,8 @@ def _check_pairs(table: pa.Table, where: str) -> None:
             raise DataError(f"{where}: row {row}: the {side} has neither text nor image ({text}, {path}); drop the row")
 
 
-def _check_eval(table: pa.Table, where: str) -> None:
+def check_eval(table: pa.Table, where: str) -> None:
+    """Raise `DataError` naming the first evaluation row that is empty or whose candidate lists do not fit."""
     for row, record in enumerate(table.to_pylist()):
         texts, paths = record["tgt_text"], record["tgt_img_path"]
         if not isinstance(texts, list) or not isinstance(paths, list) or len(texts) != len(paths):
@@ -174,8 +174,10 @@ def _check_eval(table: pa.Table, where: str) -> None:
                 raise DataError(f"{where}: row {row}: candidate {index} has neither text nor image")
 
 
-def _images(table: pa.Table, columns: tuple[str, ...], image_dir: str | None, where: str) -> Any:
-    """Open the store if any row names an image."""
+def image_store(
+    table: pa.Table, columns: tuple[str, ...], image_dir: str | None, where: str
+) -> FolderImages | ParquetImages | None:
+    """The store of `image_dir`, or None where no row names an image. Raises `DataError` if it is missing."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -190,55 +192,6 @@ def _images(table: pa.Table, columns: tuple[str, ...], image_dir: str | None, wh
         if pc.any(pc.not_equal(pc.fill_null(column, ""), "")).as_py():
             raise DataError(f"{where}: rows have image paths ({name}), so image_dir must be given")
     return None
-
-
-def load_pairs(
-    source: str,
-    subset: str,
-    split: str = "train",
-    *,
-    family: str = "retrieval",
-    image_dir: str | None = None,
-    prefix_targets: bool = True,
-    max_rows: int | None = None,
-) -> PairDataset:
-    """Training pairs of one subset (MMEB-train schema).
-
-    Args:
-        source: source line, see the module docstring.
-        subset: configuration of the hub data set, folder or file stem; also the name.
-        split: "original" or "diverse_instruction" for MMEB-train, "train" for the embedded data.
-        image_dir: folder or `.parquet` file of images; not needed for embedded data.
-        prefix_targets: put the subset's prefix of `b3.data.prompts` before text-only targets.
-        max_rows: keep the first rows only.
-
-    Raises:
-        DataError: nothing found, a column is missing, or a row has neither text nor image.
-    """
-    where = f"{source} subset {subset} split {split}"
-    table = check_rows(load_table(source, subset, split), PAIR_COLUMNS, where)
-    _check_pairs(table, where)
-    if max_rows is not None:
-        table = table.slice(0, max_rows)
-    store = _images(table, ("qry_image_path", "pos_image_path"), image_dir or default_image_dir(source), where)
-    return PairDataset(subset, table, store, family, target_prefix(subset) if prefix_targets else "")
-
-
-def load_eval(
-    source: str,
-    subset: str,
-    split: str = "test",
-    *,
-    image_dir: str | None = None,
-    prefix_targets: bool = False,
-    max_rows: int | None = None,
-) -> EvalDataset:
-    """One evaluation subset (MMEB-eval schema). Arguments and errors as `load_pairs`."""
-    where = f"{source} subset {subset} split {split}"
-    table = check_rows(load_table(source, subset, split), EVAL_COLUMNS, where).slice(0, max_rows)
-    _check_eval(table, where)
-    store = _images(table, ("qry_img_path", "tgt_img_path"), image_dir or default_image_dir(source), where)
-    return EvalDataset(subset, table, store, target_prefix(subset) if prefix_targets else "")
 
 
 def embedded_teacher(name: str, subset: str) -> tuple[Any, Any]:
@@ -256,19 +209,4 @@ def embedded_teacher(name: str, subset: str) -> tuple[Any, Any]:
 def embedded_families(name: str) -> dict[str, str]:
     """Family of each subset of an embedded data set."""
     described = json.loads((embedded_root(name) / "dataset.json").read_text())
-    subsets = described["subsets"]
-    if isinstance(subsets, list):
-        return {entry["name"]: entry["family"] for entry in subsets}
-    return {subset: entry["family"] for subset, entry in subsets.items()}
-
-
-__all__ = [
-    "FolderImages",
-    "ParquetImages",
-    "embedded_families",
-    "embedded_teacher",
-    "list_subsets",
-    "load_eval",
-    "load_pairs",
-    "load_table",
-]
+    return {entry["name"]: entry["family"] for entry in described["subsets"]}

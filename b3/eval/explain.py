@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from b3.data.datasets import EvalDataset, Item
+from b3.data.datasets import EvalDataset
+from b3.data.items import Item
 from b3.errors import InputError
 from b3.eval.intervals import bootstrap_interval
 from b3.eval.score import SubsetScore

@@ -19,11 +19,6 @@ from b3.errors import InputError
 from b3.eval.benchmarks.mmeb import MMEB
 
 
-def missing_subsets(summary: dict[str, Any]) -> list[str]:
-    """MMEB's image subsets that the run did not score; the leaderboard expects all 36."""
-    return [task.name for task in MMEB if task.name not in summary["subsets"]]
-
-
 def leaderboard_json(
     summary: dict[str, Any], metadata: dict[str, Any], rows: dict[str, int] | None = None
 ) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from b3 import distributed
-from b3.data.datasets import EvalDataset
-from b3.data.tables import load_eval
+from b3.data.datasets import EvalDataset, load_eval
 from b3.errors import RunError
 from b3.eval.explain import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary

@@ -13,8 +13,7 @@ import numpy as np
 from b3 import distributed
 from b3.config import Config, DatasetConfig
 from b3.console import Clock, Progress, bar
-from b3.data.datasets import PairDataset
-from b3.data.recipe import load_dataset
+from b3.data.datasets import PairDataset, load_dataset
 from b3.errors import ConfigError, RunError
 from b3.files import Stages
 from b3.mining.plan import BatchPlan

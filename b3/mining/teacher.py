@@ -11,7 +11,8 @@ import numpy as np
 
 from b3 import distributed
 from b3.config import Config, DatasetConfig
-from b3.data.datasets import Item, PairDataset
+from b3.data.datasets import PairDataset
+from b3.data.items import Item
 from b3.data.tables import embedded_teacher, split_source
 from b3.errors import DataError, RunError
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
 
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.errors import InputError
 from b3.model import adapter as adapters
 from b3.model import attention as attention_kernels

@@ -17,7 +17,7 @@ import numpy as np
 
 from b3 import distributed
 from b3.console import bar
-from b3.data.datasets import Item, as_item
+from b3.data.items import Item, as_item
 from b3.errors import DataError
 from b3.model.workers import run_ahead
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from b3.console import bar
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER
 from b3.errors import DataError, RunError
 from b3.model.encode import token_batches, unique_items

@@ -20,7 +20,7 @@ from b3.errors import DataError
 from b3.files import write_text
 
 if TYPE_CHECKING:
-    from b3.data.datasets import Item
+    from b3.data.items import Item
     from b3.train.collate import StepCollator, StepRow
     from b3.train.inputs import StepInputs
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from b3.data.datasets import Item, PairDataset, item_id
+from b3.data.datasets import PairDataset
+from b3.data.items import Item, item_id
 from b3.errors import DataError
 from b3.model.backbones.processing import Processor
 from b3.model.encode import token_batches, unique_items

@@ -16,7 +16,8 @@ from typing import Any
 
 from b3 import distributed
 from b3.config import Config, DatasetConfig
-from b3.data.tables import embedded_families, load_pairs
+from b3.data.datasets import load_pairs
+from b3.data.tables import embedded_families
 from b3.errors import RunError
 from b3.files import write_json, write_text
 from b3.model.checkpoint import TEXT_ENCODERS, model_type
@@ -162,7 +163,7 @@ def prepare(config: Config) -> Config:
 
 def _make(config: Config) -> None:
     from b3.console import no_bars
-    from b3.data.recipe import load_datasets
+    from b3.data.datasets import load_datasets
     from b3.model.backbones.tiny import make_tiny_model
     from b3.model.backbones.tiny_text import make_tiny_text_model
 

@@ -13,7 +13,8 @@ from b3.console import count, num_bytes
 from b3.errors import DataError
 
 if TYPE_CHECKING:
-    from b3.data.datasets import Item, PairDataset
+    from b3.data.datasets import PairDataset
+    from b3.data.items import Item
     from b3.model.backbones.processing import Processor
     from b3.model.embedder import Embedder
     from b3.train.sampler import BatchPlanSampler

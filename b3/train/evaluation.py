@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from b3.config import Config
-from b3.data.datasets import EvalDataset
-from b3.data.tables import load_eval
+from b3.data.datasets import EvalDataset, load_eval
 from b3.eval.run import EvalSpec, evaluate_subset
 from b3.model.encode import Encoder
 

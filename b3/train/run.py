@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from b3 import distributed
 from b3.config import Config
-from b3.data.recipe import load_datasets
+from b3.data.datasets import load_datasets
 from b3.errors import RunError
 from b3.files import write_json
 from b3.train.announce import describe

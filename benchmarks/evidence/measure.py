@@ -59,7 +59,7 @@ def wordnet_ranks(model: str, folder: Path) -> dict[str, np.ndarray]:
 
 def emoji_ranks(config: Config) -> dict[str, np.ndarray]:
     """0 where the right candidate comes first, else 1, by subset of the recipe's evaluation."""
-    from b3.data.tables import load_eval
+    from b3.data.datasets import load_eval
     from b3.eval.run import EvalSpec, evaluate_subset
     from b3.model.embedder import Embedder
     from b3.model.encode import Encoder
@@ -81,7 +81,7 @@ def batch_facts(config: Config, folder: Path) -> dict[str, float]:
     window: other targets of the batch at ranks [30, 130). above: at ranks [0, 30). synonyms: other rows whose synset
     shares a lemma with the query's (equal queries, which the loss masks, among them).
     """
-    from b3.data.recipe import load_datasets
+    from b3.data.datasets import load_datasets
     from b3.train.batches import build_sampler, load_plans
 
     datasets = load_datasets(config)

@@ -128,7 +128,7 @@ def write_data(folder: Path, parts: dict[str, Any], means: Callable[[list[str]],
         parts: of `split`.
         means: gives for some texts the (n, D) vectors of each of `LAYERS`, as `hidden_means`.
     """
-    from b3.data.datasets import Item
+    from b3.data.items import Item
     from b3.model.backbones.heads import write_vectors
 
     (folder / "train").mkdir(parents=True, exist_ok=True)

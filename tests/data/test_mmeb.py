@@ -15,7 +15,8 @@ import pytest
 import tiny
 
 from b3.data import mmeb
-from b3.data.tables import list_subsets, load_eval
+from b3.data.datasets import load_eval
+from b3.data.tables import list_subsets
 from scripts.prepare_mmeb import main
 
 

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from b3.data.datasets import Item
+from b3.data.datasets import load_eval, load_pairs
 from b3.data.images import FolderImages, ParquetImages, content_key, decode
-from b3.data.tables import embedded_teacher, list_subsets, load_eval, load_pairs, split_source
+from b3.data.items import Item
+from b3.data.tables import embedded_teacher, list_subsets, split_source
 from b3.errors import DataError
 
 
@@ -48,6 +49,13 @@ def test_fingerprint_sees_every_change(data: Path) -> None:
     changed[7] += "!"
     other = type(base)("words", pa.table({**base._columns, "pos_text": changed}))
     assert base.fingerprint() != other.fingerprint()
+
+
+def test_a_fingerprint_is_computed_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load_pairs(f"parquet:{data}", "words")
+    first = dataset.fingerprint()
+    monkeypatch.setattr(dataset, "_columns", {})
+    assert dataset.fingerprint() == first
 
 
 def test_folder_and_parquet_images_are_the_same_pictures(data: Path, tmp_path: Path) -> None:

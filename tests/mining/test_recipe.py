@@ -14,7 +14,7 @@ from processes import run_python
 
 import train
 from b3.config import load_config
-from b3.data.recipe import load_datasets
+from b3.data.datasets import load_datasets
 from b3.errors import InputError
 from b3.mining import BatchPlan
 from b3.mining.batch_negatives import draw_batch

@@ -12,9 +12,8 @@ import pytest
 import tiny
 
 from b3.config import load_config
+from b3.data.datasets import load_datasets, load_pairs
 from b3.data.prompts import ANSWER_PREFIX
-from b3.data.recipe import load_datasets
-from b3.data.tables import load_pairs
 from b3.errors import DataError
 from b3.mining import BatchPlan
 from b3.mining.recipe import load_plan, mine_recipe

@@ -10,7 +10,7 @@ import torch
 
 from b3 import Embedder
 from b3.config import load_config
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.errors import DataError, InputError
 from b3.model.backbones.heads import write_heads, write_vectors
 from b3.train.run import train

@@ -11,7 +11,7 @@ import pytest
 from golden_data import GOLDEN, cases, item
 from PIL import Image
 
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.errors import DataError, InputError
 from b3.model.backbones.processing import Processor, target_size
 

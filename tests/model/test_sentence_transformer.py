@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 
 from b3.config import load_config
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.errors import DataError, RunError
 from b3.mining.recipe import mine_recipe
 from b3.model.sentence_transformer import SentenceTransformerTeacher

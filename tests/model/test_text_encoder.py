@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 from b3 import Embedder
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.errors import DataError, InputError
 from b3.model.adapter import AdapterSpec, attach_adapter, matched_modules
 from b3.model.backbones.text_encoder import TextEmbedder

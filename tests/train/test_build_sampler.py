@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from b3.config import Config, load_config
-from b3.data.recipe import load_datasets
+from b3.data.datasets import load_datasets
 from b3.mining.recipe import mine_recipe
 from b3.train.announce import describe
 from b3.train.batches import build_sampler, load_plans, pool_numbers

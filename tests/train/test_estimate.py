@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from b3.config import Config, load_config
-from b3.data.recipe import load_datasets
+from b3.data.datasets import load_datasets
 from b3.train.build import build_trainer
 from b3.train.estimate import estimate
 from b3.train.flops import ModelFlops, peak_flops

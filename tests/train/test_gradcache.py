@@ -12,7 +12,7 @@ from golden_data import GOLDEN, checkpoint
 from safetensors.torch import load_file
 
 from b3 import Embedder
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable, new_name
 from b3.train.collate import StepCollator
 from b3.train.losses.info_nce import ContrastiveLoss, info_nce

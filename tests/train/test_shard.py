@@ -94,7 +94,7 @@ def test_the_fsdp_of_accelerate_becomes_ours(root: Path) -> None:
 def test_weights_really_are_spread_and_chunks_really_unequal(root: Path, tmp_path: Path) -> None:
     """What the equality tests rest on: a rank says that it holds less, and ranks have different numbers of chunks."""
     from b3.config import load_config
-    from b3.data.recipe import load_datasets
+    from b3.data.datasets import load_datasets
     from b3.train.build import build_trainer
     from b3.train.stop import StopRequest
 
@@ -135,11 +135,6 @@ def test_accelerate_reads_its_configuration(file: Path) -> None:
 
     settings = load_config_from_file(str(file))
     assert settings.mixed_precision == "no" and settings.num_processes == 8
-    if file.stem.startswith("deepspeed"):
-        from accelerate.utils import DeepSpeedPlugin
-
-        stage = int(file.stem[-1])
-        assert DeepSpeedPlugin(zero_stage=stage).zero_stage == settings.deepspeed_config["zero_stage"] == stage
     if file.stem.startswith("fsdp"):
         plugin = plugin_of(file)
         assert plugin.fsdp_version == 2 and plugin.transformer_cls_names_to_wrap == ["Qwen2VLDecoderLayer"]  # type: ignore[attr-defined]

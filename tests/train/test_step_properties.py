@@ -16,7 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from b3 import Embedder
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.embedder import collate
 from b3.train.collate import StepCollator

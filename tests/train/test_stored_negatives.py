@@ -14,7 +14,7 @@ from forks import Job
 
 from b3 import Embedder
 from b3.config import load_config
-from b3.data.tables import load_pairs
+from b3.data.datasets import load_pairs
 from b3.errors import ConfigError, RunError
 from b3.train.collate import StepCollator
 from b3.train.losses.info_nce import ContrastiveLoss

@@ -16,7 +16,7 @@ from forks import Job
 
 from b3 import Embedder
 from b3.config import Config, load_config
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.errors import DataError, InputError, RunError
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.embedder import collate
@@ -237,7 +237,7 @@ def test_gradient_checkpointing_changes_nothing(root: Path) -> None:
 
 
 def test_the_triples_of_simcse_become_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from b3.data.tables import load_pairs
+    from b3.data.datasets import load_pairs
     from scripts.prepare_nli import main
 
     triples = [("A man, outside.", 'He says "hi".', "Nobody is there."), ("Two dogs", "Animals", "No dogs")]

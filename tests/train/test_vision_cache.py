@@ -11,7 +11,7 @@ from golden_data import GOLDEN
 from test_gradcache import checkpoint, embedder, gradients, relative
 
 from b3 import Embedder
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.model.embedder import collate
 from b3.train.collate import StepCollator
 from b3.train.inputs import StepInputs

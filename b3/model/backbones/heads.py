@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from b3.data.datasets import Item, item_id
+from b3.data.items import Item, item_id
 from b3.errors import DataError, InputError
 from b3.files import write_json
 from b3.model.backbones.processing import Processed, Processor

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER, to_backbone
 from b3.errors import DataError, InputError
 

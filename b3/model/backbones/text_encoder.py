@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from b3.data.datasets import Item
+from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER
 from b3.errors import DataError, InputError
 from b3.model.attention import Packing
