@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -65,10 +65,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """Put a folder and all that it holds on disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
 def publish(staged: Path, target: Path) -> None:
     """Give a finished folder its name once all that it holds is on disk. `target` must not exist."""
-    for path in (*staged.rglob("*"), staged):
-        sync(path)
+    sync_tree(staged)
     staged.rename(target)
     sync(target.parent)
 
@@ -93,7 +98,10 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def changes(known: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
-    """By dotted key, "key was OLD, now NEW" for all of `facts` that `known` does not say, in the order of `facts`."""
+    """By dotted key, "key was OLD, now NEW" for all of `facts` that `known` does not say, in the order of `facts`.
+
+    Both hold JSON values; a key that is missing counts as None.
+    """
     result: dict[str, str] = {}
     for name, new in facts.items():
         old_keys, new_keys = flat(known.get(name), name), flat(new, name)
@@ -118,7 +126,8 @@ def claim(
     remedy: str,
     *,
     file: str = "manifest.json",
-    names: Collection[str] | None = None,
+    foreign: Callable[[str], bool] = lambda name: True,
+    ignore: Collection[str] = (),
 ) -> dict[str, Any] | None:
     """Whose folder is this: check that `folder` is free, or holds what `facts` describe.
 
@@ -128,7 +137,8 @@ def claim(
         kind: what it holds ("evaluation"), for messages.
         remedy: what to do about it ("choose another --out or delete it"), for messages.
         file: the record, JSON, that whoever fills the folder leaves there (see `write_json`).
-        names: without a record, visible files of other names mean that the folder is somebody else's; None: any do.
+        foreign: whether a visible file of that name, where there is no record, makes the folder somebody else's.
+        ignore: dotted keys of `facts` that may differ.
 
     Returns:
         What the record says, or None if there is none yet.
@@ -140,17 +150,19 @@ def claim(
         raise RunError(f"{folder} is a file; {remedy}")
     if not (folder / file).exists():
         visible = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
-        foreign = [name for name in visible if name not in (names or ())]
-        if foreign:
-            raise RunError(f"{folder} holds other files ({foreign[0]}) and no {kind}; {remedy}")
+        others = [name for name in visible if foreign(name)]
+        if others:
+            raise RunError(f"{folder} holds other files ({others[0]}) and no {kind}; {remedy}")
         return None
     try:
-        record: dict[str, Any] = json.loads((folder / file).read_text(encoding="utf-8"))
+        record = json.loads((folder / file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{folder / file} cannot be read ({str(error).splitlines()[0]}); {remedy}") from None
-    differing = changes(record, facts)
+    if not isinstance(record, dict):
+        raise RunError(f"{folder / file} is not the record of a {kind}; {remedy}")
+    differing = [line for key, line in changes(record, facts).items() if key not in ignore]
     if differing:
-        raise belongs_elsewhere(folder, kind, differing.values(), remedy)
+        raise belongs_elsewhere(folder, kind, differing, remedy)
     return record
 
 

@@ -175,7 +175,7 @@ def test_a_second_run_does_nothing_and_other_options_are_refused(
     assert "options.normalize was True, now False" in capsys.readouterr().err
     other = shutil.copytree(model, tmp_path / "other")
     assert run_embed(other, rows, index) == 2
-    assert "embeddings of something else (model.name was" in capsys.readouterr().err
+    assert "holds another index (model.name was" in capsys.readouterr().err
     with rows.open("a") as file:
         file.write('{"id": "f", "text": "one more"}\n')
     assert run_embed(model, rows, index) == 2

@@ -7,7 +7,6 @@ decided the vectors, that is the checkpoints, the rows and the options.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,13 +15,11 @@ from typing import Any
 import numpy as np
 
 from b3.data.own import Columns, OwnData
-from b3.errors import InputError, RunError
-from b3.files import sha256, write_text
+from b3.errors import InputError
+from b3.files import claim, sha256, write_array, write_json, write_text
 
 KIND = "b3 embeddings"
 FILES = ("embeddings.npy", "ids.json", "rows.jsonl", "manifest.json")
-# A manifest that differs in one of these belongs to something else.
-IDENTITY = ("kind", "model", "adapter", "input", "options")
 
 
 def describe_checkpoint(name: str | None, key_of: Callable[[str], str]) -> dict[str, str] | None:
@@ -49,26 +46,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def is_done(folder: Path, identity: dict[str, Any]) -> bool:
     """Whether `folder` holds just these embeddings. Raises `RunError` naming what differs if it holds others."""
-    if not (folder / "manifest.json").exists():
-        foreign = [p.name for p in folder.iterdir() if p.name not in FILES] if folder.is_dir() else []
-        foreign = [name for name in sorted(foreign) if not name.startswith(".")]
-        if foreign:
-            raise RunError(f"{folder} holds other files ({foreign[0]}); choose an --out that is empty or new")
-        return False
-    manifest = read_manifest(folder)
-    for part in IDENTITY:
-        was, now = _flat(part, manifest.get(part)), _flat(part, identity[part])
-        for name in sorted(was.keys() | now.keys(), key=lambda n: not n.endswith("name")):
-            if was.get(name) != now.get(name) and not name.startswith("input.path"):
-                raise RunError(
-                    f"{folder} holds embeddings of something else ({name} was {was.get(name)}, now {now.get(name)});"
-                    " choose another --out or delete it"
-                )
-    return all((folder / name).is_file() for name in FILES)
-
-
-def _flat(prefix: str, value: Any) -> dict[str, Any]:
-    return {f"{prefix}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {prefix: value}
+    paths = ("input.path", "input.path_images")  # the same rows may have moved
+    remedy = "choose another --out or delete it"
+    known = claim(folder, identity, "index", remedy, foreign=lambda name: name not in FILES, ignore=paths)
+    return known is not None and all((folder / name).is_file() for name in FILES)
 
 
 def identity_of(
@@ -80,26 +61,15 @@ def identity_of(
     return {"kind": KIND, **checkpoints, "input": where | content, "options": options | asdict(columns)}
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an .npy file under a temporary name, sync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: dict[str, Any]) -> None:
     """Write an index folder, its manifest last."""
     assert vectors.dtype == np.float32
     assert len(vectors) == len(data.ids)
     (folder / "manifest.json").unlink(missing_ok=True)
-    save_array(folder / "embeddings.npy", vectors)
-    write_text(folder / "ids.json", json.dumps(data.ids, ensure_ascii=False) + "\n")
+    write_array(folder / "embeddings.npy", vectors)
+    write_json(folder / "ids.json", data.ids, indent=None, ensure_ascii=False)
     write_text(folder / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.shown))
-    write_text(folder / "manifest.json", json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / "manifest.json", manifest, ensure_ascii=False)
 
 
 def load_index(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]:

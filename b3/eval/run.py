@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from b3.errors import RunError
 from b3.eval.explain import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
-from b3.files import write_text
+from b3.files import claim, write_json
 from b3.model.cache import EmbeddingCache
 from b3.model.checkpoint import adapter_key, checkpoint_key
 from b3.model.encode import Encoder, unique_items, unit
@@ -88,22 +87,13 @@ def _claim(folder: Path, facts: dict[str, Any], names: dict[str, Any]) -> None:
 
     `facts` decide (weights by content), `names` are only recorded.
     """
-    file = folder / MANIFEST
-    if file.exists():
-        known = json.loads(file.read_text())
-        for key, value in facts.items():
-            if known.get(key) != value:
-                raise RunError(
-                    f"output directory {folder} holds another evaluation ({key} was {known.get(key)!r}, now {value!r});"
-                    " choose another --encode_output_path or delete it"
-                )
-        return
-    if folder.is_dir() and any(folder.glob("*_score.json")):
-        raise RunError(f"output directory {folder} holds scores of another program; choose another or delete it")
-    try:
-        write_text(file, json.dumps({**facts, "names": names}, indent=2) + "\n")
-    except OSError as error:
-        raise RunError(f"output directory {folder} cannot be written ({error.strerror})") from None
+    remedy = "choose another --encode_output_path or delete it"
+    scores = "_score.json"  # files of another program
+    if claim(folder, facts, "evaluation", remedy, foreign=lambda name: name.endswith(scores)) is None:
+        try:
+            write_json(folder / MANIFEST, {**facts, "names": names})
+        except OSError as error:
+            raise RunError(f"output directory {folder} cannot be written ({error.strerror})") from None
 
 
 def evaluate(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from b3 import files
 from b3.errors import InputError
-from b3.files import sha256
 
 FORMAT_VERSION = 1
 BATCH_ARRAYS = ("candidates", "candidate_scores", "target_rows", "top_rows")
@@ -65,55 +64,44 @@ class BatchPlan:
         something that is no plan.
         """
         folder = Path(folder)
-        if folder.exists():
-            self._check_target(folder, overwrite)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        if not (overwrite and (folder / "manifest.json").exists()):
+            facts = {key: self.manifest.get(key) for key in IDENTITY}
+            remedy = "choose another folder, or pass overwrite=True to replace a plan"
+            files.claim(folder, facts, "batch plan", remedy, foreign=lambda name: name not in FILES)
+        staged = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
         try:
-            self._write(temporary)
-            temporary.chmod(0o777 & ~_umask())
+            self._write(staged)
             if not folder.exists():
-                temporary.rename(folder)
-            else:
-                (folder / "manifest.json").unlink(missing_ok=True)  # from here to the last move: no valid plan
-                for name in FILES:  # the manifest is last
-                    if (temporary / name).exists():
-                        (temporary / name).replace(folder / name)
-                    else:
-                        (folder / name).unlink(missing_ok=True)
-                _sync(folder)
-            _sync(folder.parent)
+                files.publish(staged, folder)
+                return
+            files.sync_tree(staged)
+            (folder / "manifest.json").unlink(missing_ok=True)  # from here to the last move: no valid plan
+            for name in FILES:  # the manifest is last
+                if (staged / name).exists():
+                    (staged / name).replace(folder / name)
+                else:
+                    (folder / name).unlink(missing_ok=True)
+            files.sync(folder)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _check_target(self, folder: Path, overwrite: bool) -> None:
-        found = {path.name for path in folder.iterdir()} if folder.is_dir() else None
-        if found is None or (found and not found & set(FILES)):
-            raise InputError(f"{folder} exists and is not a batch plan; choose another folder")
-        if overwrite or "manifest.json" not in found:
-            return
-        differing = _differences(_read_json(folder / "manifest.json"), {k: self.manifest.get(k) for k in IDENTITY})
-        if differing:
-            raise InputError(
-                f"{folder} holds a batch plan made from something else ({differing});"
-                " choose another folder, or pass overwrite=True"
-            )
+            shutil.rmtree(staged, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
-        from b3.mining.page import Section, write_report_html
-
+        """Write all files to an empty folder."""
         checksums = {}
         for name in ARRAYS:
             array = getattr(self, name)
             if array is not None:
-                _write_array(folder / f"{name}.npy", array)
-                checksums[f"{name}.npy"] = sha256(folder / f"{name}.npy")
-        _write_text(folder / "report.json", json.dumps(self.report, indent=1, allow_nan=False) + "\n")
-        if self.measured:
-            write_report_html(folder / "report.html", [Section(self)])
+                np.save(folder / f"{name}.npy", array, allow_pickle=False)
+                checksums[f"{name}.npy"] = files.sha256(folder / f"{name}.npy")
+        _write_json(folder / "report.json", self.report)
         manifest = {**self.manifest, "format_version": FORMAT_VERSION, "sha256": checksums}
-        _write_text(folder / "manifest.json", json.dumps(manifest, indent=1, allow_nan=False) + "\n")
-        _sync(folder)
+        if self.measured:
+            from b3.mining.page import Section, write_report_html
+
+            write_report_html(folder / "report.html", [Section(self)])
+        _write_json(folder / "manifest.json", manifest)
 
     @classmethod
     def load(
@@ -138,9 +126,9 @@ class BatchPlan:
             )
         if isinstance(expect_fingerprint, str):
             expect_fingerprint = {"data_fingerprint": expect_fingerprint}
-        differing = _differences(manifest, expect_fingerprint or {})
+        differing = files.changes(manifest, expect_fingerprint or {})
         if differing:
-            raise InputError(f"the batch plan in {folder} was made from something else ({differing}); mine it again")
+            raise files.belongs_elsewhere(folder, "batch plan", differing.values(), "mine it again")
         arrays = {name: _read_array(folder, f"{name}.npy", manifest["sha256"]) for name in ARRAYS}
         communities, remainder = arrays["communities"], arrays["remainder"]
         if communities is None or remainder is None:
@@ -148,13 +136,6 @@ class BatchPlan:
         report = _read_json(folder / "report.json")
         optional = {name: arrays[name] for name in BATCH_ARRAYS}
         return cls(communities, remainder, arrays["hard_negatives"], report, manifest, **optional)
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """'key is X, expected Y' for each entry of `wanted` that differs, or ''."""
-    return "; ".join(
-        f"{key} is {found.get(key)!r}, expected {value!r}" for key, value in wanted.items() if found.get(key) != value
-    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -173,35 +154,11 @@ def _read_array(folder: Path, name: str, checksums: Mapping[str, str]) -> np.nda
     file = folder / name
     if not file.exists():
         raise InputError(f"{file} is missing; mine the plan again")
-    if sha256(file) != checksums[name]:
+    if files.sha256(file) != checksums[name]:
         raise InputError(f"{file} differs from its checksum in manifest.json (torn or edited); mine the plan again")
     array: np.ndarray = np.load(file, allow_pickle=False)
     return array
 
 
-def _write_array(file: Path, array: np.ndarray) -> None:
-    with file.open("wb") as stream:
-        np.save(stream, array, allow_pickle=False)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _write_text(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from b3.config import Config, DatasetConfig
 from b3.console import Clock, Progress, bar
 from b3.data.datasets import PairDataset, load_dataset
 from b3.errors import ConfigError, RunError
-from b3.files import Stages
+from b3.files import Stages, belongs_elsewhere, changes
 from b3.mining.plan import BatchPlan
 from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
 
@@ -62,15 +62,12 @@ def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> Bat
     facts = wanted(config, entry, dataset)
     if plan.manifest.get("imported") is not None:  # mined elsewhere, with parameters that the files do not tell
         facts = {key: facts[key] for key in ("data_fingerprint", "K", "h")}
-    for key, value in facts.items():
-        found = plan.manifest.get(key)
-        if key == "h" and (found or 0) >= value:
-            continue  # fewer hard negatives than were mined are a prefix of them
-        if found != value:
-            raise RunError(
-                f"the batch plan in {folder} does not fit the recipe ({key} is {found!r}, the recipe says {value!r});"
-                " correct the recipe, or mine again into another mining.dir"
-            )
+    differing = changes(plan.manifest, facts)
+    if (plan.manifest.get("h") or 0) >= facts["h"]:
+        differing.pop("h", None)  # fewer hard negatives than were mined are a prefix of them
+    if differing:
+        remedy = "correct the recipe, or mine again into another mining.dir"
+        raise belongs_elsewhere(folder, "batch plan", differing.values(), remedy)
     return plan
 
 

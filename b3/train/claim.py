@@ -11,7 +11,7 @@ import yaml
 
 from b3.config import Config, dump_config
 from b3.errors import RunError
-from b3.files import write_text
+from b3.files import belongs_elsewhere, changes, claim, flat, write_json, write_text
 from b3.train.checkpoint import METRICS
 
 if TYPE_CHECKING:
@@ -34,15 +34,6 @@ _ROUNDING_KEYS = {
     "model.shard",
     "train.vision_cache_mib",
 }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    result: dict[str, Any] = {}
-    for key, value in tree.items():
-        result |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return result
 
 
 def data_facts(datasets: list[PairDataset], plans: list[BatchPlan]) -> dict[str, Any]:
@@ -82,12 +73,13 @@ def claim_folder(config: Config, data: dict[str, Any] | None = None) -> list[str
     run = Path(config.output_dir)
     file = run / "config.yaml"
     if not file.exists():
-        _check_fresh(run)
+        if not (run / DEBUG).is_file():
+            claim(run, {}, "run of b3", "choose another output_dir or empty it", file=file.name)
         _write(config, data)
         return []
     if config.resume == "never":
         raise RunError(f"output_dir {run} holds a run and resume is 'never'; choose another output_dir or delete it")
-    here, there = _flat(config.model_dump(mode="json")), _flat(yaml.safe_load(file.read_text()))
+    here, there = config.model_dump(mode="json"), yaml.safe_load(file.read_text())
     notes = []
     if (run / METRICS).exists() or list(run.glob("checkpoint-*")):
         notes = _compare(run, config, here, there)
@@ -99,13 +91,6 @@ def claim_folder(config: Config, data: dict[str, Any] | None = None) -> list[str
     return notes
 
 
-def _check_fresh(run: Path) -> None:
-    if run.exists() and not run.is_dir():
-        raise RunError(f"output_dir {run} is a file; choose another")
-    if run.is_dir() and any(run.iterdir()) and not (run / DEBUG).is_file():
-        raise RunError(f"output_dir {run} is not empty and holds no run of b3; choose another or empty it")
-
-
 def _write(config: Config, data: dict[str, Any] | None) -> None:
     run = Path(config.output_dir)
     try:
@@ -113,7 +98,7 @@ def _write(config: Config, data: dict[str, Any] | None) -> None:
             run.mkdir(parents=True, exist_ok=True)
         write_text(run / "config.yaml", dump_config(config))
         if data is not None:
-            write_text(run / DATA, json.dumps(data, indent=2) + "\n")
+            write_json(run / DATA, data)
     except OSError as error:
         raise RunError(f"output_dir {run} cannot be written ({error.strerror})") from None
 
@@ -121,25 +106,23 @@ def _write(config: Config, data: dict[str, Any] | None) -> None:
 def _compare(run: Path, config: Config, here: dict[str, Any], there: dict[str, Any]) -> list[str]:
     """Notes on the differences that are allowed. Raises `RunError` with the others."""
     notes, refused = [], []
-    for key in sorted(here.keys() | there.keys()):
-        old, new = there.get(key), here.get(key)
-        if old == new or key in _FREE_KEYS or key.partition(".")[0] in _FREE_SECTIONS or key not in here:
+    old, new = flat(there), flat(here)
+    for key, change in changes(there, here).items():
+        if key in _FREE_KEYS or key.partition(".")[0] in _FREE_SECTIONS or key not in new:
             continue
-        if key not in there and new == _flat(_defaults(config)).get(key):
+        if key not in old and new[key] == flat(_defaults(config)).get(key):
             continue  # a key that this version has added, at its default
-        change = f"{key} was {old!r}, now {new!r}"
         if key in _ROUNDING_KEYS:
             notes.append(f"{change}: equal up to rounding, dropout is drawn anew")
-        elif key == "train.steps" and config.train.schedule == "constant" and config.train.steps > int(old or 0):
+        elif (
+            key == "train.steps" and config.train.schedule == "constant" and config.train.steps > int(old.get(key) or 0)
+        ):
             notes.append(f"{change}: a constant learning rate goes on as it was")
         else:
             refused.append(change)
     if refused:
-        shown = "; ".join(refused[:3]) + (f"; and {len(refused) - 3} more" if len(refused) > 3 else "")
-        raise RunError(
-            f"output_dir {run} belongs to another run ({shown}); choose another output_dir or delete it"
-            + ("; more steps need train.schedule constant" if refused[0].startswith("train.steps ") else "")
-        )
+        more = "; more steps need train.schedule constant" if refused[0].startswith("train.steps ") else ""
+        raise belongs_elsewhere(run, "run", refused, "choose another output_dir or delete it" + more)
     return notes
 
 
@@ -172,4 +155,4 @@ def _compare_data(run: Path, data: dict[str, Any]) -> None:
             what = f"the batch plan of data set {name} is another one than that of the first start"
         else:
             continue
-        raise RunError(f"output_dir {run} belongs to another run ({what}); restore it or choose another output_dir")
+        raise belongs_elsewhere(run, "run", [what], "restore it or choose another output_dir")

@@ -87,10 +87,10 @@ def test_a_torn_report_is_refused(plan: BatchPlan, tmp_path: Path) -> None:
 
 def test_load_compares_the_fingerprint_or_any_entries(plan: BatchPlan, tmp_path: Path) -> None:
     plan.save(tmp_path / "plan")
-    with pytest.raises(InputError, match="data_fingerprint is 'abc', expected 'xyz'"):
+    with pytest.raises(InputError, match="data_fingerprint was 'abc', now 'xyz'"):
         BatchPlan.load(tmp_path / "plan", "xyz")
     BatchPlan.load(tmp_path / "plan", {"p": 2, "teacher": "toy"})
-    with pytest.raises(InputError, match="p is 2, expected 3; K is 8, expected 9"):
+    with pytest.raises(InputError, match="p was 2, now 3; K was 8, now 9"):
         BatchPlan.load(tmp_path / "plan", {"p": 3, "K": 9})
 
 
@@ -99,7 +99,7 @@ def test_another_plan_is_not_overwritten_unasked(plan: BatchPlan, tmp_path: Path
     plan.save(folder)
     plan.save(folder)  # the same again is no harm
     other = dataclasses.replace(plan, manifest={**plan.manifest, "seed": 1}, hard_negatives=None)
-    with pytest.raises(InputError, match=r"seed is 0, expected 1.*overwrite=True"):
+    with pytest.raises(InputError, match=r"seed was 0, now 1.*overwrite=True"):
         other.save(folder)
     assert BatchPlan.load(folder).manifest["seed"] == 0
     other.save(folder, overwrite=True)
@@ -113,10 +113,10 @@ def test_a_folder_that_is_no_plan_is_left_alone(plan: BatchPlan, tmp_path: Path)
     plan.save(tmp_path / "plan")  # empty: fine
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("x")
-    with pytest.raises(InputError, match="is not a batch plan"):
+    with pytest.raises(InputError, match=r"holds other files .thesis\.txt. and no batch plan"):
         plan.save(tmp_path / "work", overwrite=True)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is not a batch plan"):
+    with pytest.raises(InputError, match="is a file; choose another folder"):
         plan.save(tmp_path / "file")
 
 

@@ -155,17 +155,17 @@ def test_unknown_format_version(plan: BatchPlan, tmp_path: Path, version: Any) -
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 1}, "seed is 0, expected 1"),
-        ({"p": 3}, "p is 2, expected 3"),
-        ({"m": 8}, "m is 9, expected 8"),
-        ({"community_size": 5}, "K is 8, expected 5"),
-        ({"hard_negatives": 0}, "h is 3, expected 0"),
-        ({"edges": "mutual"}, "edges is 'union', expected 'mutual'"),
-        ({"veto": False}, "veto is True, expected False"),
-        ({"partitioner": "random"}, "partitioner is 'anneal', expected 'random'; refine_passes is 30, expected 0"),
-        ({"refine_passes": 1}, "refine_passes is 30, expected 1"),
-        ({"teacher": "u"}, "teacher is 't', expected 'u'"),
-        ({"data_fingerprint": "rows-2"}, "data_fingerprint is 'rows-1', expected 'rows-2'"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"p": 3}, "p was 2, now 3"),
+        ({"m": 8}, "m was 9, now 8"),
+        ({"community_size": 5}, "K was 8, now 5"),
+        ({"hard_negatives": 0}, "h was 3, now 0"),
+        ({"edges": "mutual"}, "edges was 'union', now 'mutual'"),
+        ({"veto": False}, "veto was True, now False"),
+        ({"partitioner": "random"}, "partitioner was 'anneal', now 'random'; refine_passes was 30, now 0"),
+        ({"refine_passes": 1}, "refine_passes was 30, now 1"),
+        ({"teacher": "u"}, "teacher was 't', now 'u'"),
+        ({"data_fingerprint": "rows-2"}, "data_fingerprint was 'rows-1', now 'rows-2'"),
     ],
 )
 def test_another_plan_is_replaced_only_on_request(
@@ -196,13 +196,13 @@ def test_expect_fingerprint_names_what_differs(plan: BatchPlan, tmp_path: Path) 
     assert equal(plan, BatchPlan.load(folder, "rows-1"))
     assert equal(plan, BatchPlan.load(folder, {"data_fingerprint": "rows-1", "N": 45, "K": 8, "veto": True}))
     assert equal(plan, BatchPlan.load(folder, {}))
-    with pytest.raises(InputError, match=r"is 'rows-1', expected 'rows-2'.*mine it again") as caught:
+    with pytest.raises(InputError, match=r"was 'rows-1', now 'rows-2'.*mine it again") as caught:
         BatchPlan.load(folder, "rows-2")
     assert str(folder) in str(caught.value)
-    with pytest.raises(InputError, match=r"\(seed is 0, expected 4; no_such_key is None, expected 'x'\)"):
+    with pytest.raises(InputError, match=r"\(seed was 0, now 4; no_such_key was None, now 'x'\)"):
         BatchPlan.load(folder, {"seed": 4, "p": 2, "no_such_key": "x"})
     toy(data_fingerprint=None).save(tmp_path / "unknown")
-    with pytest.raises(InputError, match="data_fingerprint is None, expected 'rows-1'"):
+    with pytest.raises(InputError, match="data_fingerprint was None, now 'rows-1'"):
         BatchPlan.load(tmp_path / "unknown", "rows-1")
 
 

@@ -131,7 +131,7 @@ def test_workers_change_nothing(root: Path, single: Path) -> None:
         (["data.image_dir=/nowhere"], "image_dir /nowhere does not exist"),
         (["model.name=/nowhere"], "does not exist"),
         (["adapter.r=3", "resume=never", "output_dir={root}/single"], "resume is 'never'"),
-        (["adapter.r=3", "output_dir={root}/single"], "belongs to another run (adapter.r was 4, now 3)"),
+        (["adapter.r=3", "output_dir={root}/single"], "holds another run (adapter.r was 4, now 3)"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(root: Path, single: Path, overrides: list[str], message: str) -> None:
