@@ -69,10 +69,10 @@ def published(model: Path, items: list[dict[str, Any]]) -> tuple[np.ndarray, flo
     from transformers import Qwen2VLForConditionalGeneration
 
     from b3.data.items import Item
-    from b3.model.backbones.processing import Processor
+    from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor
 
     network = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    processor = Processor.from_pretrained(model)
+    processor = Qwen2VLProcessor.from_pretrained(model)
     started = time.perf_counter()
     keys = sorted({(item["text"], item["image"] or "") for item in items}, key=lambda key: key[1])
     rows: dict[tuple[str, str], np.ndarray] = {}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from b3.model.backbones.processing import Processed
+from b3.model.batch import Processed
 
 
 def padded(items: list[Processed]) -> dict[str, Any]:

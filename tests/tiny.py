@@ -81,7 +81,7 @@ def write_model(folder: Path) -> Path:
 
 def write_text_model(folder: Path, kind: str = "roberta", **options: Any) -> Path:
     """A text encoder of a hundred thousand parameters."""
-    from b3.model.backbones.tiny_text import make_tiny_text_model
+    from b3.model.backbones.tiny import make_tiny_text_model
 
     texts = [f"a {c} {s} number 0123456789 what is Represent the given image" for c in COLOURS for s in SHAPES]
     return make_tiny_text_model(folder, texts, kind=kind, vocab_size=400, **options)

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from b3.errors import InputError
-from b3.model.backbones.processing import MAX_PIXELS, MIN_PIXELS
+from b3.model.backbones.qwen2_vl_images import MAX_PIXELS, MIN_PIXELS
 
 # Accepted, without effect on the numbers of this program.
 IGNORED_VALUES = (

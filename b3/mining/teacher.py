@@ -37,7 +37,7 @@ def load_teacher(config: Config) -> Encode | None:
     if mining.teacher.startswith(SENTENCE_TRANSFORMER):
         if mining.teacher_adapter is not None:
             raise RunError(f"mining.teacher_adapter has no effect with mining.teacher {mining.teacher}; leave it out")
-        from b3.model.sentence_transformer import SentenceTransformerTeacher
+        from b3.mining.sentence_transformer import SentenceTransformerTeacher
 
         return SentenceTransformerTeacher(mining.teacher.removeprefix(SENTENCE_TRANSFORMER)).encode
     folder = Path(mining.teacher)

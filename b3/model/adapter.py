@@ -7,8 +7,10 @@ evaluates the bare backbone.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from b3.model.checkpoint import read_json
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 CONFIG_FILE = "adapter_config.json"
 # The suffix list of the authors' code. In Qwen2-VL it matches q, k, v, o and down of each decoder layer and nothing in
@@ -196,3 +198,45 @@ def matched_modules(wrapped: nn.Module) -> list[str]:
             if n.endswith(".lora_A")
         }
     )
+
+
+def _dora_layers(module: nn.Module) -> list[Any]:
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    return [layer for layer in module.modules() if type(layer) is DoraLinearLayer]
+
+
+def _remember(layer: Any) -> None:
+    """Let the two methods that make up the norm compute once; they shadow the class's methods until deleted."""
+    norm: list[Tensor] = []
+    lora_weight: Callable[..., Tensor] = layer.get_lora_weight
+    weight_norm: Callable[..., Tensor] = layer.get_weight_norm
+
+    def lora_weight_once(lora_A: Any, lora_B: Any, **options: Any) -> Tensor:
+        return norm[0] if norm else lora_weight(lora_A=lora_A, lora_B=lora_B, **options)  # only the norm reads it
+
+    def weight_norm_once(**options: Any) -> Tensor:
+        if not norm:
+            norm.append(weight_norm(**options).detach())
+        return norm[0]
+
+    layer.get_lora_weight, layer.get_weight_norm = lora_weight_once, weight_norm_once
+
+
+@contextlib.contextmanager
+def norms_once(module: nn.Module) -> Iterator[None]:
+    """Within the context, in which no weight may change, each DoRA layer of `module` computes its norm once.
+
+    DoRA divides by the row norms of W + s B A, which its paper takes for constants of the backward pass (arXiv
+    2402.09353, section 4.3). They change only with the weights, that is between steps; peft computes them in every
+    forward pass, with B A as a full matrix. It does not show in long chunks, but in the
+    short ones of a cached step it does.
+    """
+    layers = _dora_layers(module)
+    for layer in layers:
+        _remember(layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.get_lora_weight, layer.get_weight_norm

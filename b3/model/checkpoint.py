@@ -1,11 +1,12 @@
-"""Loading a backbone through `transformers`: Qwen2-VL or a text encoder."""
+"""Checkpoints: find, identify, load and save one, and choose which of its parameters are trained."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from b3.model.attention import use_packed_attention
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from b3.model.embedder import Embedder
 
 TEXT_ENCODERS = ("bert", "roberta", "xlm-roberta")
 HEADS = "b3_heads"  # `b3.model.backbones.heads`
@@ -163,6 +166,24 @@ def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, attent
     return model.to(device).eval()
 
 
+def load_tokenizer(folder: str | Path) -> Any:
+    """The fast tokenizer of a checkpoint, neither cutting nor padding. Raises `InputError` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        what = str(error).splitlines()[0]
+        raise InputError(
+            f"no tokenizer in checkpoint {folder} ({what}); copy the backbone's tokenizer files there"
+        ) from None
+    if not tokenizer.is_fast:
+        raise InputError(f"the tokenizer in {folder} is not a fast one; add its tokenizer.json")
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
     """Without upstream's bar and its table of weights that a model leaves out on purpose."""
@@ -177,3 +198,65 @@ def _silence() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+
+
+def save_full(embedder: Embedder, folder: Path) -> None:
+    """Write backbone, tokenizer and image budget as a checkpoint that `Embedder.from_pretrained` and others load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone: Any = embedder.backbone
+    backbone.save_pretrained(str(folder))
+    embedder.save_settings(folder)
+
+
+def load_full(backbone: nn.Module, folder: Path) -> None:
+    """Copy the weights of a checkpoint of the same shape into `backbone`, in float32.
+
+    Raises `InputError` if the checkpoint is missing or incomplete.
+    """
+    import torch
+
+    saved = load_backbone(folder, torch.float32, torch.device("cpu"), "sdpa")
+    backbone.load_state_dict(saved.state_dict())
+
+
+def unfreeze_all(backbone: nn.Module) -> None:
+    """Make every parameter that reaches the vectors trainable, in float32 (the optimiser's steps vanish in 16 bit).
+
+    A language head of its own weights stays frozen: it is never run. Tied to the embedding, it is trained as that.
+    """
+    core: Any = backbone
+    backbone.float()
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(True)
+    head = getattr(core, "lm_head", None)
+    if head is not None and head.weight is not core.get_input_embeddings().weight:
+        head.weight.requires_grad_(False)
+
+
+def freeze_matching(backbone: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Freeze trainable parameters whose name a regular expression finds; returns their names.
+
+    Names are those of `named_parameters`, such as ``model.visual.merger.mlp.0.weight``; an adapter puts
+    ``base_model.model.`` before them.
+
+    Raises:
+        InputError: a pattern is no regular expression or finds nothing, or nothing is left to train.
+    """
+    named = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    frozen: dict[str, None] = {}
+    for pattern in patterns:
+        try:
+            found = [name for name in named if re.search(pattern, name)]
+        except re.error as error:
+            raise InputError(f"model.freeze '{pattern}' is not a regular expression: {error}") from None
+        if not found:
+            some = ", ".join(list(named)[:: max(1, len(named) // 3)][:3])
+            raise InputError(
+                f"model.freeze '{pattern}' matches none of the {len(named)} trained parameters (e.g. {some})"
+            )
+        frozen.update(dict.fromkeys(found))
+    if len(frozen) == len(named):
+        raise InputError(f"model.freeze {list(patterns)} leaves none of the {len(named)} parameters to train")
+    for name in frozen:
+        named[name].requires_grad_(False)
+    return list(frozen)

@@ -12,7 +12,7 @@ last token, so that a vector does not depend on the rest of its batch. Text enco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,8 +27,9 @@ from b3.errors import InputError
 from b3.model import adapter as adapters
 from b3.model import attention as attention_kernels
 from b3.model.attention import Packing
-from b3.model.backbones.processing import MAX_PIXELS, MIN_PIXELS, Processed, Processor
+from b3.model.backbones.qwen2_vl_images import MAX_PIXELS, MIN_PIXELS, Qwen2VLProcessor
 from b3.model.backbones.rotary import mrope_positions, round_frequencies
+from b3.model.batch import Batch, Processor
 from b3.model.checkpoint import (
     HEADS,
     TEXT_ENCODERS,
@@ -40,61 +41,6 @@ from b3.model.checkpoint import (
     model_type,
     read_json,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Processed items, packed end to end without padding.
-
-    input_ids: (T,) int64. lengths: tokens of each of the B items, T in all.
-    pixels: (P, 1176) float32 patches of all pictures in item order, or None. grids: (pictures, 3) int64 (1, rows,
-    columns). slots: (S,) int64, positions of the tokens that stand for the pictures' features, in the same order.
-    """
-
-    input_ids: Tensor
-    lengths: list[int]
-    pixels: Tensor | None = None
-    grids: Tensor | None = None
-    slots: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        pixels, grids, slots = (None if t is None else change(t) for t in (self.pixels, self.grids, self.slots))
-        return Batch(change(self.input_ids), self.lengths, pixels, grids, slots)
-
-
-def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
-    """Pack processed items into one `Batch`.
-
-    A placeholder in an item without picture is no slot: it keeps its literal token embedding (stray tokens of WebQA and
-    EDIS queries).
-    """
-    lengths = [item.num_tokens for item in items]
-    input_ids = torch.from_numpy(np.concatenate([item.input_ids for item in items]))
-    pixels, grids, slots, start = [], [], [], 0
-    for item, length in zip(items, lengths, strict=True):
-        if item.pixels is not None and item.grid is not None:
-            pixels.append(item.pixels)
-            grids.append((1, *item.grid))
-            slots.append(start + np.flatnonzero(item.input_ids == image_token_id))
-        start += length
-    if not pixels:
-        return Batch(input_ids, lengths)
-    return Batch(
-        input_ids,
-        lengths,
-        torch.from_numpy(np.concatenate(pixels)),
-        torch.tensor(grids, dtype=torch.int64),
-        torch.from_numpy(np.concatenate(slots)),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +148,7 @@ class Embedder(nn.Module):
     @classmethod
     def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, options: Options) -> Embedder:
         """The model around a loaded backbone, with what else its folders hold."""
-        processor = Processor.from_pretrained(
+        processor = Qwen2VLProcessor.from_pretrained(
             base,
             min_pixels=options.min_pixels,
             max_pixels=options.max_pixels,

@@ -20,11 +20,12 @@ from b3.console import bar
 from b3.data.items import Item, as_item
 from b3.errors import DataError
 from b3.model.workers import run_ahead
+from b3.model.batch import token_batches
 
 if TYPE_CHECKING:
-    from b3.model.backbones.processing import Processor
+    from b3.model.batch import Batch, Processor
     from b3.model.cache import EmbeddingCache
-    from b3.model.embedder import Batch, Embedder
+    from b3.model.embedder import Embedder
 
 # Tokens of one forward pass: enough to fill a GPU; on a CPU, more than fits its caches is slower.
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
@@ -42,26 +43,6 @@ def unique_items(items: Iterable[Item]) -> tuple[list[Item], np.ndarray]:
             distinct.append(item)
         index.append(seen[key])
     return distinct, np.asarray(index, dtype=np.int64)
-
-
-def token_batches(
-    lengths: Sequence[int] | np.ndarray, batch_tokens: int, max_items: int | None = None
-) -> list[np.ndarray]:
-    """Positions grouped so that the lengths of a group add up to at most `batch_tokens` (a longer one stands alone).
-
-    Longest first, ties in order, so the grouping is a pure function of the lengths.
-    """
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    batches: list[np.ndarray] = []
-    start, room = 0, batch_tokens
-    for end, position in enumerate(order):
-        room -= int(lengths[position])
-        if end > start and (room < 0 or end - start == max_items):
-            batches.append(order[start:end])
-            start, room = end, batch_tokens - int(lengths[position])
-    if len(order):
-        batches.append(order[start:])
-    return batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +216,7 @@ class _Prepare:
 
     def __call__(self, task: tuple[np.ndarray, list[Item]]) -> Prepared:
         """(rows that worked, their inputs, (row, problem) of the others) of (rows, items)."""
-        from b3.model.embedder import collate
+        from b3.model.batch import collate
 
         good, processed, problems = [], [], []
         for row, item in zip(task[0].tolist(), task[1], strict=True):

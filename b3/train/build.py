@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def build_embedder(config: Config) -> Embedder:
     """The backbone with a fresh (or continued) trainable adapter, or with all its weights trainable."""
+    from b3.model.checkpoint import freeze_matching, unfreeze_all
     from b3.model.embedder import Embedder
-    from b3.model.freeze import freeze_matching, unfreeze_all
 
     model = config.model
     embedder = Embedder.from_pretrained(

@@ -12,8 +12,8 @@ from torch import Tensor
 from b3.data.datasets import PairDataset
 from b3.data.items import Item, item_id
 from b3.errors import DataError
-from b3.model.backbones.processing import Processor
-from b3.model.encode import token_batches, unique_items
+from b3.model.batch import Processor, token_batches
+from b3.model.encode import unique_items
 from b3.train.inputs import Pictures, StepInputs
 
 StepRow = tuple[int, int] | tuple[int, int, Sequence[int]]  # data set, row, hard negatives drawn for the batch

@@ -15,7 +15,7 @@ from b3.errors import DataError
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
     from b3.data.items import Item
-    from b3.model.backbones.processing import Processor
+    from b3.model.batch import Processor
     from b3.model.embedder import Embedder
     from b3.train.sampler import BatchPlanSampler
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from b3.model.embedder import Batch
+from b3.model.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,8 @@ from b3.config import Config
 from b3.errors import DataError, InputError, RunError
 from b3.files import write_json
 from b3.model.adapter import load_trainable
+from b3.model.checkpoint import load_full, save_full
 from b3.model.embedder import Embedder
-from b3.model.weights import load_full, save_full
 from b3.model.workers import run_ahead
 from b3.train import checkpoint as checkpoints
 from b3.train.bad_rows import BadRows, GuardedCollator, Replaced

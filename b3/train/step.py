@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from b3.distributed import rank, world_size
+from b3.model.adapter import norms_once
 from b3.model.embedder import Embedder
-from b3.train.dora import norms_once
 from b3.train.inputs import StepInputs
 from b3.train.losses.info_nce import ContrastiveLoss
 from b3.train.objective import BLOCK_LOGITS, whole_batch

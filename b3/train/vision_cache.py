@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from b3.model.backbones.processing import MERGE
+from b3.model.backbones.qwen2_vl_images import MERGE
 from b3.model.embedder import Embedder
 from b3.train.inputs import Chunk, Pictures
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from b3 import Embedder
 from b3.errors import InputError
 from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable, matched_modules, new_name
-from b3.model.embedder import collate
+from b3.model.batch import collate
 from b3.train.loop import save_adapter
 
 ITEMS = [item(case) for case in cases()[:8]]

@@ -11,7 +11,7 @@ from golden_data import checkpoint
 from b3 import Embedder
 from b3.errors import InputError
 from b3.model.adapter import AdapterSpec, attach_adapter
-from b3.model.freeze import freeze_matching, unfreeze_all
+from b3.model.checkpoint import freeze_matching, unfreeze_all
 
 
 @pytest.fixture(scope="module")

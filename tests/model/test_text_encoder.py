@@ -64,7 +64,7 @@ def test_a_vector_does_not_depend_on_its_batch(folder: Path) -> None:
 
 def test_gradients_are_upstreams(roberta: Path) -> None:
     """Through padded buckets: what lies in the padding gets no gradient and gives none."""
-    from b3.model.embedder import collate
+    from b3.model.batch import collate
 
     model = Embedder.from_pretrained(roberta, dtype="float32")
     model.backbone.requires_grad_(True)
@@ -134,7 +134,7 @@ def test_pooling_and_length_are_the_checkpoints(roberta: Path, tmp_path: Path, w
 def test_sentence_transformers_gives_the_same_vectors(folder: Path, tmp_path: Path) -> None:
     """From what we save, with its own padding and masks, and texts that are cut."""
     library = pytest.importorskip("sentence_transformers")
-    from b3.model.weights import save_full
+    from b3.model.checkpoint import save_full
 
     model = Embedder.from_pretrained(folder, dtype="float32", pooling="cls", max_length=40)
     save_full(model, tmp_path / "saved")

@@ -9,8 +9,7 @@ import torch
 from golden_data import checkpoint
 
 from b3 import Embedder
-from b3.model.freeze import unfreeze_all
-from b3.model.weights import load_full, save_full
+from b3.model.checkpoint import load_full, save_full, unfreeze_all
 
 
 def test_saved_weights_are_a_checkpoint(tmp_path: Path) -> None:

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from test_gradcache import NEGATIVES, GoldenPairs, checkpoint
 
-from b3.model.backbones.processing import Processor
+from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor
 from b3.train.collate import StepCollator
 
 
 @pytest.fixture(scope="module")
-def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
-    return Processor.from_pretrained(checkpoint(tmp_path_factory.mktemp("golden")))
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Qwen2VLProcessor:
+    return Qwen2VLProcessor.from_pretrained(checkpoint(tmp_path_factory.mktemp("golden")))
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_chunks_hold_every_item_as_the_processor_makes_it(processor: Processor, share: bool) -> None:
+def test_chunks_hold_every_item_as_the_processor_makes_it(processor: Qwen2VLProcessor, share: bool) -> None:
     data, rows = GoldenPairs(), [0, 3, 3, 7]
     inputs = StepCollator([data], processor, 100, share_duplicates=share)([(0, r) for r in rows])  # type: ignore[list-item]
     items = [data.query(r) for r in rows] + [data.target(r) for r in rows]
@@ -35,7 +35,7 @@ def test_chunks_hold_every_item_as_the_processor_makes_it(processor: Processor, 
         assert np.array_equal(seen[position].numpy(), processor(item).input_ids)
 
 
-def test_a_stray_image_token_is_no_slot(processor: Processor) -> None:
+def test_a_stray_image_token_is_no_slot(processor: Qwen2VLProcessor) -> None:
     class Stray(GoldenPairs):
         def query(self, row: int):
             return type(super().query(0))(f"{processor.image_token} alone {row}")
@@ -46,7 +46,7 @@ def test_a_stray_image_token_is_no_slot(processor: Processor) -> None:
     assert (0 if chunk.batch.slots is None else len(chunk.batch.slots)) == with_picture
 
 
-def test_teacher_vectors_follow_rows_and_negatives(processor: Processor) -> None:
+def test_teacher_vectors_follow_rows_and_negatives(processor: Qwen2VLProcessor) -> None:
     vectors = np.arange(24 * 3, dtype=np.float16).reshape(24, 3)
     negatives = NEGATIVES.copy()
     negatives[2, 1] = -1

@@ -9,8 +9,8 @@ import pytest
 import torch
 from test_gradcache import PLAIN, checkpoint, collator, embedder, gradients
 
+from b3.model.adapter import _dora_layers
 from b3.train import step as gradcache
-from b3.train.dora import _dora_layers
 from b3.train.step import CachedStep
 
 

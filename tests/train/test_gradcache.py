@@ -90,7 +90,7 @@ def test_step_equals_the_reference(folder: Path, kind: str, negatives: int, chun
 
 def plain(model: Embedder, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
     """One ordinary forward and backward of everything, item by item."""
-    from b3.model.embedder import collate
+    from b3.model.batch import collate
 
     data, token = GoldenPairs(), model.processor.image_token_id
     queries = torch.cat([model(collate([model.processor(data.query(i))], token)) for i in rows])

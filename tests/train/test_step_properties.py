@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from b3 import Embedder
 from b3.data.items import Item
 from b3.model.adapter import AdapterSpec, attach_adapter
-from b3.model.embedder import collate
+from b3.model.batch import collate
 from b3.train.collate import StepCollator
 from b3.train.losses.info_nce import ContrastiveLoss, info_nce
 from b3.train.losses.masks import excluded_columns

@@ -19,8 +19,8 @@ from b3.config import Config, load_config
 from b3.data.items import Item
 from b3.errors import DataError, InputError, RunError
 from b3.model.adapter import AdapterSpec, attach_adapter
-from b3.model.embedder import collate
-from b3.model.freeze import unfreeze_all
+from b3.model.batch import collate
+from b3.model.checkpoint import unfreeze_all
 from b3.train.build import build_embedder
 from b3.train.collate import StepCollator
 from b3.train.flops import ModelFlops

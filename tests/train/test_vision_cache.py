@@ -12,7 +12,7 @@ from test_gradcache import checkpoint, embedder, gradients, relative
 
 from b3 import Embedder
 from b3.data.items import Item
-from b3.model.embedder import collate
+from b3.model.batch import collate
 from b3.train.collate import StepCollator
 from b3.train.inputs import StepInputs
 from b3.train.losses.info_nce import info_nce

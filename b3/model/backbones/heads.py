@@ -12,7 +12,7 @@ the path of the folder that has them. `write_heads` makes one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +24,9 @@ from torch.nn.functional import gelu
 from b3.data.items import Item, item_id
 from b3.errors import DataError, InputError
 from b3.files import write_json
-from b3.model.backbones.processing import Processed, Processor
+from b3.model.batch import Batch, Processor
 from b3.model.checkpoint import HEADS, read_json
-from b3.model.embedder import Batch, Embedder, Options
+from b3.model.embedder import Embedder, Options
 
 KEYS, VECTORS, CONFIG, WEIGHTS = "keys.npy", "vectors.npy", "config.json", "model.safetensors"
 
@@ -101,22 +101,13 @@ class KeyedProcessor(Processor):
         keys: (N,) int64 of the known items, sorted (`b3.data.datasets.item_id`).
     """
 
-    tokenizer: Any = None
-    image_token: str = ""
-    keys: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-
-    @property
-    def image_token_id(self) -> int:
-        return -1
+    keys: np.ndarray
 
     def check(self, item: Item) -> None:
         """Any item will do that has a vector."""
 
     def measure(self, item: Item) -> tuple[bytes, int]:
         return item_id(item).to_bytes(8, "big", signed=True), 1
-
-    def __call__(self, item: Item) -> Processed:
-        return Processed(self.token_ids(item, None))
 
     def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
         """(1,) int64. Raises `DataError` for an item that has no vector."""
@@ -169,7 +160,7 @@ class HeadsEmbedder(Embedder):
             )
         device = next(backbone.parameters()).device
         source = {"base": str(base), "adapter": None}
-        return cls(backbone, KeyedProcessor(keys=keys), torch.from_numpy(vectors.astype(np.float32)).to(device), source)
+        return cls(backbone, KeyedProcessor(keys), torch.from_numpy(vectors.astype(np.float32)).to(device), source)
 
     def describe(self) -> str:
         return "residual blocks over the vector of a frozen encoder, L2-normalised"

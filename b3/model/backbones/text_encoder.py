@@ -10,6 +10,7 @@ loads it and gives the same vectors. Texts are taken as they are, with the speci
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,9 @@ from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER
 from b3.errors import DataError, InputError
 from b3.model.attention import Packing
-from b3.model.backbones.processing import Processor
-from b3.model.checkpoint import read_json
-from b3.model.embedder import Batch, Embedder, Options
+from b3.model.batch import Batch, Processor
+from b3.model.checkpoint import load_tokenizer, read_json
+from b3.model.embedder import Embedder, Options
 
 POOLING_FILE = "1_Pooling/config.json"
 TRANSFORMER_FILE = "sentence_bert_config.json"
@@ -37,17 +38,23 @@ _MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Norm
 
 @dataclass(frozen=True)
 class TextProcessor(Processor):
-    """Texts to tokens, special tokens included; a longer text is cut before its last special token."""
+    """Texts to tokens, special tokens included; a longer text is cut before its last special token.
 
-    image_token: str = PLACEHOLDER  # no token of its own: text like any other
+    Args:
+        tokenizer: a fast tokenizer of the backbone.
+        max_length: tokens of the longest text. None: no limit.
+    """
 
-    @property
-    def image_token_id(self) -> int:
-        return -1  # equals no token
+    tokenizer: Any
+    max_length: int | None = None
 
     def check(self, item: Item) -> None:
         if item.image is not None:
             raise DataError(f"{item.describe()}: the backbone is a text encoder and reads no pictures; drop the row")
+
+    def measure(self, item: Item) -> tuple[bytes, int]:
+        self.check(item)
+        return hashlib.sha256(item.text.encode()).digest(), len(self.token_ids(item, None))
 
     def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
         assert grid is None, "a text has no picture"
@@ -77,6 +84,7 @@ class TextEmbedder(Embedder):
         pooling: "mean" over all tokens, or "cls", the first.
     """
 
+    processor: TextProcessor
     causal: ClassVar[bool] = False
     adapter_targets: ClassVar[tuple[str, ...]] = ("query", "key", "value", "dense")  # all linear layers
 
@@ -105,7 +113,7 @@ class TextEmbedder(Embedder):
             raise InputError(f"max_length {length} does not fit {base}: it must be from 3 to {longest} tokens")
         if length is None:
             length = min(saved_length(folders) or longest, longest)
-        processor = TextProcessor.from_pretrained(base, max_length=length)
+        processor = TextProcessor(load_tokenizer(base), length)
         pooling = saved_pooling(folders) or "mean" if options.pooling == "auto" else options.pooling
         return cls(backbone, processor, {"base": str(base), "adapter": adapter and str(adapter)}, pooling)
 

@@ -13,16 +13,16 @@ from PIL import Image
 
 from b3.data.items import Item
 from b3.errors import DataError, InputError
-from b3.model.backbones.processing import Processor, target_size
+from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, target_size
 
 
 @pytest.fixture(scope="module")
-def processor() -> Processor:
-    return Processor.from_pretrained(GOLDEN / "tokenizer")
+def processor() -> Qwen2VLProcessor:
+    return Qwen2VLProcessor.from_pretrained(GOLDEN / "tokenizer")
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c["id"])
-def test_ids_grid_and_pixels_equal_the_reference(processor: Processor, case: dict) -> None:
+def test_ids_grid_and_pixels_equal_the_reference(processor: Qwen2VLProcessor, case: dict) -> None:
     result = processor(item(case))
     assert result.input_ids.tolist() == case["input_ids"]
     if case["image"]:
@@ -32,7 +32,7 @@ def test_ids_grid_and_pixels_equal_the_reference(processor: Processor, case: dic
         assert result.pixels is None
 
 
-def test_processing_survives_pickling(processor: Processor) -> None:
+def test_processing_survives_pickling(processor: Qwen2VLProcessor) -> None:
     case = next(c for c in cases() if c["id"] == "img_photo1")
     copy = pickle.loads(pickle.dumps(processor))
     assert np.array_equal(copy(item(case)).pixels, processor(item(case)).pixels)
@@ -52,7 +52,7 @@ def test_target_size_by_hand(size: tuple[int, int], expected: tuple[int, int]) -
     assert target_size(*size) == expected
 
 
-def test_token_count_needs_no_pixels(processor: Processor) -> None:
+def test_token_count_needs_no_pixels(processor: Qwen2VLProcessor) -> None:
     for width, height in ((64, 64), (20, 300), (640, 480), (3000, 9)):
         picture = Image.new("RGB", (width, height))
         pixels, _ = processor.process_image(picture)
@@ -60,22 +60,22 @@ def test_token_count_needs_no_pixels(processor: Processor) -> None:
 
 
 @pytest.mark.parametrize("text", ["no token", "<|image_1|> and <|image_1|>"])
-def test_an_image_needs_exactly_one_token(processor: Processor, text: str) -> None:
+def test_an_image_needs_exactly_one_token(processor: Qwen2VLProcessor, text: str) -> None:
     with pytest.raises(DataError, match="exactly one"):
         processor(Item(text, Image.new("RGB", (64, 64))))
 
 
-def test_an_empty_text_is_refused(processor: Processor) -> None:
+def test_an_empty_text_is_refused(processor: Qwen2VLProcessor) -> None:
     with pytest.raises(DataError, match="needs a text or an image"):
         processor(Item(""))
 
 
 def test_impossible_budget_is_refused() -> None:
     with pytest.raises(InputError, match="min_pixels"):
-        Processor(None, min_pixels=100, max_pixels=10)
+        Qwen2VLProcessor(None, min_pixels=100, max_pixels=10)
 
 
-def test_an_animation_is_its_first_frame(processor: Processor, tmp_path: Path) -> None:
+def test_an_animation_is_its_first_frame(processor: Qwen2VLProcessor, tmp_path: Path) -> None:
     frames = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "y.gif")
@@ -84,7 +84,7 @@ def test_an_animation_is_its_first_frame(processor: Processor, tmp_path: Path) -
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(
-    processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    processor: Qwen2VLProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("L", (300, 300)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10000)
@@ -93,8 +93,8 @@ def test_a_decompression_bomb_is_refused_by_its_header(
             use(Item("<|image_1|>", tmp_path / "x.png"))
 
 
-def test_squared_pictures(processor: Processor) -> None:
-    squared = Processor(processor.tokenizer, square=672)
+def test_squared_pictures(processor: Qwen2VLProcessor) -> None:
+    squared = Qwen2VLProcessor(processor.tokenizer, square=672)
     pixels, grid = squared.process_image(Image.new("RGB", (100, 400)))
     assert grid == (48, 48)
     assert squared.tokens_of_image(100, 400) == len(pixels) // 4 == 576

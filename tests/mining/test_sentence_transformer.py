@@ -15,7 +15,7 @@ from b3.config import load_config
 from b3.data.items import Item
 from b3.errors import DataError, RunError
 from b3.mining.recipe import mine_recipe
-from b3.model.sentence_transformer import SentenceTransformerTeacher
+from b3.mining.sentence_transformer import SentenceTransformerTeacher
 
 WORDS = [*tiny.COLOURS, *tiny.SHAPES, "a", "what", "is", "?", "number", *"0123456789"]
 
@@ -58,7 +58,7 @@ def test_each_distinct_text_is_encoded_once_and_sorted_by_tokens(bert: Path, mon
     monkeypatch.setattr(
         teacher.model, "encode", lambda given, **options: seen.append(given) or encode(given, **options)
     )
-    monkeypatch.setattr("b3.model.sentence_transformer.BATCH_TOKENS", 40)
+    monkeypatch.setattr("b3.mining.sentence_transformer.BATCH_TOKENS", 40)
     teacher.encode([Item(" ".join(["disc"] * (1 + n % 12))) for n in range(48)])
     lengths = [len(text.split()) for batch in seen for text in batch]
     assert lengths == sorted(range(1, 13), reverse=True)

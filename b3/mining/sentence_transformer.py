@@ -11,7 +11,8 @@ from b3.console import bar
 from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER
 from b3.errors import DataError, RunError
-from b3.model.encode import token_batches, unique_items
+from b3.model.batch import token_batches
+from b3.model.encode import unique_items
 
 BATCH_TOKENS = 8192
 BATCH_ITEMS = 256

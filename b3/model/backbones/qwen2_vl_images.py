@@ -21,6 +21,8 @@ import numpy as np
 from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER, to_backbone
 from b3.errors import DataError, InputError
+from b3.model.batch import Processed, Processor
+from b3.model.checkpoint import load_tokenizer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,26 +84,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-@dataclass(frozen=True, slots=True)
-class Processed:
-    """One item as the model takes it.
-
-    input_ids: (L,) int64 token ids, image tokens expanded.
-    pixels: (P, 1176) float32 patches, or None.
-    grid: (rows, columns) of 14-pixel patches, or None.
-    """
-
-    input_ids: np.ndarray
-    pixels: np.ndarray | None = None
-    grid: tuple[int, int] | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.input_ids)
-
-
 @dataclass(frozen=True)
-class Processor:
+class Qwen2VLProcessor(Processor):
     """Turns an `Item` into `Processed` inputs. Cheap to pickle; safe in worker processes.
 
     Args:
@@ -124,22 +108,9 @@ class Processor:
             raise InputError(f"min_pixels {self.min_pixels} must be positive and at most max_pixels {self.max_pixels}")
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> Processor:
-        """Load the tokenizer of a checkpoint. Raises `InputError` if there is none."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name))
-        except (OSError, ValueError, KeyError) as error:
-            what = str(error).splitlines()[0]
-            raise InputError(
-                f"no tokenizer in checkpoint {name} ({what}); copy the backbone's tokenizer files there"
-            ) from None
-        if not tokenizer.is_fast:
-            raise InputError(f"the tokenizer in {name} is not a fast one; add its tokenizer.json")
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-        return cls(tokenizer, **options)
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Qwen2VLProcessor:
+        """With the tokenizer of a checkpoint. Raises `InputError` if there is none."""
+        return cls(load_tokenizer(name), **options)
 
     @cached_property
     def image_token_id(self) -> int:

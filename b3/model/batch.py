@@ -1,0 +1,159 @@
+"""From items to what a forward pass takes: the contract of a processor, and items packed into batches.
+
+A leaf of the model floor: backbones bring their own `Processor`; encoding and training handle its products alike.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from b3.data.datasets import Item
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """One item as the model takes it.
+
+    input_ids: (L,) int64 token ids, image tokens expanded.
+    pixels: (P, 1176) float32 patches, or None.
+    grid: (rows, columns) of 14-pixel patches, or None.
+    """
+
+    input_ids: np.ndarray
+    pixels: np.ndarray | None = None
+    grid: tuple[int, int] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+
+class Processor(ABC):
+    """Turns an `Item` into `Processed` inputs. Cheap to pickle; safe in worker processes and in threads.
+
+    A backbone without images implements neither `patch_bytes` nor `byte_values`; its `check` refuses images.
+    """
+
+    image_token_id: Any = -1  # the token that stands for a feature of an image; -1 equals no token
+
+    @abstractmethod
+    def check(self, item: Item) -> None:
+        """Raise `DataError` if the backbone cannot read the item, as far as can be told without its image."""
+
+    @abstractmethod
+    def measure(self, item: Item) -> tuple[bytes, int]:
+        """(digest of the content, number of tokens) of an item, without decoding its image.
+
+        Raises `DataError` as processing would, as far as can be told.
+        """
+
+    @abstractmethod
+    def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
+        """(L,) int64 ids of an item whose image has this grid of patches (None: no image); reads no pixels.
+
+        Raises `DataError` naming the item for an empty text or a misplaced image token.
+        """
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what the backbone's own software reads beside the weights: tokenizer, image budget."""
+
+    def __call__(self, item: Item) -> Processed:
+        """Process one item. Raises `DataError` as `token_ids` does."""
+        self.check(item)
+        return Processed(self.token_ids(item, None))
+
+    def patch_bytes(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+        """An image before normalisation: patches (P, C, n) uint8 and the grid (rows, columns), P = rows * columns."""
+        raise NotImplementedError
+
+    @property
+    def byte_values(self) -> np.ndarray:
+        """(256, C) float32: the value of each byte in each of C channels; none without images."""
+        return np.empty((256, 0), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Processed items, packed end to end without padding.
+
+    input_ids: (T,) int64. lengths: tokens of each of the B items, T in all.
+    pixels: (P, 1176) float32 patches of all images in item order, or None. grids: (images, 3) int64 (1, rows,
+    columns). slots: (S,) int64, positions of the tokens that stand for the images' features, in the same order.
+    """
+
+    input_ids: Tensor
+    lengths: list[int]
+    pixels: Tensor | None = None
+    grids: Tensor | None = None
+    slots: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def to(self, device: torch.device) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        pixels, grids, slots = (None if t is None else change(t) for t in (self.pixels, self.grids, self.slots))
+        return Batch(change(self.input_ids), self.lengths, pixels, grids, slots)
+
+
+def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
+    """Pack processed items into one `Batch`.
+
+    A placeholder in an item without image is no slot: it keeps its literal token embedding (stray tokens of WebQA and
+    EDIS queries).
+    """
+    lengths = [item.num_tokens for item in items]
+    input_ids = torch.from_numpy(np.concatenate([item.input_ids for item in items]))
+    pixels, grids, slots, start = [], [], [], 0
+    for item, length in zip(items, lengths, strict=True):
+        if item.pixels is not None and item.grid is not None:
+            pixels.append(item.pixels)
+            grids.append((1, *item.grid))
+            slots.append(start + np.flatnonzero(item.input_ids == image_token_id))
+        start += length
+    if not pixels:
+        return Batch(input_ids, lengths)
+    return Batch(
+        input_ids,
+        lengths,
+        torch.from_numpy(np.concatenate(pixels)),
+        torch.tensor(grids, dtype=torch.int64),
+        torch.from_numpy(np.concatenate(slots)),
+    )
+
+
+def token_batches(
+    lengths: Sequence[int] | np.ndarray, batch_tokens: int, max_items: int | None = None
+) -> list[np.ndarray]:
+    """Positions grouped so that the lengths of a group add up to at most `batch_tokens` (a longer one stands alone).
+
+    Longest first, ties in order, so the grouping is a pure function of the lengths.
+    """
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    batches: list[np.ndarray] = []
+    start, room = 0, batch_tokens
+    for end, position in enumerate(order):
+        room -= int(lengths[position])
+        if end > start and (room < 0 or end - start == max_items):
+            batches.append(order[start:end])
+            start, room = end, batch_tokens - int(lengths[position])
+    if len(order):
+        batches.append(order[start:])
+    return batches
