@@ -19,8 +19,8 @@ from b3 import distributed
 from b3.console import bar
 from b3.data.items import Item, as_item
 from b3.errors import DataError
-from b3.model.workers import run_ahead
 from b3.model.batch import token_batches
+from b3.model.workers import run_ahead
 
 if TYPE_CHECKING:
     from b3.model.batch import Batch, Processor
