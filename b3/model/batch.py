@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from b3.data.datasets import Item
+from b3.data.items import Item
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -164,8 +164,7 @@ def prepare(config: Config) -> Config:
 def _make(config: Config) -> None:
     from b3.console import no_bars
     from b3.data.datasets import load_datasets
-    from b3.model.backbones.tiny import make_tiny_model
-    from b3.model.backbones.tiny import make_tiny_text_model
+    from b3.model.backbones.tiny import make_tiny_model, make_tiny_text_model
 
     run = Path(config.output_dir)
     if run.exists():

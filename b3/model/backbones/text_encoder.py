@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from b3.data.items import Item
-from b3.data.prompts import PLACEHOLDER
 from b3.errors import DataError, InputError
 from b3.model.attention import Packing
 from b3.model.batch import Batch, Processor
