@@ -14,10 +14,6 @@ from b3.errors import ConfigError
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"random_share": 0.3}, "batch.random_share 0.3 has no effect with batch.policy random,"),
-        ({"policy": "b3", "random_share": 0.1}, "batch of 12 rows with mining.k 4 is 3 communities, so the next share"),
-        ({"policy": "b3", "random_share": 1.0}, "less than 1"),
-        ({"policy": "b3", "size": 4, "random_share": 0.9}, "is a single community; use a smaller k"),
         ({"policy": "b3_merged"}, "merges data sets of family classification, and the recipe has 0"),
         ({"remix": "never"}, "'epoch' or 'frozen'"),
         ({"schedule": []}, "unknown key 'batch.schedule'"),

@@ -115,9 +115,6 @@ class BatchConfig(Section):
         description="b3: mined communities of one data set; b3_merged: all classification sets are one; b3_mixed:"
         " communities of all; random: random rows of one data set (fair control); random_mixed: of all",
     )
-    random_share: float = Field(
-        0.0, ge=0, lt=1, description="share of each batch drawn at random instead of in communities (b3 policies)"
-    )
     remix: Literal["epoch", "frozen"] = Field(
         "epoch", description="frozen: batches of the first epoch throughout, in a new order, as the authors' sampler"
     )

@@ -18,7 +18,8 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
     frozen = ", the same batches every epoch" if config.batch.remix == "frozen" else ""
     lines = [f"{config.name}: {config.train.steps} steps of {size} pairs, policy {config.batch.policy}{frozen}"]
     if config.batch.mined:
-        lines[0] += f" ({_make_up(sampler)})"
+        pool = sampler.pools[0]
+        lines[0] += f" ({pool.group} {'community' if pool.group == 1 else 'communities'} of {pool.width})"
     batches = {part.number: pool.num_batches for pool in sampler.pools for part in pool.parts if len(pool.parts) == 1}
     for index, (entry, dataset) in enumerate(zip(config.data.datasets, datasets, strict=True)):
         parts = [f"{len(dataset):,} rows"]
@@ -41,10 +42,3 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
     if sampler.start:
         lines.append(f"  continuing at step {sampler.start}")
     return "\n".join(lines)
-
-
-def _make_up(sampler: BatchPlanSampler) -> str:
-    """Of what a mined batch consists."""
-    pool = sampler.pools[0]
-    random = f" and {pool.num_random_rows} random rows" if pool.num_random_rows else ""
-    return f"{pool.intact} {'community' if pool.intact == 1 else 'communities'} of {pool.width}{random}"

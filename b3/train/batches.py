@@ -57,7 +57,6 @@ def build_sampler(
         world_size=distributed.world_size(),
         weights=[entry.weight for entry in entries],
         pools=pool_numbers(config),
-        random_share=batch.random_share,
         frozen=batch.remix == "frozen",
         negatives=_step_negatives(config, sizes, plans),
     )

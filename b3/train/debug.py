@@ -60,8 +60,7 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
             tree["negatives"] |= {"source": "mined"}
     tree["mining"] |= _small_windows(config.mining.model_dump(include={"p", "m", "k"}), config.negatives.per_query)
     step = math.lcm(ranks, _small_k(config.mining.k))
-    size = 2 * SIZE if config.batch.random_share else min(config.batch.size, SIZE)
-    tree["batch"] |= {"size": step * math.ceil(size / step)}
+    tree["batch"] |= {"size": step * math.ceil(min(config.batch.size, SIZE) / step)}
     tree["train"] |= {
         "steps": STEPS,
         "warmup_steps": min(config.train.warmup_steps, 1),

@@ -15,7 +15,6 @@ from enum import IntEnum
 
 import numpy as np
 
-from b3.config.checks import communities_in_batch
 from b3.errors import InputError
 from b3.mining.hashing import mix64
 
@@ -27,7 +26,6 @@ class _Choice(IntEnum):
     CEDING = 2
     PLACES = 3
     BATCHES = 4
-    DISSOLVED = 5
     ORDER = 6
 
 
@@ -101,13 +99,12 @@ class Pool:
         parts: communities of one size.
         number: of the pool; part of every hash.
         batch_size: |B|.
-        random_share: share of each batch drawn at random from dissolved communities.
 
     Raises:
-        InputError: |B| does not fit the community size, the rows, the weights or the share.
+        InputError: |B| does not fit the community size, the rows or the weights.
     """
 
-    def __init__(self, parts: Sequence[Part], number: int, batch_size: int, random_share: float = 0.0) -> None:
+    def __init__(self, parts: Sequence[Part], number: int, batch_size: int) -> None:
         self.parts, self.number, self.batch_size = list(parts), number, batch_size
         self.seed = parts[0].seed
         widths = {part.communities.shape[1] for part in parts}
@@ -117,23 +114,12 @@ class Pool:
         if batch_size % self.width:
             raise InputError(f"batch size {batch_size} is not a multiple of the community size {self.width}")
         self.group = batch_size // self.width
-        self.intact = communities_in_batch(batch_size, self.width, random_share)
-        if random_share and self.intact == self.group:
-            raise InputError(
-                f"a random share of {random_share} of a batch of {self.group} communities is no whole community;"
-                f" the smallest step is {1 / self.group:g}"
-            )
         self.num_batches = self._count_batches()
         self.passes = self._split_into_passes(self._counts())
 
     @property
     def name(self) -> str:
         return " + ".join(part.name for part in self.parts)
-
-    @property
-    def num_random_rows(self) -> int:
-        """Rows of each batch that are drawn at random."""
-        return self.batch_size - self.intact * self.width
 
     def _count_batches(self) -> int:
         rows = sum(part.communities.size for part in self.parts)
@@ -192,7 +178,7 @@ class Pool:
         return table
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """All batches of an epoch: (batches, |B|) int64 row numbers, communities first, then random rows."""
+        """All batches of an epoch: (batches, |B|) int64 row numbers."""
         starts = epoch * self.passes.sum(axis=0) + np.cumsum(self.passes, axis=0) - self.passes
         batches = []
         for index, (counts, firsts) in enumerate(zip(self.passes, starts, strict=True)):
@@ -205,16 +191,9 @@ class Pool:
         return np.concatenate(batches)
 
     def _draw(self, communities: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        """Batches (b, |B|) from b * |B| / K communities; some are dissolved where a share of random rows is wanted."""
-        batches = len(communities) // self.group
+        """Batches (b, |B|) from b * |B| / K communities (C, K)."""
         order = _order(self.seed, _Choice.BATCHES, self.number, epoch, index, count=len(communities))
-        drawn = communities[order]
-        intact = drawn[: batches * self.intact].reshape(batches, -1)
-        if self.intact == self.group:
-            return intact
-        loose = drawn[batches * self.intact :].reshape(-1)
-        loose = loose[_order(self.seed, _Choice.DISSOLVED, self.number, epoch, index, count=len(loose))]
-        return np.concatenate([intact, loose.reshape(batches, -1)], axis=1)
+        return communities[order].reshape(-1, self.batch_size)
 
 
 def apportion(total: int, ideal: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:

@@ -35,13 +35,12 @@ class BatchPlanSampler(Sampler[list[Any]]):
         rank, world_size: a rank takes the consecutive slice `rank` of each batch.
         weights: how often the rows of each data set are seen, against 1; at most 1: no row twice in an epoch.
         pools: number of the pool of each data set; data sets of one pool share batches. Default: a pool each.
-        random_share: share of each batch that is drawn at random from its pool, in whole communities.
         frozen: every epoch has the batches of the first one in a new order.
         negatives: called as ``negatives(step, rows (B,))`` for the (B, h) hard negatives of a batch; an element of a
             batch is then (row number, its negatives).
 
     Raises:
-        InputError: |B| does not fit K, the ranks, the rows of a data set, the weights or the share.
+        InputError: |B| does not fit K, the ranks, the rows of a data set or the weights.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class BatchPlanSampler(Sampler[list[Any]]):
         world_size: int = 1,
         weights: Sequence[float] | None = None,
         pools: Sequence[int] | None = None,
-        random_share: float = 0.0,
         frozen: bool = False,
         negatives: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ) -> None:
@@ -75,9 +73,9 @@ class BatchPlanSampler(Sampler[list[Any]]):
         self.epoch = 0
         self.pool_of = list(pools) if pools is not None else list(range(count))
         weights = list(weights) if weights is not None else [1.0] * count
-        self.epochs = Epochs(self._pools(plans, weights, random_share), seed, frozen)
+        self.epochs = Epochs(self._pools(plans, weights), seed, frozen)
 
-    def _pools(self, plans: Sequence[Any], weights: Sequence[float], random_share: float) -> list[Pool]:
+    def _pools(self, plans: Sequence[Any], weights: Sequence[float]) -> list[Pool]:
         parts: dict[int, list[Part]] = {}
         for number, plan in enumerate(plans):
             remainder = np.asarray(getattr(plan, "remainder", ()), dtype=np.int64)
@@ -91,7 +89,7 @@ class BatchPlanSampler(Sampler[list[Any]]):
                 self.seed,
             )
             parts.setdefault(self.pool_of[number], []).append(part)
-        return [Pool(parts[number], number, self.batch_size, random_share) for number in sorted(parts)]
+        return [Pool(parts[number], number, self.batch_size) for number in sorted(parts)]
 
     @property
     def pools(self) -> list[Pool]:

@@ -55,12 +55,12 @@ def test_policies(root: Path, policy: str, pools: list[int], several: bool) -> N
 
 def test_the_description_names_what_was_chosen(root: Path) -> None:
     config = recipe(
-        root, "data.datasets.0.weight=0.5", batch={"policy": "b3", "random_share": 0.3, "remix": "frozen"}
+        root, "data.datasets.0.weight=0.5", batch={"policy": "b3", "remix": "frozen"}
     )  # fmt: skip
     datasets = load_datasets(config)
     plans = load_plans(config, datasets)
     said = describe(config, datasets, build_sampler(config, datasets, plans), plans)
-    assert "policy b3, the same batches every epoch (2 communities of 4 and 4 random rows)" in said
+    assert "policy b3, the same batches every epoch (3 communities of 4)" in said
     assert "pictures: 50 rows, weight 0.5, 2 batches an epoch" in said
     assert "words: 50 rows, 4 batches an epoch" in said
 

@@ -1,4 +1,4 @@
-"""Weights, rotation, random share, merged pools: exact counts, distinct rows, and nobody left out for long."""
+"""Weights, rotation, merged pools: exact counts, distinct rows, and nobody left out for long."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ def mixtures(draw: st.DrawFn, heaviest: float = 1.0) -> tuple[list[Plan], dict]:
         "sizes": [num_rows(p) for p in plans],
         "weights": [draw(st.floats(0.3, heaviest)) for _ in plans],
         "pools": draw(st.sampled_from([list(range(count)), [0] * count, [min(i, 1) for i in range(count)]])),
-        "random_share": draw(st.sampled_from([0.0, 0.5])),
         "seed": draw(st.integers(0, 2**31)),
     }
     return plans, options
@@ -83,21 +82,18 @@ def test_every_batch_has_distinct_rows_of_one_pool(mixture: tuple, epoch: int) -
 
 @settings(max_examples=60, deadline=None)
 @given(mixtures(heaviest=3.0), st.integers(0, 9))
-def test_batches_hold_whole_communities_and_the_share_of_random_rows(mixture: tuple, epoch: int) -> None:
+def test_batches_hold_whole_communities(mixture: tuple, epoch: int) -> None:
     """Nearly all: where a community ceded places to the remainder, it differs from the mined one."""
     plans, options = mixture
     sampler = build(plans, options)
     size = plans[0].communities.shape[1]
-    group = options["batch_size"] // size
-    intact = max(1, round((1 - options["random_share"]) * group))
     mined = {frozenset((c + sampler.offsets[d]).tolist()) for d, p in enumerate(plans) for c in p.communities}
     batches = sampler.epoch_batches(epoch)
     changed = 0
     for batch in batches:
-        changed += sum(frozenset(c.tolist()) not in mined for c in batch[: intact * size].reshape(-1, size))
+        changed += sum(frozenset(c.tolist()) not in mined for c in batch.reshape(-1, size))
     heaviest = max(options["weights"])
     assert changed <= sum(len(p.remainder) > 0 for p in plans) * (heaviest + 2)
-    assert {pool.num_random_rows for pool in sampler.pools} == {options["batch_size"] - intact * size}
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,16 +170,6 @@ def test_frozen_batches_keep_their_rows_and_change_their_order() -> None:
     assert {tuple(b) for b in first.tolist()}.isdisjoint(tuple(b) for b in fresh.epoch_batches(1).tolist())
 
 
-def test_communities_and_random_rows_are_drawn_anew_each_epoch() -> None:
-    sampler = BatchPlanSampler(plan(64, 4, 0, 0), 32, random_share=0.25)
-    dissolved = [frozenset(np.concatenate([b[24:] for b in sampler.epoch_batches(e)]).tolist()) for e in range(3)]
-    assert len(set(dissolved)) == 3
-    assert all(len(rows) == 8 * 8 for rows in dissolved)
-    mined = {frozenset(c.tolist()) for c in sampler.pools[0].parts[0].communities}
-    loose = [frozenset(b[24 + 4 * i : 28 + 4 * i].tolist()) for b in sampler.epoch_batches(0) for i in range(2)]
-    assert not mined & set(loose), "random rows are not communities"
-
-
 def test_the_remainder_takes_places_in_every_other_turn() -> None:
     small = plan(1, 4, 3, 0)
     sampler = BatchPlanSampler(small, 4, sizes=[7])
@@ -197,7 +183,6 @@ def test_the_remainder_takes_places_in_every_other_turn() -> None:
     [
         ({"weights": [0.0, 1]}, "weight 0.0 of data set 0 must be a number above 0"),
         ({"weights": [float("inf"), 1]}, "weight inf of data set 0"),
-        ({"random_share": 0.01}, "random share of 0.01 of a batch of 4 communities is no whole community"),
         ({"pools": [0, 0], "weights": [30, 0.01], "batch_size": 32}, "weight 30 of data set 0 would put a row twice"),
         ({"pools": [0, 0], "weights": [0.001, 0.001], "batch_size": 4}, "share 1 communities an epoch"),
     ],
@@ -244,12 +229,12 @@ def test_apportionment_is_exact_within_bounds_and_near(data: st.DataObject) -> N
 
 def test_batches_are_the_same_everywhere() -> None:
     """The draw is a hash, so these rows hold for any version of any library; a change here breaks resumed runs."""
-    sampler = BatchPlanSampler(np.arange(27).reshape(9, 3), 6, seed=7, random_share=0.5)
+    sampler = BatchPlanSampler(np.arange(27).reshape(9, 3), 6, seed=7)
     assert sampler.epoch_batches(1).tolist() == [
-        [15, 16, 17, 22, 23, 1],
-        [18, 19, 20, 2, 21, 4],
-        [24, 25, 26, 0, 3, 13],
-        [9, 10, 11, 5, 12, 14],
+        [15, 16, 17, 18, 19, 20],
+        [9, 10, 11, 24, 25, 26],
+        [3, 4, 5, 12, 13, 14],
+        [0, 1, 2, 21, 22, 23],
     ]
 
 
