@@ -4,7 +4,7 @@ A collator meets such a row in a worker, in the middle of a batch. `GuardedColla
 Under the policy "replace" each gives its place to another row of its data set, drawn by a hash of (seed, data set,
 row), so that the batch is the same in every run, for any number of ranks, and after every resume; should that row be in
 the batch already, the mask of duplicates sees to it. A row is replaced as well when one of its hard negatives cannot be
-read; one that was drawn for the batch is left out instead.
+read.
 """
 
 from __future__ import annotations
@@ -93,23 +93,15 @@ class GuardedCollator:
 
     def _other(self, place: StepRow) -> StepRow:
         """A readable row in place of this one, whatever else is in the batch: a rank knows only its share of it."""
-        dataset, row = place[:2]
-        drawn = [[n if n >= 0 and self._readable(dataset, n) else -1 for n in given] for given in place[2:]]
+        dataset, row = place
         count = len(self.collator.datasets[dataset])
         for attempt in range(4 * count):
             digest = hashlib.sha256(f"{self.seed}/{dataset}/{row}/{attempt}".encode()).digest()
-            other: StepRow = (dataset, int.from_bytes(digest[:8], "big") % count, *drawn)  # type: ignore[assignment]
+            other = dataset, int.from_bytes(digest[:8], "big") % count
             if self._problem(other) is None:
                 return other
         name = self.collator.datasets[dataset].name
         raise DataError(f"{name} row {row} cannot be read, and no other row of {name} can take its place")
-
-    def _readable(self, dataset: int, row: int) -> bool:
-        try:
-            self.collator.processor(self.collator.datasets[dataset].target(row))
-        except DataError:
-            return False
-        return True
 
 
 class BadRows:

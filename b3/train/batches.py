@@ -11,7 +11,6 @@ from b3.errors import RunError
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
     from b3.mining.plan import BatchPlan
-    from b3.train.negatives import StepNegatives
     from b3.train.sampler import BatchPlanSampler
 
 
@@ -44,11 +43,9 @@ def build_sampler(
     from b3.train.sampler import BatchPlanSampler, random_rows
 
     batch, entries = config.batch, config.data.datasets
-    sizes = [len(dataset) for dataset in datasets]
     return BatchPlanSampler(
-        plans if batch.mined else [random_rows(size) for size in sizes],
+        plans if batch.mined else [random_rows(len(dataset)) for dataset in datasets],
         batch.size,
-        sizes=sizes,
         names=[dataset.name for dataset in datasets],
         seed=config.seed,
         steps=config.train.steps,
@@ -58,20 +55,7 @@ def build_sampler(
         weights=[entry.weight for entry in entries],
         pools=pool_numbers(config),
         frozen=batch.remix == "frozen",
-        negatives=_step_negatives(config, sizes, plans),
     )
-
-
-def _step_negatives(config: Config, sizes: list[int], plans: list[BatchPlan]) -> StepNegatives | None:
-    """The draw of hard negatives by batch, or None where they are drawn by community or there are none."""
-    if not config.negatives.mined or config.negatives.scope == "community":
-        return None
-    import numpy as np
-
-    from b3.train.negatives import StepNegatives
-
-    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    return StepNegatives(plans, offsets, config.negatives.per_query, config.seed)
 
 
 def pool_numbers(config: Config) -> list[int]:

@@ -103,7 +103,7 @@ def build_trainer(
 
         shard_frozen(embedder)
     negatives = None
-    if config.negatives.mined and config.negatives.scope == "community":
+    if config.negatives.mined:
         mined = [plan.hard_negatives for plan in plans]
         assert all(rows is not None for rows in mined), "load_plans checks this"
         negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]

@@ -49,9 +49,9 @@ def data_facts(datasets: list[PairDataset], plans: list[BatchPlan]) -> dict[str,
 
 
 def plan_digest(plan: BatchPlan) -> str:
-    """SHA-256 over communities and hard negatives, or what these are drawn from: equal digests, equal batches."""
+    """SHA-256 over communities and hard negatives: equal digests, equal batches."""
     digest = hashlib.sha256()
-    for array in (plan.communities, plan.hard_negatives, plan.candidates, plan.candidate_scores):
+    for array in (plan.communities, plan.hard_negatives):
         if array is not None:
             digest.update(f"{array.shape}{array.dtype}".encode() + array.tobytes())
     return digest.hexdigest()

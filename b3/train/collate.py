@@ -16,23 +16,20 @@ from b3.model.batch import Processor, token_batches
 from b3.model.encode import unique_items
 from b3.train.inputs import Pictures, StepInputs
 
-StepRow = tuple[int, int] | tuple[int, int, Sequence[int]]  # data set, row, hard negatives drawn for the batch
+StepRow = tuple[int, int]  # number of the data set, row number in it
 
 
 class Rows(torch.utils.data.Dataset[StepRow]):
-    """Row numbers over several data sets; an element is a `StepRow`, no data is read here."""
+    """Any row of several data sets; an element is its place, no data is read here."""
 
     def __init__(self, sizes: list[int]) -> None:
-        self.offsets = np.concatenate([[0], np.cumsum(sizes)])
+        self.num_rows = sum(sizes)
 
     def __len__(self) -> int:
-        return int(self.offsets[-1])
+        return self.num_rows
 
-    def __getitem__(self, row: int | tuple[int, Sequence[int]]) -> StepRow:
-        number, *negatives = row if isinstance(row, tuple) else (row,)
-        dataset = int(np.searchsorted(self.offsets, number, side="right")) - 1
-        own = int(number - self.offsets[dataset])
-        return (dataset, own, negatives[0]) if negatives else (dataset, own)
+    def __getitem__(self, place: StepRow) -> StepRow:
+        return place
 
 
 @dataclass
@@ -56,14 +53,13 @@ class _Packed:
 
 @dataclass(frozen=True)
 class StepCollator:
-    """Builds `StepInputs` from `StepRow`s.
+    """Builds `StepInputs` from pairs (data set, row).
 
     Args:
         datasets: in the order of the sampler.
         processor: items to inputs.
         chunk_tokens: tokens a chunk may hold.
-        hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None; where
-            a row comes with negatives of its own, those count.
+        hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None.
         stored_negatives: so many negatives of each row's own (`PairDataset.negatives`), in place of mined ones.
         share_duplicates: encode equal items of a rank once. With dropout they then share one random mask.
         teachers: per data set a teacher's (queries, targets), each (N, D) floats; None: no mask reads them.
@@ -78,7 +74,7 @@ class StepCollator:
     teachers: list[tuple[np.ndarray, np.ndarray]] | None = None
 
     def __call__(self, rows: list[StepRow]) -> StepInputs:
-        queries = [self.datasets[place[0]].query(place[1]) for place in rows]
+        queries = [self.datasets[number].query(row) for number, row in rows]
         columns = [column for place in rows for column in self._columns(place)]
         targets = [item for item, _ in columns]
         items = queries + targets
@@ -103,25 +99,26 @@ class StepCollator:
         )
 
     def negative_items(self, place: StepRow) -> list[Item | None]:
-        """The h hard negatives of a row, None where there are fewer: stored with it, drawn for it, or of its plan."""
-        dataset, row = self.datasets[place[0]], place[1]
+        """The h hard negatives of a row, None where there are fewer: stored with it, or of its plan."""
+        number, row = place
+        dataset = self.datasets[number]
         if self.stored_negatives:
             found = dataset.negatives(row)[: self.stored_negatives]
             return [*found, *[None] * (self.stored_negatives - len(found))]
         return [dataset.target(n) if n >= 0 else None for n in self._negative_rows(place)]
 
     def _negative_rows(self, place: StepRow) -> Sequence[int]:
-        """Row numbers whose targets are the hard negatives of a row, -1 for none: its own, or those of the plan."""
-        if len(place) == 3:
-            return place[2]
+        """Row numbers whose targets are the hard negatives of a row, -1 for none."""
         if self.hard_negatives is None:
             return []
-        negatives: list[int] = self.hard_negatives[place[0]][place[1]].tolist()
+        number, row = place
+        negatives: list[int] = self.hard_negatives[number][row].tolist()
         return negatives
 
     def _columns(self, place: StepRow) -> list[tuple[Item, bool]]:
         """(target, valid) of a row's positive and its hard negatives; a missing one is a copy of the positive."""
-        positive = self.datasets[place[0]].target(place[1])
+        number, row = place
+        positive = self.datasets[number].target(row)
         negatives = self.negative_items(place)
         return [(positive, True), *((positive, False) if item is None else (item, True) for item in negatives)]
 
@@ -129,9 +126,9 @@ class StepCollator:
         if self.teachers is None:
             return None, None
         assert not self.stored_negatives, "the teacher's vectors are those of rows"
-        queries = np.stack([self.teachers[place[0]][0][place[1]] for place in rows])
+        queries = np.stack([self.teachers[number][0][row] for number, row in rows])
         columns = [(place, n) for place in rows for n in (place[1], *self._negative_rows(place))]
-        targets = np.stack([self.teachers[place[0]][1][n if n >= 0 else place[1]] for place, n in columns])
+        targets = np.stack([self.teachers[number][1][n if n >= 0 else row] for (number, row), n in columns])
         return torch.from_numpy(queries), torch.from_numpy(targets)
 
     def _process(self, items: list[Item]) -> _Packed:

@@ -41,7 +41,7 @@ class Part:
     Args:
         name: of the data set, for messages.
         number: of the data set; part of every hash.
-        communities: (C, K) int64 row numbers over all data sets.
+        communities: (C, K) int64 row numbers.
         remainder: (R,) int64 rows in no community; K or more where subsets were mined on their own or a plan was
             imported, at most as many as are in communities.
         weight: how often the rows are seen, against 1.
@@ -69,14 +69,17 @@ class Part:
         return self.communities.size + len(self.remainder)
 
     def stretch(self, first: int, count: int) -> np.ndarray:
-        """`count` <= C communities from position `first` of the endless walk round the wheel: (count, K), distinct."""
+        """`count` <= C communities from position `first` of the endless walk round the wheel, distinct.
+
+        Returns (count, K, 2) int64: number of the data set, row number in it.
+        """
         size = len(self.communities)
         rows: np.ndarray = self.communities[self._wheel[np.arange(first, first + count) % size]]
         if len(self.remainder):
             for turn in range(first // size, (first + count - 1) // size + 1):
                 if turn % 2 == 0:  # in odd turns everyone is in place, so no row stays away twice in a row
                     self._cede(rows, turn, first)
-        return rows
+        return np.stack([np.full_like(rows, self.number), rows], axis=-1)
 
     def _cede(self, rows: np.ndarray, turn: int, first: int) -> None:
         size, width = self.communities.shape
@@ -178,7 +181,7 @@ class Pool:
         return table
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """All batches of an epoch: (batches, |B|) int64 row numbers."""
+        """All batches of an epoch: (batches, |B|, 2) int64, data set and row."""
         starts = epoch * self.passes.sum(axis=0) + np.cumsum(self.passes, axis=0) - self.passes
         batches = []
         for index, (counts, firsts) in enumerate(zip(self.passes, starts, strict=True)):
@@ -191,9 +194,9 @@ class Pool:
         return np.concatenate(batches)
 
     def _draw(self, communities: np.ndarray, epoch: int, index: int) -> np.ndarray:
-        """Batches (b, |B|) from b * |B| / K communities (C, K)."""
+        """Batches (b, |B|, 2) from b * |B| / K communities (C, K, 2)."""
         order = _order(self.seed, _Choice.BATCHES, self.number, epoch, index, count=len(communities))
-        return communities[order].reshape(-1, self.batch_size)
+        return communities[order].reshape(-1, self.batch_size, 2)
 
 
 def apportion(total: int, ideal: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
@@ -230,14 +233,14 @@ class Epochs:
         return sum(pool.num_batches for pool in self.pools)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """(batches, |B|) int64 row numbers, in order."""
+        """(batches, |B|, 2) int64 data sets and rows, in order."""
         if self._cached is None or self._cached[0] != epoch:
             batches = np.concatenate([pool.epoch(0 if self.frozen else epoch) for pool in self.pools])
             self._cached = epoch, batches[_order(self.seed, _Choice.ORDER, epoch, count=len(batches))]
         return self._cached[1]
 
     def batch(self, index: int) -> np.ndarray:
-        """The batch `index` counted from the first epoch: (|B|,) int64."""
+        """The batch `index` counted from the first epoch: (|B|, 2) int64."""
         epoch, within = divmod(index, self.num_batches)
         batch: np.ndarray = self.epoch(epoch)[within]
         return batch

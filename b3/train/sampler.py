@@ -6,7 +6,7 @@ every rank knows the exact number of batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,14 +19,15 @@ from b3.train.pools import Epochs, Part, Pool
 class BatchPlanSampler(Sampler[list[Any]]):
     """Batches of |B| / K communities of one pool (by default one data set), re-drawn every epoch.
 
-    A row number counts over all data sets: row r of data set d is ``offsets[d] + r``. Communities that do not fill a
-    last batch, and rows in no community, rotate: after ``2 * C / n`` epochs, rounded up, with n of a data set's C
-    communities used an epoch, each of its rows was used. See `b3.train.pools`.
+    For a `DataLoader` as its `batch_sampler`. With one plan each batch is a list of row numbers; with a list of plans,
+    one per data set, a list of pairs (number of the data set, row number in it).
+
+    Communities that do not fill a last batch, and rows in no community, rotate: after ``2 * C / n`` epochs, rounded
+    up, with n of a data set's C communities used per epoch, each of its rows was used. See `b3.train.pools`.
 
     Args:
-        plans: one per data set: a `BatchPlan`, or its communities (C, K) int64. Random batches are communities of one
-            row each, see `random_rows`.
-        sizes: rows of each data set, for the offsets; default: largest row number of its plan + 1.
+        plans: a `BatchPlan`, or its communities (C, K) int64; or a list of these, one per data set. Random batches are
+            communities of one row each, see `random_rows`.
         names: of the data sets, for messages.
         batch_size: |B| over all ranks, a multiple of every K and of `world_size`.
         seed: of the draw.
@@ -36,8 +37,6 @@ class BatchPlanSampler(Sampler[list[Any]]):
         weights: how often the rows of each data set are seen, against 1; at most 1: no row twice in an epoch.
         pools: number of the pool of each data set; data sets of one pool share batches. Default: a pool each.
         frozen: every epoch has the batches of the first one in a new order.
-        negatives: called as ``negatives(step, rows (B,))`` for the (B, h) hard negatives of a batch; an element of a
-            batch is then (row number, its negatives).
 
     Raises:
         InputError: |B| does not fit K, the ranks, the rows of a data set or the weights.
@@ -48,7 +47,6 @@ class BatchPlanSampler(Sampler[list[Any]]):
         plans: Any,
         batch_size: int,
         *,
-        sizes: Sequence[int] | None = None,
         names: Sequence[str] | None = None,
         seed: int = 0,
         steps: int | None = None,
@@ -58,37 +56,27 @@ class BatchPlanSampler(Sampler[list[Any]]):
         weights: Sequence[float] | None = None,
         pools: Sequence[int] | None = None,
         frozen: bool = False,
-        negatives: Callable[[int, np.ndarray], np.ndarray] | None = None,
     ) -> None:
-        self.negatives = negatives
         if batch_size % world_size:
             raise InputError(f"batch size {batch_size} does not divide over {world_size} ranks")
-        plans = list(plans) if isinstance(plans, (list, tuple)) else [plans]
+        self.has_pairs = isinstance(plans, (list, tuple))
+        plans = list(plans) if self.has_pairs else [plans]
         count = len(plans)
-        sizes = sizes or [int(_communities(plan).max()) + 1 for plan in plans]
-        self.offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-        self.names = list(names) if names else [f"data set {d}" for d in range(count)]
+        self.names = list(names) if names else [f"data set {number}" for number in range(count)]
         self.batch_size, self.seed, self.steps, self.start = batch_size, seed, steps, start
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        self.pool_of = list(pools) if pools is not None else list(range(count))
+        pool_of = list(pools) if pools is not None else list(range(count))
         weights = list(weights) if weights is not None else [1.0] * count
-        self.epochs = Epochs(self._pools(plans, weights), seed, frozen)
+        self.epochs = Epochs(self._pools(plans, weights, pool_of), seed, frozen)
 
-    def _pools(self, plans: Sequence[Any], weights: Sequence[float]) -> list[Pool]:
+    def _pools(self, plans: Sequence[Any], weights: Sequence[float], pool_of: Sequence[int]) -> list[Pool]:
         parts: dict[int, list[Part]] = {}
         for number, plan in enumerate(plans):
+            communities = np.asarray(getattr(plan, "communities", plan), dtype=np.int64)
             remainder = np.asarray(getattr(plan, "remainder", ()), dtype=np.int64)
-            offset = self.offsets[number]
-            part = Part(
-                self.names[number],
-                number,
-                _communities(plan) + offset,
-                remainder + offset,
-                weights[number],
-                self.seed,
-            )
-            parts.setdefault(self.pool_of[number], []).append(part)
+            part = Part(self.names[number], number, communities, remainder, weights[number], self.seed)
+            parts.setdefault(pool_of[number], []).append(part)
         return [Pool(parts[number], number, self.batch_size) for number in sorted(parts)]
 
     @property
@@ -104,37 +92,20 @@ class BatchPlanSampler(Sampler[list[Any]]):
         """Choose the epoch of the next iteration (only without `steps`)."""
         self.epoch = epoch
 
-    def epoch_batches(self, epoch: int) -> np.ndarray:
-        """All batches of an epoch in order: (batches, |B|) int64 row numbers over all data sets."""
-        return self.epochs.epoch(epoch)
-
     def batch(self, step: int) -> np.ndarray:
-        """The whole batch of a step counted from the beginning of training: (|B|,) int64."""
+        """The whole batch of a step counted from the beginning of training: (|B|, 2) int64, data set and row."""
         return self.epochs.batch(step)
-
-    def dataset_of(self, row: int) -> tuple[int, int]:
-        """(data set, row in it) of a row number."""
-        dataset = int(np.searchsorted(self.offsets, row, side="right")) - 1
-        return dataset, int(row - self.offsets[dataset])
 
     def __len__(self) -> int:
         return self.batches_per_epoch if self.steps is None else max(0, self.steps - self.start)
 
     def __iter__(self) -> Iterator[list[Any]]:
         share = self.batch_size // self.world_size
-        own = slice(self.rank * share, (self.rank + 1) * share)
+        of_rank = slice(self.rank * share, (self.rank + 1) * share)
         first = self.epoch * self.batches_per_epoch if self.steps is None else self.start
         for step in range(first, first + len(self)):
-            batch = self.batch(step)
-            rows = batch[own].tolist()
-            if self.negatives is None:
-                yield rows
-            else:
-                yield list(zip(rows, self.negatives(step, batch)[own].tolist(), strict=True))
-
-
-def _communities(plan: Any) -> np.ndarray:
-    return np.asarray(getattr(plan, "communities", plan), dtype=np.int64)
+            pairs = self.batch(step)[of_rank]
+            yield [(dataset, row) for dataset, row in pairs.tolist()] if self.has_pairs else pairs[:, 1].tolist()
 
 
 def random_rows(num_rows: int) -> np.ndarray:

@@ -86,8 +86,6 @@ def batch_facts(config: Config, folder: Path) -> dict[str, float]:
 
     datasets = load_datasets(config)
     rows_of = json.loads((folder / "split.json").read_text())["train"]
-    sizes = [len(d) for d in datasets]
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
     vectors = [
         tuple(np.load(folder / "teachers" / "full" / f"{d.name}_{side}.npy") for side in ("queries", "targets"))
         for d in datasets
@@ -95,14 +93,13 @@ def batch_facts(config: Config, folder: Path) -> dict[str, float]:
     sampler = build_sampler(config, datasets, load_plans(config, datasets))
     sums, count = np.zeros(3), 0
     for index in np.linspace(0, config.train.steps - 1, min(BATCHES, config.train.steps)).astype(int).tolist():
-        places = [int(place[0] if isinstance(place, tuple) else place) for place in sampler.batch(index).tolist()]
-        sets = np.searchsorted(offsets, places, side="right") - 1
+        sets, members_of = sampler.batch(index).T
         for number in np.unique(sets):
-            members = np.asarray(places)[sets == number] - offsets[number]
+            members = members_of[sets == number]
             queries, targets = vectors[number]
             rows = [rows_of[datasets[number].name][i] for i in members]
             sums += _count(queries[members], targets, members, rows)
-        count += len(places)
+        count += len(sets)
     window, above, shared = (sums / count).tolist()
     return {"window": window, "above": above, "synonyms": shared}
 

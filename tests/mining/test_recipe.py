@@ -17,9 +17,7 @@ from b3.config import load_config
 from b3.data.datasets import load_datasets
 from b3.errors import InputError
 from b3.mining import BatchPlan
-from b3.mining.batch_negatives import draw_batch
 from b3.mining.recipe import load_plan, mine_recipe
-from b3.train.batches import build_sampler, load_plans
 from scripts import mine as script
 
 
@@ -83,25 +81,6 @@ def test_training_on_mined_batches_with_hard_negatives(root: Path) -> None:
     lines = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert "mined negatives" in (root / "run" / "README.md").read_text()
-
-
-def test_training_on_negatives_drawn_by_batch(root: Path) -> None:
-    tiny.write_model(root / "model")
-    recipe = [str(root / "recipe.yaml"), "negatives.scope=batch", "batch.policy=b3", "train.steps=3"]
-    assert script.main(recipe) == 0
-    plan = BatchPlan.load(root / "mining" / "words")
-    assert plan.hard_negatives is None and plan.candidates is not None
-    config = load_config(recipe[0], recipe[1:])
-    datasets = load_datasets(config)
-    sampler = build_sampler(config, datasets, load_plans(config, datasets))
-    for step, elements in enumerate(sampler):
-        rows = np.array([row for row, _ in elements])
-        assert np.array_equal(rows, sampler.batch(step))
-        number, offset = sampler.dataset_of(int(rows[0]))[0], sampler.offsets
-        base = load_plans(config, datasets)[number]
-        assert [n for _, n in elements] == draw_batch(base, rows - offset[number], 2, config.seed, step).tolist()
-    assert train.main(recipe) == 0
-    assert script.main([*recipe, "negatives.scope=community"]) == 2
 
 
 def test_a_checkpoint_can_be_the_teacher(root: Path) -> None:

@@ -46,9 +46,10 @@ def test_policies(root: Path, policy: str, pools: list[int], several: bool) -> N
     plans = load_plans(config, datasets)
     sampler = build_sampler(config, datasets, plans)
     batches = [sampler.batch(step) for step in range(6)]
-    assert any(len({sampler.dataset_of(row)[0] for row in batch}) == 2 for batch in batches) == several
-    mined = {frozenset((c + 50 * d).tolist()) for d, p in enumerate(plans) for c in p.communities}
-    whole = sum(frozenset(part.tolist()) in mined for batch in batches for part in batch.reshape(-1, 4))
+    assert any(len(set(batch[:, 0].tolist())) == 2 for batch in batches) == several
+    mined = {frozenset((d, row) for row in c.tolist()) for d, p in enumerate(plans) for c in p.communities}
+    parts = [part for batch in batches for part in batch.reshape(-1, 4, 2).tolist()]
+    whole = sum(frozenset((d, row) for d, row in part) in mined for part in parts)
     assert whole >= 16 if policy.startswith("b3") else whole == 0
     assert ("batches across pictures + words: 8 an epoch" in describe(config, datasets, sampler, plans)) == several
 

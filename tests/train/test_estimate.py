@@ -30,11 +30,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(root: Path, *overrides: str) -> tuple[Config, object]:
     config = load_config(root / "recipe.yaml", [f"output_dir={root / 'run'}", *overrides])
-    return config, build_trainer(config, load_datasets(config), {}, None, StopRequest())
+    return config, build_trainer(config, load_datasets(config), [], None, StopRequest())
 
 
 def step_inputs(trainer: object, step: int) -> object:
-    places = [divmod(row, 96) for row in trainer.sampler.batch(step).tolist()]
+    places = [tuple(place) for place in trainer.sampler.batch(step).tolist()]
     return trainer.collator(places)
 
 

@@ -21,14 +21,14 @@ def communities(count: int, size: int, seed: int) -> np.ndarray:
 def test_an_epoch_has_each_row_at_most_once_in_whole_communities(counts: list[int], group: int, seed: int) -> None:
     plans = [communities(c, 4, seed + i) for i, c in enumerate(counts)]
     sampler = BatchPlanSampler(plans, 4 * group, seed=seed)
-    batches = sampler.epoch_batches(3)
+    batches = sampler.epochs.epoch(3)
     assert len(batches) == len(sampler) == sum(c // group for c in counts)
-    rows = np.concatenate(batches)
-    assert len(np.unique(rows)) == len(rows)
-    known = {tuple(sorted(c + sampler.offsets[d])) for d, plan in enumerate(plans) for c in plan}
+    places = np.concatenate(batches)
+    assert len(np.unique(places, axis=0)) == len(places)
+    known = {(d, tuple(sorted(c))) for d, plan in enumerate(plans) for c in plan}
     for batch in batches:
-        assert len({sampler.dataset_of(int(r))[0] for r in batch}) == 1
-        assert all(tuple(sorted(part)) in known for part in batch.reshape(-1, 4))
+        (dataset,) = set(batch[:, 0].tolist())
+        assert all((dataset, tuple(sorted(part))) in known for part in batch[:, 1].reshape(-1, 4))
 
 
 def test_resuming_is_indexing() -> None:
@@ -51,7 +51,7 @@ def test_ranks_share_each_batch_in_order(ranks: int) -> None:
 def test_epochs_differ_and_left_over_communities_rotate() -> None:
     plan = communities(5, 4, 0)
     sampler = BatchPlanSampler(plan, 16, seed=1)
-    epochs = [np.sort(np.concatenate(sampler.epoch_batches(e))) for e in range(20)]
+    epochs = [np.sort(sampler.epochs.epoch(e)[..., 1].ravel()) for e in range(20)]
     assert len({tuple(e) for e in epochs}) > 1
     assert set(np.concatenate(epochs)) == set(range(20))
 
@@ -60,6 +60,11 @@ def test_seeds_differ_and_repeat() -> None:
     plan = random_rows(64)
     a, b, c = (list(BatchPlanSampler(plan, 8, seed=s, steps=8)) for s in (0, 0, 1))
     assert a == b != c
+
+
+def test_one_plan_gives_row_numbers_and_a_list_of_plans_pairs() -> None:
+    plan = communities(6, 4, 0)
+    assert [[(0, row) for row in batch] for batch in BatchPlanSampler(plan, 8)] == list(BatchPlanSampler([plan], 8))
 
 
 def test_set_epoch_serves_as_an_ordinary_batch_sampler() -> None:

@@ -26,8 +26,13 @@ def plan(count: int, size: int, extra: int, seed: int) -> Plan:
     return Plan(rows[: count * size].reshape(count, size), rows[count * size :])
 
 
-def num_rows(plan: Plan) -> int:
-    return plan.communities.size + len(plan.remainder)
+def all_places(plans: list[Plan]) -> set[tuple[int, int]]:
+    return {(d, row) for d, plan in enumerate(plans) for row in range(plan.communities.size + len(plan.remainder))}
+
+
+def places(batches: np.ndarray) -> list[tuple[int, int]]:
+    """(data set, row) of all elements of batches (..., 2), in order."""
+    return [(dataset, row) for dataset, row in batches.reshape(-1, 2).tolist()]
 
 
 @st.composite
@@ -40,12 +45,16 @@ def mixtures(draw: st.DrawFn, heaviest: float = 1.0) -> tuple[list[Plan], dict]:
     ]
     options = {
         "batch_size": size * group,
-        "sizes": [num_rows(p) for p in plans],
         "weights": [draw(st.floats(0.3, heaviest)) for _ in plans],
         "pools": draw(st.sampled_from([list(range(count)), [0] * count, [min(i, 1) for i in range(count)]])),
         "seed": draw(st.integers(0, 2**31)),
     }
     return plans, options
+
+
+def rows(sampler: BatchPlanSampler, epoch: int) -> np.ndarray:
+    """(batches, |B|) row numbers of an epoch, for a sampler of one plan."""
+    return sampler.epochs.epoch(epoch)[..., 1]
 
 
 def build(plans: list[Plan], options: dict) -> BatchPlanSampler:
@@ -63,9 +72,9 @@ def build(plans: list[Plan], options: dict) -> BatchPlanSampler:
 def test_weights_up_to_one_give_each_row_at_most_once_an_epoch(mixture: tuple, epoch: int) -> None:
     plans, options = mixture
     sampler = BatchPlanSampler(plans, **options)
-    rows = np.concatenate(sampler.epoch_batches(epoch))
-    assert len(np.unique(rows)) == len(rows) == len(sampler) * options["batch_size"]
-    assert 0 <= rows.min() <= rows.max() < sum(options["sizes"])
+    used = places(sampler.epochs.epoch(epoch))
+    assert len(set(used)) == len(used) == len(sampler) * options["batch_size"]
+    assert set(used) <= all_places(plans)
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,11 +82,11 @@ def test_weights_up_to_one_give_each_row_at_most_once_an_epoch(mixture: tuple, e
 def test_every_batch_has_distinct_rows_of_one_pool(mixture: tuple, epoch: int) -> None:
     plans, options = mixture
     sampler = build(plans, options)
-    batches = sampler.epoch_batches(epoch)
+    batches = sampler.epochs.epoch(epoch)
     assert len(batches) == len(sampler)
     for batch in batches:
-        assert len(np.unique(batch)) == options["batch_size"]
-        assert len({options["pools"][sampler.dataset_of(row)[0]] for row in batch}) == 1
+        assert len(set(places(batch))) == options["batch_size"]
+        assert len({options["pools"][dataset] for dataset, _ in places(batch)}) == 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,11 +96,9 @@ def test_batches_hold_whole_communities(mixture: tuple, epoch: int) -> None:
     plans, options = mixture
     sampler = build(plans, options)
     size = plans[0].communities.shape[1]
-    mined = {frozenset((c + sampler.offsets[d]).tolist()) for d, p in enumerate(plans) for c in p.communities}
-    batches = sampler.epoch_batches(epoch)
-    changed = 0
-    for batch in batches:
-        changed += sum(frozenset(c.tolist()) not in mined for c in batch.reshape(-1, size))
+    mined = {frozenset((d, row) for row in c.tolist()) for d, p in enumerate(plans) for c in p.communities}
+    drawn = sampler.epochs.epoch(epoch).reshape(-1, size, 2)
+    changed = sum(frozenset(places(community)) not in mined for community in drawn)
     heaviest = max(options["weights"])
     assert changed <= sum(len(p.remainder) > 0 for p in plans) * (heaviest + 2)
 
@@ -106,8 +113,7 @@ def test_every_row_is_used_within_two_turns(mixture: tuple) -> None:
     for pool in sampler.pools:
         for part, count in zip(pool.parts, pool.passes.sum(axis=0), strict=True):
             epochs = max(epochs, -(-2 * len(part.communities) // int(count)))
-    seen = np.concatenate([np.concatenate(sampler.epoch_batches(epoch)) for epoch in range(epochs)])
-    assert set(seen.tolist()) == set(range(sum(options["sizes"])))
+    assert {place for epoch in range(epochs) for place in places(sampler.epochs.epoch(epoch))} == all_places(plans)
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,13 +121,12 @@ def test_every_row_is_used_within_two_turns(mixture: tuple) -> None:
 def test_uses_of_a_data_sets_rows_stay_within_one_of_each_other(mixture: tuple) -> None:
     plans, options = mixture
     plans = [Plan(p.communities, p.communities[0, :0]) for p in plans]
-    options["sizes"] = [int(p.communities.max()) + 1 for p in plans]
     sampler = build(plans, options)
-    uses = np.zeros(sum(options["sizes"]), dtype=int)
+    uses = np.zeros((len(plans), max(int(p.communities.max()) + 1 for p in plans)), dtype=int)
     for epoch in range(6):
-        np.add.at(uses, np.concatenate(sampler.epoch_batches(epoch)), 1)
+        np.add.at(uses, tuple(sampler.epochs.epoch(epoch).reshape(-1, 2).T), 1)
         for d, p in enumerate(plans):
-            of_rows = uses[sampler.offsets[d] + p.communities.ravel()]
+            of_rows = uses[d, p.communities.ravel()]
             assert of_rows.max() - of_rows.min() <= 1
 
 
@@ -138,43 +143,43 @@ def test_slices_of_ranks_make_the_batch_that_a_step_names(mixture: tuple, ranks:
     ]
     assert [len(part) for part in parts] == [5] * ranks
     batches = [[row for rows in slices for row in rows] for slices in zip(*parts, strict=True)]
-    assert batches == [whole.batch(step).tolist() for step in range(start, start + 5)]
+    assert batches == [places(whole.batch(step)) for step in range(start, start + 5)]
 
 
 @pytest.mark.parametrize(("weight", "batches"), [(1, 10), (2, 21), (0.5, 5), (0.1, 1), (0.001, 1), (3.3, 34)])
 def test_a_weight_sets_the_number_of_batches(weight: float, batches: int) -> None:
     """83 communities of 4 and 3 rows more: 335 rows, 10.47 batches of 32."""
     other = plan(16, 4, 0, 1)
-    sampler = BatchPlanSampler([plan(83, 4, 3, 0), other], 32, sizes=[335, 64], weights=[weight, 1])
+    sampler = BatchPlanSampler([plan(83, 4, 3, 0), other], 32, weights=[weight, 1])
     assert [pool.num_batches for pool in sampler.pools] == [batches + (weight == 3.3), 2]
-    counted = [sampler.dataset_of(batch[0])[0] for batch in sampler.epoch_batches(4)]
-    assert counted.count(0) == batches + (weight == 3.3)
+    datasets = sampler.epochs.epoch(4)[:, 0, 0].tolist()
+    assert datasets.count(0) == batches + (weight == 3.3)
 
 
 def test_weights_hold_within_a_merged_pool() -> None:
     plans = [plan(40, 4, 0, 0), plan(40, 4, 0, 1), plan(20, 4, 0, 2)]
     sampler = BatchPlanSampler(plans, 16, weights=[1, 0.5, 2], pools=[0, 0, 0])
-    rows = np.concatenate(sampler.epoch_batches(0))
-    of_set = np.bincount([sampler.dataset_of(row)[0] for row in rows])
-    assert of_set.tolist() == [160, 80, 160]
-    assert len({tuple(sorted({sampler.dataset_of(r)[0] for r in batch})) for batch in sampler.epoch_batches(0)}) > 1
+    datasets = sampler.epochs.epoch(0)[..., 0]
+    assert np.bincount(datasets.ravel()).tolist() == [160, 80, 160]
+    assert len({tuple(np.unique(batch)) for batch in datasets}) > 1
 
 
 def test_frozen_batches_keep_their_rows_and_change_their_order() -> None:
-    frozen = BatchPlanSampler([plan(21, 4, 1, 0)], 16, sizes=[85], frozen=True)
-    fresh = BatchPlanSampler([plan(21, 4, 1, 0)], 16, sizes=[85])
-    first, second = (frozen.epoch_batches(epoch) for epoch in (0, 1))
-    assert {tuple(b) for b in first.tolist()} == {tuple(b) for b in second.tolist()}
-    assert first.tolist() != second.tolist()
-    assert first.tolist() == fresh.epoch_batches(0).tolist()
-    assert {tuple(b) for b in first.tolist()}.isdisjoint(tuple(b) for b in fresh.epoch_batches(1).tolist())
+    frozen = BatchPlanSampler([plan(21, 4, 1, 0)], 16, frozen=True)
+    fresh = BatchPlanSampler([plan(21, 4, 1, 0)], 16)
+    first, second, drawn_anew = (
+        [tuple(b) for b in e.tolist()] for e in (rows(frozen, 0), rows(frozen, 1), rows(fresh, 1))
+    )
+    assert set(first) == set(second) and first != second
+    assert first == [tuple(b) for b in rows(fresh, 0).tolist()]
+    assert set(first).isdisjoint(drawn_anew)
 
 
 def test_the_remainder_takes_places_in_every_other_turn() -> None:
     small = plan(1, 4, 3, 0)
-    sampler = BatchPlanSampler(small, 4, sizes=[7])
+    sampler = BatchPlanSampler(small, 4)
     for epoch in range(6):
-        used = set(sampler.epoch_batches(epoch)[0].tolist())
+        used = set(rows(sampler, epoch)[0].tolist())
         assert (set(small.remainder.tolist()) <= used) == (epoch % 2 == 0)
 
 
@@ -195,18 +200,18 @@ def test_what_cannot_be_kept_is_refused(options: dict, message: str) -> None:
 
 @pytest.mark.parametrize("left_over", [4, 7, 32])
 def test_a_remainder_of_several_communities_rotates_too(left_over: int) -> None:
-    sampler = BatchPlanSampler(plan(8, 4, left_over, 0), 16, sizes=[32 + left_over])
+    sampler = BatchPlanSampler(plan(8, 4, left_over, 0), 16)
     seen: set[int] = set()
     for epoch in range(4):  # half of the communities fit into two batches of four; every other turn is ceded
-        rows = np.concatenate(sampler.epoch_batches(epoch))
-        assert len(np.unique(rows)) == len(rows)
-        seen |= set(rows.tolist())
+        used = rows(sampler, epoch).ravel().tolist()
+        assert len(set(used)) == len(used)
+        seen |= set(used)
     assert seen == set(range(32 + left_over))
 
 
 def test_a_remainder_that_cannot_rotate_is_refused() -> None:
     with pytest.raises(InputError, match="33 rows in no community, more than the 32 in communities"):
-        BatchPlanSampler(plan(8, 4, 33, 0), 16, sizes=[65])
+        BatchPlanSampler(plan(8, 4, 33, 0), 16)
     with pytest.raises(InputError, match="communities of different sizes"):
         BatchPlanSampler([plan(8, 4, 0, 0), plan(8, 2, 0, 0)], 16, pools=[0, 0])
 
@@ -230,7 +235,7 @@ def test_apportionment_is_exact_within_bounds_and_near(data: st.DataObject) -> N
 def test_batches_are_the_same_everywhere() -> None:
     """The draw is a hash, so these rows hold for any version of any library; a change here breaks resumed runs."""
     sampler = BatchPlanSampler(np.arange(27).reshape(9, 3), 6, seed=7)
-    assert sampler.epoch_batches(1).tolist() == [
+    assert rows(sampler, 1).tolist() == [
         [15, 16, 17, 18, 19, 20],
         [9, 10, 11, 24, 25, 26],
         [3, 4, 5, 12, 13, 14],

@@ -105,10 +105,10 @@ def test_weights_really_are_spread_and_chunks_really_unequal(root: Path, tmp_pat
         held.append(float(line.partition("weights ")[2].split()[0]))
     assert held[1] < 0.8 * held[0]
     config = load_config(root / "recipe.yaml", [*UNEQUAL, f"output_dir={tmp_path}"])
-    trainer = build_trainer(config, load_datasets(config), {}, None, StopRequest())
+    trainer = build_trainer(config, load_datasets(config), [], None, StopRequest())
     counts = set()
     for step in range(6):
-        places = [divmod(row, 96) for row in trainer.sampler.batch(step).tolist()]
+        places = [tuple(place) for place in trainer.sampler.batch(step).tolist()]
         halves = [trainer.collator(places[side]).num_chunks for side in (slice(6), slice(6, 12))]
         counts.add(halves[0] - halves[1])
     assert counts != {0}
