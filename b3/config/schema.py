@@ -166,7 +166,7 @@ class TrainConfig(Section):
     save_merged: bool = Field(
         False, description="also write OUTPUT/merged: the backbone with the adapter in its weights"
     )
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]] = Field(
         [], description="report to these beside metrics.jsonl (pip install 'b3[trackers]')"
     )
     timeout_minutes: float = Field(30.0, gt=0, description="a rank that waits longer for the others ends the run")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
     from b3.mining.plan import BatchPlan
     from b3.model.embedder import Embedder
+    from b3.train.loop import Trainer
 
 
 def build_embedder(config: Config) -> Embedder:
@@ -87,11 +88,14 @@ def build_trainer(
     plans: list[BatchPlan],
     checkpoint: Path | None,
     request: StopRequest,
-) -> Any:
+) -> Trainer:
+    """The parts of a run around its model; `checkpoint` says at which step the batches start."""
+    from transformers import set_seed
+
     from b3.train.checkpoint import checkpoint_step
     from b3.train.collate import StepCollator
     from b3.train.evaluation import Evaluator
-    from b3.train.loop import ContrastiveTrainer
+    from b3.train.loop import Trainer
     from b3.train.teacher import open_teachers
 
     start = 0 if checkpoint is None else checkpoint_step(checkpoint)
@@ -117,5 +121,6 @@ def build_trainer(
         share_duplicates=share == "always" or (share == "auto" and not embedder.has_dropout),
         teachers=teachers,
     )
+    set_seed(config.seed)
     evaluator = Evaluator(config, embedder) if config.eval and config.eval.every else None
-    return ContrastiveTrainer(embedder, config, collator, sampler, request, evaluator)
+    return Trainer(embedder, config, collator, sampler, request, evaluator)

@@ -1,22 +1,45 @@
-"""What makes a run safe to kill: checkpoints that are visible only when complete, and a log without replays."""
+"""What makes a run safe to kill: checkpoints that are visible only when complete, and a log without replays.
+
+A checkpoint holds safetensors and JSON only: the weights with all that loads them; optimizer.safetensors, the moments
+of each trained parameter by its name; random.json, the random states of each rank as integers; and complete.json, the
+step and what the log has gathered since its last line. The learning rate is a function of the step.
+"""
 
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from b3 import files
+from b3.errors import RunError
 from b3.files import sync, write_json, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 MARKER = "complete.json"
 RESULT = "result.json"
 METRICS = "metrics.jsonl"
+MOMENTS = "optimizer.safetensors"
+RANDOM = "random.json"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 STAGING = ".saving"
 REMOVED = ".removed-"
+
+
+def stage(run: Path, step: int) -> Path:
+    """An empty folder, out of sight, for the checkpoint of a step."""
+    shutil.rmtree(run / STAGING, ignore_errors=True)  # a torn one of an earlier attempt
+    folder = run / STAGING / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    return folder
 
 
 def mark_complete(folder: Path, facts: dict[str, Any]) -> None:
@@ -44,6 +67,7 @@ def publish(staged: Path, run: Path, facts: dict[str, Any]) -> Path:
     if target.exists():  # it was passed over
         target.rename(damaged)
     files.publish(staged, target)
+    staged.parent.rmdir()
     return target
 
 
@@ -113,3 +137,75 @@ def sync_metrics(run: Path) -> None:
     file = run / METRICS
     if file.exists():
         sync(file)
+
+
+def save_moments(folder: Path, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+    """Write what the optimiser knows of each parameter, as KIND/NAME: exp_avg, exp_avg_sq and the number of steps."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{kind}/{name}": value.detach().cpu().contiguous()
+        for name, parameter in parameters.items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+    save_file(tensors, str(folder / MOMENTS))
+
+
+def load_moments(folder: Path, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+    """Read back what `save_moments` wrote. Raises `RunError` if it is of other parameters."""
+    from safetensors.torch import load_file
+
+    for key, value in load_file(str(folder / MOMENTS)).items():
+        kind, _, name = key.partition("/")
+        parameter = parameters.get(name)
+        if parameter is None or (kind != "step" and value.shape != parameter.shape):
+            raise RunError(f"{folder / MOMENTS} is of another model: {name} is not trained here, or has another shape")
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def random_state() -> dict[str, Any]:
+    """The random states of this process, in integers (a float for a normal deviate that waits to be drawn)."""
+    import torch
+
+    version, words, waiting = random.getstate()
+    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 the state that libraries draw from
+    assert name == "MT19937"
+    state: dict[str, Any] = {
+        "python": [version, list(words), waiting],
+        "numpy": [np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
+        "torch": torch.get_rng_state().tolist(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state().tolist()
+    return state
+
+
+def save_random_states(folder: Path, states: list[dict[str, Any]]) -> None:
+    """Write the states of all ranks, in rank order."""
+    (folder / RANDOM).write_text(json.dumps(states) + "\n")
+
+
+def restore_random_state(folder: Path, rank: int) -> None:
+    """Put this process back to the state of a rank; nothing if the checkpoint knows fewer ranks."""
+    import torch
+
+    states = json.loads((folder / RANDOM).read_text())
+    if rank >= len(states):
+        return
+    state = states[rank]
+    version, words, waiting = state["python"]
+    random.setstate((version, tuple(words), waiting))
+    keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))
+
+
+def check_format(folder: Path) -> None:
+    """Raise `RunError` for a checkpoint of a version that stored the optimiser as pickles."""
+    if not (folder / MOMENTS).is_file():
+        raise RunError(
+            f"{folder} is a checkpoint of an earlier b3, which this version does not continue; finish that run with the"
+            " version that began it, or choose another output_dir"
+        )

@@ -1,4 +1,4 @@
-"""What a line of metrics.jsonl says: means over the steps since the last line, and how fast they went."""
+"""What a run tells while it goes on: a line of metrics.jsonl now and then, the bar, the trackers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from b3 import distributed
-from b3.console import peak_memory
+from b3.console import bar, duration, peak_memory
+from b3.files import flat
 from b3.train.flops import ModelFlops, peak_flops
 from b3.train.step import StepResult
 
 if TYPE_CHECKING:
+    from b3.config import Config
     from b3.model.embedder import Embedder
     from b3.train.inputs import StepInputs
 
@@ -33,10 +35,13 @@ class Window:
         self.clear()
 
     def clear(self) -> None:
+        self.clear_times()
+        self.results = []
+
+    def clear_times(self) -> None:
         self.started = time.perf_counter()
         self.waited = self.flops = 0.0
         self.tokens = self.timed = 0
-        self.results = []
 
     def add(self, result: StepResult, inputs: StepInputs) -> None:
         self.results.append(result)
@@ -81,3 +86,66 @@ TIMES = frozenset(
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of the log without what depends on the machine."""
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+TIMED_STEPS = 5
+
+
+class ProgressBar:
+    """A bar with the last loss, and after five steps the time that is left."""
+
+    def __init__(self, start: int, steps: int, visible: bool) -> None:
+        self.start, self.steps, self.visible = start, steps, visible
+        self.after_first = 0.0
+        self.bar = bar(steps, "train" if visible else None, "step", initial=start, leave=True)
+
+    def update(self, step: int) -> None:
+        """A step is over; `step` of them since the beginning of training."""
+        self.bar.update(1)
+        timed = step - self.start
+        if timed == 1:  # the first step warms up
+            self.after_first = time.perf_counter()
+        if timed == TIMED_STEPS and self.visible and step < self.steps:
+            each = (time.perf_counter() - self.after_first) / (TIMED_STEPS - 1)
+            self.bar.write(f"  about {duration(each * (self.steps - step))} to go ({duration(each)} a step)")
+
+    def show(self, summary: dict[str, float | None]) -> None:
+        """Put numbers of the last line of the log behind the bar."""
+        loss, precision, speed = (summary[k] for k in ("loss", "in_batch_precision", "pairs_per_second"))
+        self.bar.set_postfix_str(f"loss={loss:.3f}, p@1={precision:.2f}, pairs/s={speed:.0f}", refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class Trackers:
+    """The numbers of metrics.jsonl for other programs (`train.trackers`), through `accelerate`'s one interface to them.
+
+    Args:
+        config: the recipe, which goes along as the run's parameters; None: reports nothing.
+    """
+
+    def __init__(self, config: Config | None) -> None:
+        self.trackers: list[Any] = []
+        if config is None or not config.train.trackers:
+            return
+        from accelerate import Accelerator
+
+        folder = f"{config.output_dir}/runs"
+        accelerator = Accelerator(
+            log_with=list(config.train.trackers), project_dir=folder, cpu=not torch.cuda.is_available()
+        )
+        keys = flat(config.model_dump(mode="json")).items()
+        parameters = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in keys}
+        accelerator.init_trackers(config.name, config=parameters)
+        self.trackers = accelerator.trackers
+
+    def log(self, group: str, values: dict[str, Any], step: int) -> None:
+        """Report the numbers among `values` as group/name."""
+        numbers = {f"{group}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+        for tracker in self.trackers:
+            tracker.log(numbers, step=step)
+
+    def close(self) -> None:
+        for tracker in self.trackers:  # `Accelerator.end_training` would take our process group down as well
+            tracker.finish()

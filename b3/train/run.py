@@ -16,7 +16,7 @@ from b3.files import write_json
 from b3.train.announce import describe
 from b3.train.batches import build_sampler, check_stored_negatives, load_plans
 from b3.train.build import build_trainer
-from b3.train.checkpoint import RESULT, checkpoint_facts, newest_checkpoint, rewind_metrics
+from b3.train.checkpoint import RESULT, check_format, checkpoint_facts, newest_checkpoint, rewind_metrics
 from b3.train.claim import claim_folder, data_facts
 from b3.train.machine import check_machine, check_ranks, environment, follow_launcher
 from b3.train.stop import Stopped, StopRequest
@@ -90,6 +90,7 @@ def _claim(config: Config, datasets: list[PairDataset], plans: list[BatchPlan]) 
             notes = claim_folder(config, data_facts(datasets, plans))
             newest = newest_checkpoint(Path(config.output_dir))
             if newest is not None:
+                check_format(newest)
                 before, now = checkpoint_facts(newest)["world_size"], distributed.world_size()
                 if before != now:
                     notes.append(

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import yaml
 from forks import Job
 from processes import run_python
 from safetensors.torch import load_file
 
 from b3.train import BatchPlanSampler
+from b3.train.checkpoint import mark_complete
 from b3.train.metrics import without_times
 from b3.train.sampler import random_rows
 
@@ -62,7 +65,60 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     lines = metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] != lines[0]["loss"]
-    assert not list(whole.rglob("*.pkl")) and not list(whole.rglob("training_args.bin"))
+
+
+# Every file that a run with an adapter may leave: nothing of it can execute.
+OF_ADAPTER = (
+    "adapter_model.safetensors adapter_config.json config.json preprocessor_config.json b3_settings.json".split()
+)
+OF_TOKENIZER = "tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json".split()
+OF_CHECKPOINT = "optimizer.safetensors random.json complete.json".split()
+OF_RUN = "config.yaml data.json environment.json metrics.jsonl result.json README.md report.html".split()
+
+
+def test_every_file_that_a_run_leaves_is_known_and_opens(whole: Path) -> None:
+    files = [file for file in whole.rglob("*") if file.is_file()]
+    for file in files:
+        place = str(file.parent.relative_to(whole))
+        known = OF_RUN if place == "." else OF_CHECKPOINT if place.startswith("checkpoint-") else []
+        assert file.name in [*known, *OF_ADAPTER, *OF_TOKENIZER], f"{file} is no file that a run should leave"
+        if file.suffix == ".safetensors":
+            assert load_file(file)
+        elif file.suffix == ".json":
+            json.loads(file.read_text())
+        elif file.suffix == ".jsonl":
+            assert metrics(whole)
+        elif file.suffix == ".yaml":
+            assert yaml.safe_load(file.read_text())
+        else:
+            assert file.suffix in (".md", ".html", ".jinja") and file.read_text()
+    assert len(files) > 20
+
+
+def test_moments_are_stored_by_parameter_name(whole: Path) -> None:
+    adapter = load_file(whole / f"checkpoint-{STEPS}" / "adapter_model.safetensors")
+    moments = load_file(whole / f"checkpoint-{STEPS}" / "optimizer.safetensors")
+    kinds = [key.partition("/")[0] for key in moments]
+    assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), len(adapter))
+    shapes = sorted(tuple(v.shape) for k, v in moments.items() if k.startswith("exp_avg/"))
+    assert shapes == sorted(tuple(v.shape) for v in adapter.values())
+    states = json.loads((whole / f"checkpoint-{STEPS}" / "random.json").read_text())
+    assert len(states) == 1 and len(states[0]["python"][1]) == 625 and len(states[0]["torch"]) > 600
+
+
+def test_a_checkpoint_with_pickled_state_is_one_line(root: Path, whole: Path) -> None:
+    """Of a version that left them to `transformers.Trainer`."""
+    folder = root / "pickled"
+    shutil.copytree(whole, folder)
+    for file in [*folder.glob("checkpoint-*/optimizer.safetensors"), folder / "result.json"]:
+        file.unlink()
+    recipe = folder / "config.yaml"
+    recipe.write_text(recipe.read_text().replace(str(whole), str(folder)))
+    for checkpoint in folder.glob("checkpoint-*"):
+        mark_complete(checkpoint, {"step": int(checkpoint.name.split("-")[1]), "world_size": 1, "window": []})
+    result = start(root, "pickled", "adapter.dropout=0.2", "adapter.use_dora=true")
+    assert result.returncode == 2 and "Traceback" not in result.output
+    assert f"checkpoint-{STEPS} is a checkpoint of an earlier b3" in result.output
 
 
 def test_a_torn_checkpoint_is_passed_over(root: Path, whole: Path) -> None:
