@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+import pickle
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+BLOCK_BYTES = 64 << 20  # of one message of arrays
 
 
 def launched_ranks() -> int:
@@ -61,7 +72,7 @@ def barrier() -> None:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in rank order, on every rank. Only for data made by the ranks themselves."""
+    """`value` of every rank, in rank order, on every rank. Small control data only: it is one message."""
     import torch.distributed as dist
 
     if world_size() == 1:
@@ -91,12 +102,70 @@ def any_rank(flag: bool) -> bool:
     return any(part[0] for part in numbers_of_ranks([float(flag)]))
 
 
-def gather_objects_to(value: Any, owner: int) -> list[Any]:
-    """`value` of every rank, in rank order, on rank `owner`; an empty list on the others."""
+def gather_arrays(value: T) -> Iterator[T]:
+    """`value` of every rank in turn, on every rank: numpy arrays, or lists, dictionaries, dataclasses of them.
+
+    One rank's value is under way at a time, in messages of at most `BLOCK_BYTES`.
+    """
+    import torch.distributed as dist
+
+    if world_size() == 1:
+        yield value
+        return
+    for source in range(world_size()):
+        parts = _move(_parts(value) if rank() == source else None, partial(dist.broadcast, src=source))
+        yield value if rank() == source else _whole(parts)
+
+
+def gather_arrays_to(value: T, owner: int) -> list[T]:
+    """`value` of every rank, in rank order, on rank `owner`; an empty list on the others. As `gather_arrays`."""
     import torch.distributed as dist
 
     if world_size() == 1:
         return [value]
-    parts: list[Any] | None = [None] * world_size() if rank() == owner else None
-    dist.gather_object(value, parts, dst=owner)
-    return parts or []
+    if rank() != owner:
+        _move(_parts(value), partial(dist.send, dst=owner))
+        return []
+    return [
+        value if source == owner else _whole(_move(None, partial(dist.recv, src=source)))
+        for source in range(world_size())
+    ]
+
+
+def _parts(value: Any) -> list[np.ndarray]:
+    """A pickle without the arrays' contents, then those: flat uint8."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(value, protocol=5, buffer_callback=lambda buffer: buffers.append(buffer))
+    assert len(head) <= BLOCK_BYTES, "arrays only, and each contiguous"
+    return [np.frombuffer(head, dtype=np.uint8), *(np.frombuffer(b.raw(), dtype=np.uint8) for b in buffers)]
+
+
+def _whole(parts: list[np.ndarray]) -> Any:
+    return pickle.loads(parts[0].tobytes(), buffers=parts[1:])
+
+
+def _move(parts: list[np.ndarray] | None, message: Callable[[Tensor], Any]) -> list[np.ndarray]:
+    """Send parts, or receive them if None, by calling `message` with tensors of at most `BLOCK_BYTES`."""
+    import torch
+    import torch.distributed as dist
+
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+    def moved(array: np.ndarray) -> np.ndarray:
+        for start in range(0, len(array), BLOCK_BYTES):
+            block = torch.from_numpy(array[start : start + BLOCK_BYTES].copy()).to(device)
+            message(block)
+            if parts is None:
+                array[start : start + BLOCK_BYTES] = block.cpu().numpy()
+        return array
+
+    def numbers(values: list[int]) -> list[int]:
+        received: list[int] = moved(np.array(values, dtype=np.int64).view(np.uint8)).view(np.int64).tolist()
+        return received
+
+    if parts is not None:
+        numbers([len(parts)])
+        numbers([len(part) for part in parts])
+        return [moved(part) for part in parts]
+    sizes = numbers([0] * numbers([0])[0])
+    return [moved(np.empty(size, dtype=np.uint8)) for size in sizes]

@@ -216,7 +216,7 @@ def rank_pairs(
         else:
             share = (0, 1) if owner is None else (distributed.rank(), distributed.world_size())
             part = _rank(units, distinct, chosen, wide, partial(rank, share=share))
-            parts = [part] if owner is None else distributed.gather_objects_to(part, owner)
+            parts = [part] if owner is None else distributed.gather_arrays_to(part, owner)
             ranks = join_ranks(parts) if parts else None
             if stages and ranks is not None:
                 stages.save("ranks", key, ranks.arrays)

@@ -47,19 +47,46 @@ def unique_items(items: Iterable[Item]) -> tuple[list[Item], np.ndarray]:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What is known of an item before it is decoded: a digest of its content, its tokens, or why it cannot be used."""
+    """What is known of N items before they are decoded.
 
-    digest: bytes
-    num_tokens: int
-    problem: str | None = None
+    digests: (N, 32) uint8 of their contents. num_tokens: (N,) int64. problems: why an item cannot be used, by row.
+    """
+
+    digests: np.ndarray
+    num_tokens: np.ndarray
+    problems: dict[int, str]
 
 
-def measure(processor: Processor, item: Item) -> Measured:
-    """Measure one item; a problem is noted, not raised."""
-    try:
-        return Measured(*processor.measure(item))
-    except DataError as error:
-        return Measured(hashlib.sha256("\0".join(item.key).encode()).digest(), 0, str(error))
+def measure(processor: Processor, items: Sequence[Item]) -> Measured:
+    """Measure items in threads (reading and hashing files release the interpreter); problems are noted, not raised."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def one(item: Item) -> tuple[bytes, int, str | None]:
+        try:
+            return *processor.measure(item), None
+        except DataError as error:
+            return hashlib.sha256("\0".join(item.key).encode()).digest(), 0, str(error)
+
+    digests = np.empty((len(items), 32), dtype=np.uint8)
+    num_tokens, problems = np.empty(len(items), dtype=np.int64), {}
+    with ThreadPoolExecutor(4) as pool:
+        for row, (digest, tokens, problem) in enumerate(pool.map(one, items)):
+            digests[row], num_tokens[row] = np.frombuffer(digest, dtype=np.uint8), tokens
+            if problem is not None:
+                problems[row] = problem
+    return Measured(digests, num_tokens, problems)
+
+
+def measure_over_ranks(processor: Processor, items: Sequence[Item]) -> Measured:
+    """As `measure`, each rank its share."""
+    num_ranks = distributed.world_size()
+    part = measure(processor, items[distributed.rank() :: num_ranks])
+    whole = Measured(np.empty((len(items), 32), dtype=np.uint8), np.empty(len(items), dtype=np.int64), {})
+    for rank, (digests, num_tokens) in enumerate(distributed.gather_arrays((part.digests, part.num_tokens))):
+        whole.digests[rank::num_ranks], whole.num_tokens[rank::num_ranks] = digests, num_tokens
+    for rank, problems in enumerate(distributed.gather_objects(part.problems)):
+        whole.problems.update({rank + row * num_ranks: problem for row, problem in problems.items()})
+    return whole
 
 
 @dataclass
@@ -93,15 +120,18 @@ class Encoder:
         Raises `DataError` for the first item that cannot be used (unless on_error is "skip").
         """
         named, of_input = unique_items(items)
-        measured = self._measure(named)
-        first: dict[bytes, int] = {}
-        distinct = [i for i, m in enumerate(measured) if first.setdefault(m.digest, i) == i]
-        position = {measured[i].digest: row for row, i in enumerate(distinct)}
+        measured = measure_over_ranks(self.embedder.processor, named)
+        row_of: dict[bytes, int] = {}  # of a digest, among the distinct ones
+        rows, distinct = np.empty(len(named), dtype=np.int64), list[int]()
+        for i, digest in enumerate(map(bytes, measured.digests)):
+            rows[i] = row_of.setdefault(digest, len(row_of))
+            if rows[i] == len(distinct):
+                distinct.append(i)
+                self._note(named[i], measured.problems.get(i))
         vectors = np.full((len(distinct), self.embedder.dim), np.nan, dtype=np.float32)
-        for i in distinct:
-            self._note(named[i], measured[i].problem)
-        self._run([named[i] for i in distinct], [measured[i] for i in distinct], vectors, progress)
-        rows = np.asarray([position[m.digest] for m in measured], dtype=np.int64)
+        is_usable = np.asarray([i not in measured.problems for i in distinct], dtype=bool)
+        lengths = measured.num_tokens[distinct]
+        self._fill(vectors, [named[i] for i in distinct], list(row_of), lengths, is_usable, progress)
         return vectors[rows[of_input]]
 
     def _budget(self) -> int:
@@ -116,64 +146,57 @@ class Encoder:
             raise DataError(problem)
         self.skipped[item.describe()] = problem
 
-    def _measure(self, items: list[Item]) -> list[Measured]:
-        """Each rank measures its share, in threads (reading and hashing files release the interpreter)."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        ranks, rank = distributed.world_size(), distributed.rank()
-        with ThreadPoolExecutor(4) as pool:
-            own = list(pool.map(lambda item: measure(self.embedder.processor, item), items[rank::ranks]))
-        result: list[Any] = [None] * len(items)
-        for r, part in enumerate(distributed.gather_objects(own)):
-            result[r::ranks] = part
-        return result
-
-    def _run(self, items: list[Item], measured: list[Measured], vectors: np.ndarray, label: str | None) -> None:
+    def _fill(
+        self,
+        vectors: np.ndarray,
+        items: list[Item],
+        digests: list[bytes],
+        lengths: np.ndarray,
+        is_usable: np.ndarray,
+        label: str | None,
+    ) -> None:
         """Fill `vectors` of distinct items: from the cache, or by this and the other ranks."""
-        digests = [m.digest for m in measured]
         tag = hashlib.sha256(b"".join(digests)).digest()[:16]
-        own, other = self._known(digests, tag, vectors)
-        wanted = np.asarray([m.problem is None for m in measured], dtype=bool) & ~other
-        rows = np.flatnonzero(wanted)
-        lengths = [measured[row].num_tokens for row in rows]
-        batches = [rows[batch] for batch in token_batches(lengths, self._budget(), self.max_items)]
-        todo = [batch for batch in batches if not own[batch].all()]
-        mine = todo[distributed.rank() :: distributed.world_size()]
-        done, problems = self._encode_batches(items, digests, tag, mine, label, sum(map(len, todo)))
-        for rank, (finished, failed) in enumerate(distributed.gather_objects((done, problems))):
-            for batch, values in finished:
-                vectors[batch] = values
-                self.num_encoded += len(batch)
-                if self.cache and rank != distributed.rank():
-                    self.cache.remember([digests[row] for row in batch], tag, values, write=False)
-            for row, problem in failed:
-                vectors[row] = np.nan
-                self._note(items[row], problem)
+        of_this_list, of_other_lists = self._known(digests, tag, vectors)
+        rows = np.flatnonzero(is_usable & ~of_other_lists)
+        batches = [rows[batch] for batch in token_batches(lengths[rows], self._budget(), self.max_items)]
+        todo = [batch for batch in batches if not of_this_list[batch].all()]
+        share = todo[distributed.rank() :: distributed.world_size()]
+        done, problems = self._encode_batches(vectors, items, digests, tag, share, label, sum(map(len, todo)))
+        for rank, (encoded, values) in enumerate(distributed.gather_arrays((done, vectors[done]))):
+            self.num_encoded += len(encoded)
+            if rank != distributed.rank():
+                vectors[encoded] = values
+                if self.cache:
+                    self.cache.remember([digests[row] for row in encoded], tag, values, write=False)
+        for row, problem in (entry for part in distributed.gather_objects(problems) for entry in part):
+            vectors[row] = np.nan
+            self._note(items[row], problem)
 
     def _known(self, digests: list[bytes], tag: bytes, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What every rank has in its cache, as `EmbeddingCache.lookup`; ranks on other machines may see other disks."""
         if self.cache is None:
             return np.zeros(len(digests), dtype=bool), np.zeros(len(digests), dtype=bool)
-        parts = distributed.gather_objects(self.cache.lookup(digests, tag, vectors))
-        own, other = (np.logical_and.reduce([part[side] for part in parts]) for side in (0, 1))
-        return own, other
+        parts = np.stack(list(distributed.gather_arrays(np.stack(self.cache.lookup(digests, tag, vectors)))))
+        return np.logical_and.reduce(parts[:, 0]), np.logical_and.reduce(parts[:, 1])
 
     def _encode_batches(
         self,
+        vectors: np.ndarray,
         items: list[Item],
         digests: list[bytes],
         tag: bytes,
         batches: list[np.ndarray],
         label: str | None,
         total: int,
-    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[int, str]]]:
-        """([(rows, vectors)], [(row, problem)]) of this rank's batches; what is finished is in the cache at the end."""
-        done: list[tuple[np.ndarray, np.ndarray]] = []
-        problems: list[tuple[int, str]] = []
+    ) -> tuple[np.ndarray, list[tuple[int, str]]]:
+        """Fill `vectors` of this rank's batches, and the cache: (rows, [(row, problem)])."""
+        done, problems = [np.empty(0, dtype=np.int64)], list[tuple[int, str]]()
         try:
             with bar(total, label if distributed.rank() == 0 else None, "item") as shown:
                 for rows, values, failed in self._forward(items, batches):
-                    done.append((rows, values))
+                    vectors[rows] = values
+                    done.append(rows)
                     problems += failed
                     if self.cache:
                         self.cache.remember([digests[row] for row in rows], tag, values, write=True)
@@ -183,7 +206,7 @@ class Encoder:
         finally:
             if self.cache:
                 self.cache.flush()  # also when interrupted
-        return done, problems
+        return np.concatenate(done), problems
 
     def _forward(self, items: list[Item], batches: list[np.ndarray]) -> Iterable[tuple[np.ndarray, np.ndarray, list]]:
         """(rows, raw vectors, problems) of each batch in turn."""
