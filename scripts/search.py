@@ -10,7 +10,6 @@ The query is embedded by the same model. Scores are inner products (cosines, as 
 from __future__ import annotations
 
 import argparse
-import base64
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -20,21 +19,17 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from b3 import html
 from b3.data.items import Item
 from b3.data.own import Columns, prompt, read_rows
 from b3.data.own_index import load_index
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_text
+from b3.html import image_tag, shorten
 from scripts.embed import add_rows_arguments, columns_of, load_model
 
 # Backends round differently; what lies this close (relative to the vectors' lengths) is compared again exactly.
 CLOSE = 1e-5
-STYLE = (
-    "body{margin:24px auto;max-width:900px;font:15px/1.5 system-ui,sans-serif;color:#1f2933}"
-    "h2{font-size:17px;margin:32px 0 8px}table{border-collapse:collapse;width:100%}"
-    "td,th{padding:6px 10px 6px 0;border-bottom:1px solid #e4e7eb;text-align:left;vertical-align:middle}"
-    "td.n{font-variant-numeric:tabular-nums}img{max-width:72px;max-height:72px;display:block}"
-)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +56,7 @@ def read_queries(arguments: argparse.Namespace) -> list[tuple[str, Item]]:
         raise InputError("give either --query and/or --query-image, or --queries")
     if arguments.queries is not None:
         data = read_rows(arguments.queries, columns_of(arguments), arguments.image_dir, arguments.instruction)
-        labels = [f"{row['id']}: {shorten(row['text'] or row['image'] or '(image)')}" for row in data.shown]
+        labels = [f"{row['id']}: {line_of(row['text'] or row['image'] or '(image)')}" for row in data.shown]
         return list(zip(labels, data.items, strict=True))
     text, image = arguments.query or "", arguments.query_image
     if image is None and not text.strip():
@@ -147,18 +142,17 @@ def _with_faiss(vectors: np.ndarray, queries: np.ndarray, top: int, length: floa
     return found
 
 
-def shorten(text: str, most: int = 70) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[: most - 1] + "…"
+def line_of(text: str, most: int = 70) -> str:
+    return shorten(" ".join(text.split()), most)
 
 
 def show(label: str, hits: list[tuple[int, float]], rows: list[dict[str, Any]]) -> None:
     """Print the results of one query as a table."""
-    print(f"query: {shorten(label, 100)}")
+    print(f"query: {line_of(label, 100)}")
     width = max(2, *(len(str(rows[row]["id"])) for row, _ in hits))
     print(f"{'rank':>4}  {'score':>7}  {'id':{width}}  text")
     for rank, (row, score) in enumerate(hits, 1):
-        text = shorten(rows[row]["text"]) or rows[row]["image"] or "(image)"
+        text = line_of(rows[row]["text"]) or rows[row]["image"] or "(image)"
         print(f"{rank:>4}  {score:7.4f}  {rows[row]['id']!s:{width}}  {text}")
     print()
 
@@ -167,40 +161,20 @@ def render(
     results: list[tuple[str, Item, list[tuple[int, float]]]], rows: list[dict[str, Any]], manifest: dict[str, Any]
 ) -> str:
     """A page without outside parts: each query, and its results with thumbnails."""
-    pictures = Pictures(rows, manifest)
-    parts = []
+    images = Images(rows, manifest)
+    parts = ["<h1>Search results</h1>"]
     for label, item, hits in results:
-        body = "".join(
-            f"<tr><td class=n>{rank}</td><td class=n>{score:.4f}</td><td>{pictures.of(row)}</td>"
-            f"<td>{escape(str(rows[row]['id']))}</td><td>{escape(shorten(rows[row]['text'], 300))}</td></tr>"
-            for rank, (row, score) in enumerate(hits, 1)
-        )
-        parts.append(
-            f"<h2>{escape(shorten(label, 300))}</h2>{tag(item)}<table><thead><tr><th>rank<th>score<th>image<th>id"
-            f"<th>text</tr></thead><tbody>{body}</tbody></table>"
-        )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Search results</title>'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+        lines = []
+        for rank, (row, score) in enumerate(hits, 1):
+            texts = (escape(line_of(str(rows[row][key]), 300)) for key in ("id", "text"))
+            lines.append([str(rank), f"{score:.4f}", images.of(row), *texts])
+        head = ["rank", "score", "image", "id", "text"]
+        parts += [f"<h2>{escape(line_of(label, 300))}</h2>", image_tag(item.image), html.table(head, lines)]
+    return html.page("Search results", parts)
 
 
-def tag(item: Item) -> str:
-    """The item's picture as an <img>; '' if it has none, a remark if it cannot be read."""
-    from b3.mining.page import thumbnail
-
-    try:
-        image = item.open_image()
-        if image is None:
-            return ""
-        data = base64.b64encode(thumbnail(image)).decode()
-    except (OSError, ValueError, SyntaxError, InputError):  # one bad picture must not cost the page
-        return "<em>unreadable picture</em>"
-    return f'<img alt="" src="data:image/png;base64,{data}">'
-
-
-class Pictures:
-    """Pictures of the indexed rows: from their files, or out of the input file, which is read when first needed."""
+class Images:
+    """Images of the indexed rows: from their files, or out of the input file, which is read when first needed."""
 
     def __init__(self, rows: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
         self._rows, self._manifest = rows, manifest
@@ -208,9 +182,9 @@ class Pictures:
 
     def of(self, row: int) -> str:
         if self._rows[row]["image"]:
-            return tag(Item("", self._rows[row]["image"]))
+            return image_tag(self._rows[row]["image"])
         items = self._input()
-        return tag(items[row]) if row < len(items) else ""
+        return image_tag(items[row].image) if row < len(items) else ""
 
     def _input(self) -> list[Item]:
         if self._items is None:
@@ -219,7 +193,7 @@ class Pictures:
             try:
                 data = read_rows(source["path"], columns, source["path_images"])
                 self._items = data.items if data.shown == self._rows else []
-            except InputError:  # the file has moved or changed since: the page goes without its pictures
+            except InputError:  # the file has moved or changed since: the page goes without its images
                 self._items = []
         return self._items
 

@@ -1,13 +1,23 @@
-"""Pictures of runs and evaluations, written as PNG."""
+"""Plots of runs and evaluations, written as PNG."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from b3.errors import InputError
+from b3.eval.baselines import family_means, load_baselines
 from b3.eval.benchmarks.mmeb import FAMILIES, family_of
+from b3.html import running_mean
 
 COLOURS = {"untrained": "#9aa0a6", "random": "#4c78a8", "b3": "#e4572e"}
+DEFAULT_BASELINES = (
+    "gme-Qwen2-VL-2B-Instruct",
+    "VLM2Vec-V1-Qwen2VL-2B",
+    "VLM2Vec-V2.0-Qwen2VL-2B",
+    "VLM2Vec-V1-Qwen2VL-7B",
+)
+GREYS = ("#d5dbe1", "#b4bfca", "#92a3b5", "#6f879f", "#4d6a88", "#3b536c", "#2a3c50", "#1a2734")
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
@@ -27,11 +37,6 @@ def save_figure(figure: Any, axes: Any, path: Path) -> None:
     figure.savefig(path)
 
 
-def smooth(values: list[float], width: int) -> list[float]:
-    """Mean over the last `width` values at each point (fewer at the start)."""
-    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
-
-
 def plot_losses(metrics: dict[str, list[dict[str, Any]]], path: Path, width: int = 15) -> None:
     """Training loss of each arm: single steps pale, running mean strong.
 
@@ -42,7 +47,7 @@ def plot_losses(metrics: dict[str, list[dict[str, Any]]], path: Path, width: int
         steps, losses = [line["step"] for line in lines], [line["loss"] for line in lines]
         colour = COLOURS.get(arm)
         axes.plot(steps, losses, color=colour, alpha=0.18, linewidth=0.8)
-        axes.plot(steps, smooth(losses, width), color=colour, label=arm)
+        axes.plot(steps, running_mean(losses, width), color=colour, label=arm)
     axes.set_xlabel("step")
     axes.set_ylabel("InfoNCE loss")
     axes.set_title("Training loss (harder batches have a higher loss)", fontsize=10)
@@ -51,7 +56,7 @@ def plot_losses(metrics: dict[str, list[dict[str, Any]]], path: Path, width: int
 
 
 def plot_precision(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Precision@1 by subset and over all, a bar a model; `results` maps a name to a summary of `b3.eval.report`."""
+    """Precision@1 by subset and over all, a bar per model; `results` maps a name to a summary of `b3.eval.report`."""
     first = next(iter(results.values()))
     subsets = sorted(first["subsets"], key=lambda s: ((*FAMILIES, "Other").index(family_of(s)), s))
     labels = [*subsets, "mean"]
@@ -66,3 +71,65 @@ def plot_precision(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("precision@1, percent")
     axes.legend(frameon=False, ncols=len(results))
     save_figure(figure, axes, path)
+
+
+def _errors(summary: dict[str, Any], groups: list[str], means: list[float]) -> list[list[float]] | None:
+    """Lengths below and above each bar in percent, from `summary['interval']`; None if there is none to draw."""
+    interval = summary.get("interval")
+    if not interval:
+        return None
+    if not isinstance(interval, dict):
+        interval = {"mean": interval}
+    known = {**interval, **interval.get("families", {})}
+    below, above = [], []
+    for group, mean in zip(groups, means, strict=True):
+        low, high = known.get("mean" if group == "overall" else group) or (mean / 100, mean / 100)
+        below.append(max(0.0, mean - 100 * low))
+        above.append(max(0.0, 100 * high - mean))
+    return [below, above] if any(below + above) else None
+
+
+def plot_families(
+    summary: dict[str, Any], path: Path, baselines: list[str] | None = None, name: str = "this run"
+) -> bool:
+    """Bars of precision@1 by family and overall: published models, then the run, as a PNG.
+
+    Only families (and the overall mean) that the run covers in full are drawn. Returns False, and writes nothing, if
+    there is none.
+
+    Args:
+        summary: as of `b3.eval.report.summarise`; an optional `interval` draws error bars: (low, high) of the mean, or
+            a dict with such pairs under 'mean' and under the families' names (these may lie below a key 'families').
+        baselines: models of `b3.eval.baselines.load_baselines`; default `DEFAULT_BASELINES`.
+        name: label of the run.
+
+    Raises `InputError` for a model without published scores.
+    """
+    published = load_baselines()
+    models = list(DEFAULT_BASELINES if baselines is None else dict.fromkeys(baselines))
+    for model in models:
+        if model not in published:
+            raise InputError(f"no published scores of '{model}'; known: {', '.join(sorted(published))}")
+    ours = family_means(summary["subsets"])
+    groups = [group for group in (*FAMILIES, "overall") if group in ours]
+    if not groups:
+        return False
+    columns = {model: family_means(published[model]) for model in models} | {name: ours}
+    figure, axes = new_figure(max(5.0, 2.0 + len(groups) * (0.5 + 0.22 * len(columns))), 3.8)
+    width = 0.84 / len(columns)
+    for index, (label, means) in enumerate(columns.items()):
+        last = index == len(columns) - 1
+        values = [100 * means[group] for group in groups]
+        places = [i + (index - (len(columns) - 1) / 2) * width for i in range(len(groups))]
+        errors = _errors(summary, groups, values) if last else None
+        colour = COLOURS["b3"] if last else GREYS[index % len(GREYS)]
+        bars = axes.bar(
+            places, values, width, label=label, color=colour, yerr=errors, ecolor="#333333", error_kw={"elinewidth": 1}
+        )
+        axes.bar_label(bars, fmt="%.0f" if not last else "%.1f", fontsize=7 if last else 6, padding=1)
+    axes.set_xticks(range(len(groups)), [g[0].upper() + g[1:] for g in groups], fontsize=9)
+    axes.set_ylabel("precision@1, percent")
+    axes.set_ylim(0, 1.08 * max(100 * means[group] for means in columns.values() for group in groups))
+    figure.legend(loc="outside lower center", frameon=False, ncols=3, fontsize=8)
+    save_figure(figure, axes, path)
+    return True

@@ -106,8 +106,8 @@ def markdown_table(columns: dict[str, dict[str, Any]]) -> str:
 
 def write_summary(folder: Path, summary: dict[str, Any], model: str) -> None:
     """summary.json, summary.md, leaderboard.json (MMEB subsets only) and families.png (complete families only)."""
-    from b3.eval.family_plot import plot_families
     from b3.eval.leaderboard import leaderboard_json
+    from b3.eval.plots import plot_families
 
     write_json(folder / "summary.json", summary)
     text = f"Precision@1, percent; plain means over subsets.\n\n{markdown_table({'precision@1': summary})}\n"

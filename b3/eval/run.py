@@ -12,7 +12,7 @@ import numpy as np
 from b3 import distributed
 from b3.data.datasets import EvalDataset, load_eval
 from b3.errors import RunError
-from b3.eval.explain import write_explanations
+from b3.eval.page import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
 from b3.files import claim, write_json

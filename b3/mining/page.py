@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+
+from b3 import html
+from b3.console import num_bytes, percent
 from b3.files import write_text
-from b3.mining.report_cards import THUMBNAIL as THUMBNAIL
-from b3.mining.report_cards import Cards, contact_sheets, duplicate_table, false_negative_table, hub_cards, shown_rows
-from b3.mining.report_cards import thumbnail as thumbnail
-from b3.mining.report_figures import hub_figure, mass_figure, similarity_figure
-from b3.mining.report_style import INTRODUCTION, STYLE
-from b3.mining.report_text import percent
+from b3.html import drop_shared, image_tag, plain_text, shared_words, shorten
+from b3.mining.figures import hub_figure, mass_figure, similarity_figure
 
-if TYPE_CHECKING:
-    from b3.mining.plan import BatchPlan
+MOST_MEMBERS = 36
+SAMPLE = 64
+INTRODUCTION = """<div class="intro"><p>An embedding model is trained with batches of pairs: each <b>query</b> must find
+its own <b>target</b> among the targets of all rows in its batch. Rows drawn at random make this too easy to learn
+from. Mining therefore puts rows together that are hard to tell apart. This page shows how well that worked.</p>
+<dl><dt>Teacher</dt><dd>the model whose similarities (cosine, from -1 to 1) rank all targets for each query; rank 0 is
+the most similar one. The model to be trained has not been asked.</dd>
+<dt>Window, hard negative</dt><dd>the window is a range of those ranks. A target inside it is a hard negative of the
+query: similar enough to be mistaken, low enough to be wrong most likely.</dd>
+<dt>Community</dt><dd>a group of rows, all of one size, chosen so that the members' targets are hard negatives of each
+other's queries. A batch consists of whole communities.</dd>
+<dt>Likely false negative</dt><dd>another member's target that the teacher ranks above the window, or scores above the
+query's own target: it may well be a right answer, and training would push it away.</dd>
+<dt>Teacher mass captured</dt><dd>how near a query's community comes to the hardest one possible, in which all other
+members have the best-ranked targets from the start of the window on (100 %); near targets count far more than distant
+ones. The higher it is, the closer training on the batch is to training on all rows at once
+(arXiv 2505.11293, Theorem 1).</dd></dl>
+<p><b>Good</b> is: many more hard negatives and much more teacher mass than in random communities and than by the
+paper's recipe (mutual edges, METIS with its defaults), while likely false negatives stay few
+(harder communities always hold somewhat more of them).</p></div>"""
 
 
 @dataclass(frozen=True)
@@ -26,13 +44,15 @@ class Section:
     """One data set of the page.
 
     Attributes:
-        plan: its batch plan; `plan.report` must be complete.
+        report: what was measured of its plan (see `b3.mining.report`).
+        manifest: what the plan was made from.
         records: object with `query(i)` and `target(i)` returning items with `.text` and `.image` (None, or something
             with `open()`), and `__len__`; `name` and `family` are shown if present. None: numbers and row numbers only.
         name: heading; default: the name of the records.
     """
 
-    plan: BatchPlan
+    report: dict[str, Any]
+    manifest: dict[str, Any]
     records: Any = None
     name: str | None = None
 
@@ -41,8 +61,8 @@ class Section:
         return self.name or getattr(self.records, "name", None) or "Batch plan"
 
 
-def write_report_html(path: str | os.PathLike[str], sections: Sequence[Section]) -> None:
-    """Write the page for one or several data sets; pictures are embedded, nothing is loaded from elsewhere."""
+def write_page(path: str | os.PathLike[str], sections: Sequence[Section]) -> None:
+    """Write the page for one or several data sets; images are embedded, nothing is loaded from elsewhere."""
     write_text(Path(path), render(sections))
 
 
@@ -53,21 +73,16 @@ def render(sections: Sequence[Section]) -> str:
     parts = [f'<h1 id="top">{escape(heading)}</h1>', INTRODUCTION]
     if not alone:
         parts.append(_contents(sections))
-    for number, section in enumerate(sections):
-        parts.append(_section(section, number, alone))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(heading)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(parts) + "\n</main></body></html>\n"
-    )
+    return html.page(heading, parts + [_section(section, number, alone) for number, section in enumerate(sections)])
 
 
 def _contents(sections: Sequence[Section]) -> str:
     """The table of contents, with the main numbers of each data set."""
     rows = []
     for number, section in enumerate(sections):
-        r = section.plan.report
+        r = section.report
         cells = [
+            f'<a href="#d{number}">{escape(section.title)}</a>',
             f"{r['n']:,}",
             f"{r['num_distinct_targets']:,}",
             str(r["community_size"]),
@@ -78,14 +93,10 @@ def _contents(sections: Sequence[Section]) -> str:
             percent(r["teacher_mass_captured"]),
             f"{r['skipped_ranks_per_query']:.2f}",
         ]
-        link = f'<a href="#d{number}">{escape(section.title)}</a>'
-        rows.append(f"<tr><th>{link}</th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-    head = ["Contents", "Rows", "Distinct targets", "Community size", "Window", "Hard negatives a query",
+        rows.append(cells)
+    head = ["Contents", "Rows", "Distinct targets", "Community size", "Window", "Hard negatives per query",
             "paper's recipe", "random", "Teacher mass", "Above the window"]  # fmt: skip
-    return (
-        '<table class="contents"><thead><tr>' + "".join(f"<th>{h}</th>" for h in head) + "</tr></thead><tbody>"
-        + "".join(rows) + "</tbody></table>"
-    )  # fmt: skip
+    return html.table(head, rows, "numbers contents")
 
 
 def _window(r: dict[str, Any]) -> str:
@@ -102,14 +113,14 @@ def _number(r: dict[str, Any], key: str, form: Callable[[float], str]) -> str:
 
 
 def _section(section: Section, number: int, alone: bool) -> str:
-    plan, r = section.plan, section.plan.report
+    r, manifest = section.report, section.manifest
     facts = [
         getattr(section.records, "family", None),
         f"{r['n']:,} rows, {r['num_distinct_targets']:,} distinct targets",
         f"{r['num_communities']:,} communities of {r['community_size']}",
         f"window: ranks {_window(r)}",
-        f"partitioner {plan.manifest.get('partitioner')}, {plan.manifest.get('edges')} edges",
-        f"teacher {plan.manifest['teacher']}" if plan.manifest.get("teacher") else None,
+        f"partitioner {manifest.get('partitioner')}, {manifest.get('edges')} edges",
+        f"teacher {manifest['teacher']}" if manifest.get("teacher") else None,
     ]
     top = "" if alone else f'<h2>{escape(section.title)} <a class="up" href="#top">back to the top</a></h2>'
     cards = Cards(section.records, shown_rows(r))
@@ -117,7 +128,7 @@ def _section(section: Section, number: int, alone: bool) -> str:
         [
             f'<section id="d{number}">{top}',
             f'<p class="facts">{escape(" · ".join(str(f) for f in facts if f))}</p>',
-            _numbers(r, plan.manifest.get("partitioner")),
+            _numbers(r, manifest.get("partitioner")),
             f'<p class="facts">{escape(_remarks(r))}</p>',
             _figures(r),
             _doubts(r, cards),
@@ -132,7 +143,7 @@ def _numbers(r: dict[str, Any], partitioner: str | None) -> str:
     most = r["community_size"] - 1
     more, fewer = "more is better", "fewer is better"
     lines: list[tuple[str, str, str, Callable[[float], str]]] = [
-        (f"Hard negatives a query, of {most} others", more, "mined_negatives_per_query", _two),
+        (f"Hard negatives per query, of {most} others", more, "mined_negatives_per_query", _two),
         ("Teacher mass captured", more, "teacher_mass_captured", lambda share: percent(share, 2)),
         ("Likely false negatives: ranked above the window", fewer, "skipped_ranks_per_query", _two),
         ("Likely false negatives: scored above the own target", fewer, "negatives_above_positive_per_query", _two),
@@ -144,21 +155,15 @@ def _numbers(r: dict[str, Any], partitioner: str | None) -> str:
         del compared["paper"]
     rows = []
     for label, hint, key, form in lines:
-        if key not in r:
-            continue
         cells = [f"<b>{form(r[key])}</b>", *(_number(r, f"{name}_{key}", form) for name in compared)]
-        rows.append(f"<tr><th>{label} <small>{hint}</small></th>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
-    head = ["In a community of this plan", "mined", *compared.values()]
-    return (
-        "<table><thead><tr>" + "".join(f"<th>{h}</th>" for h in head) + "</tr></thead><tbody>" + "".join(rows)
-        + "</tbody></table>"
-    )  # fmt: skip
+        rows.append([f"{label} <small>{hint}</small>", *cells])
+    return html.table(["In a community of this plan", "mined", *compared.values()], rows, "numbers")
 
 
 def _remarks(r: dict[str, Any]) -> str:
     levels = r["hardness_percentiles"]
     remarks = [
-        f"hard negatives a query by community: {levels['10']:.1f} at the 10th percentile, {levels['50']:.1f} median,"
+        f"hard negatives per query by community: {levels['10']:.1f} at the 10th percentile, {levels['50']:.1f} median,"
         f" {levels['90']:.1f} at the 90th"
     ]
     if r["num_remainder"]:
@@ -168,7 +173,7 @@ def _remarks(r: dict[str, Any]) -> str:
     total = sum(r["seconds"].values())
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in r["seconds"].items() if seconds >= 0.05)
     remarks.append(f"mined in {total:.1f} s ({stages})" if stages else f"mined in {total:.1f} s")
-    remarks.append(f"peak memory {r['peak_memory_bytes'] / 2**30:.2f} GiB")
+    remarks.append(f"peak memory {num_bytes(r['peak_memory_bytes'])}")
     return " · ".join(remarks)
 
 
@@ -178,23 +183,19 @@ def _figures(r: dict[str, Any]) -> str:
         "Height: share of pairs. The further the orange curve lies right of the grey one, the harder the batches;"
         " where it overlaps the green one, the teacher cannot tell negatives from right answers.",
     )
-    mass = ""
-    if "teacher_mass_histogram" in r:
-        paper = f", the paper's recipe {_number(r, 'paper_teacher_mass_captured', percent)}"
-        mass = mass_figure(
-            r["teacher_mass_histogram"],
-            f"The higher a curve stays towards the right, the better. On average a query meets"
-            f" {percent(r['teacher_mass_captured'])} of the teacher mass of its {r['community_size'] - 1} hardest"
-            f" negatives{paper if 'paper_teacher_mass_captured' in r else ''},"
-            f" a random community {percent(r['random_teacher_mass_captured'])}.",
-        )
+    paper = f", the paper's recipe {_number(r, 'paper_teacher_mass_captured', percent)}"
+    mass = mass_figure(
+        r["teacher_mass_histogram"],
+        f"The higher a curve stays towards the right, the better. On average a query meets"
+        f" {percent(r['teacher_mass_captured'])} of the teacher mass of its {r['community_size'] - 1} hardest"
+        f" negatives{paper if 'paper_teacher_mass_captured' in r else ''},"
+        f" a random community {percent(r['random_teacher_mass_captured'])}.",
+    )
     return f'<div class="pair">{similarity}{mass}</div>'
 
 
 def _doubts(r: dict[str, Any], cards: Cards) -> str:
     """Likely false negatives and duplicates."""
-    if "likely_false_negatives" not in r:
-        return ""
     share, by = r["queries_with_negatives_above_positive"], r["negatives_above_positive_by"]
     text = (
         f"For {percent(share)} of the queries the teacher scores at least one other target of the community above the"
@@ -204,20 +205,17 @@ def _doubts(r: dict[str, Any], cards: Cards) -> str:
         else "In no community does the teacher score another target above a query's own."
     )
     parts = [f"<h3>Likely false negatives</h3><p>{text}</p>"]
-    if cards is not None:
-        pairs, copies = r["likely_false_negatives"], r["duplicate_examples"]
-        if pairs:
-            parts.append(f"<p>The {len(pairs)} largest differences, each query and each target once:</p>")
-            parts.append(false_negative_table(cards, pairs, r["window"][1]))
-        if copies:
-            parts.append("<p>Members with the same target; training does not count them as each other's negatives:</p>")
-            parts.append(duplicate_table(cards, copies))
+    pairs, copies = r["likely_false_negatives"], r["duplicate_examples"]
+    if pairs:
+        parts.append(f"<p>The {len(pairs)} largest differences, each query and each target once:</p>")
+        parts.append(false_negative_table(cards, pairs, r["window"][1]))
+    if copies:
+        parts.append("<p>Members with the same target; training does not count them as each other's negatives:</p>")
+        parts.append(duplicate_table(cards, copies))
     return "\n".join(parts)
 
 
 def _hubs(r: dict[str, Any], cards: Cards) -> str:
-    if "hubs" not in r:
-        return ""
     h = r["hubs"]
     few = max(1, -(-r["num_distinct_targets"] // 100))
     name = "most frequent target takes" if few == 1 else f"{few:,} most frequent targets (1\u00a0%) take"
@@ -250,3 +248,126 @@ def _communities(r: dict[str, Any], cards: Cards) -> str:
         " should be easy to confuse, yet no target should be a right answer to another member's query.</p>"
         + contact_sheets(cards, r)
     )  # fmt: skip
+
+
+class Cards:
+    """Shows items of `records`, without the instruction that all of them share.
+
+    Args:
+        records: see `Section`; None: row numbers are shown.
+        rows: rows that will be shown; with a sample of the others they tell what is shared.
+    """
+
+    def __init__(self, records: Any, rows: Iterable[int]) -> None:
+        self.records = records
+        self.shared: dict[str, tuple[int, int]] = {}
+        self.has_images = False
+        if records is None:
+            return
+        sample = {int(row) for row in rows}
+        sample |= {int(row) for row in np.linspace(0, len(records) - 1, min(SAMPLE, len(records)))}
+        for side in ("query", "target"):
+            items = [getattr(records, side)(row) for row in sorted(sample)]
+            self.shared[side] = shared_words(plain_text(item.text) for item in items)
+            self.has_images |= any(item.image is not None for item in items)
+
+    @property
+    def layout(self) -> str:
+        """Further class of grids: texts need wider cells than images."""
+        return "" if self.has_images else " texts"
+
+    def show(self, side: str, row: int) -> str:
+        """Image and text of the "query" or "target" of a row."""
+        if self.records is None:
+            return f"<span>{side} of row {row:,}</span>"
+        item = getattr(self.records, side)(row)
+        full = plain_text(item.text)
+        text = drop_shared(full, self.shared[side])
+        image = image_tag(item.image)
+        if not text and not image:
+            text = full
+        short = shorten(text, 70 if image else 120 if self.has_images else 200)
+        title = f' title="{escape(shorten(full, 300))}"' if full and full != short else ""
+        return image + (f"<span{title}>{escape(short)}</span>" if short else "")
+
+
+def shown_rows(r: dict[str, Any]) -> set[int]:
+    """Rows of which the report shows query or target."""
+    rows = {int(row) for example in r["examples"] for row in example["rows"][:MOST_MEMBERS]}
+    rows |= {pair[key] for pair in r.get("likely_false_negatives", ()) for key in ("row", "other_row")}
+    rows |= {row for example in r.get("duplicate_examples", ()) for row in example["rows"]}
+    return rows | {target["row"] for target in r.get("hubs", {}).get("targets", ())}
+
+
+def contact_sheets(cards: Cards, r: dict[str, Any]) -> str:
+    """A sheet for each example community of the report; none twice."""
+    sheets, seen = [], set()
+    for example in r["examples"]:
+        if example["community"] not in seen:
+            seen.add(example["community"])
+            sheets.append(_sheet(cards, example, r["community_size"]))
+    return "\n".join(sheets)
+
+
+def _sheet(cards: Cards, example: dict[str, Any], size: int) -> str:
+    shown = []
+    for row, hits in list(zip(example["rows"], example["mined_negatives"], strict=True))[:MOST_MEMBERS]:
+        shown.append(
+            f'<div class="card"><div class="side">{cards.show("query", row)}</div>'
+            f'<div class="side target">{cards.show("target", row)}</div>'
+            f'<div class="hits">{hits} of {size - 1} hard</div></div>'
+        )
+    more = f" (first {MOST_MEMBERS} members)" if size > MOST_MEMBERS else ""
+    return (
+        f"<h4>Community at the {example['percentile']}th percentile of hardness{more}"
+        f" <small>{example['mined_negatives_per_query']:.1f} hard negatives per query</small></h4>"
+        f'<div class="sheet{cards.layout}">' + "".join(shown) + "</div>"
+    )
+
+
+def false_negative_table(cards: Cards, pairs: list[dict[str, Any]], depth: int) -> str:
+    """One line a pair: query, own target, and the other member's target that the teacher prefers.
+
+    `depth`: ranks below it are known (p + m).
+    """
+    lines = []
+    for pair in pairs:
+        own = _scored(cards.show("target", pair["row"]), pair["positive_score"], pair["positive_rank"], depth)
+        other = _scored(cards.show("target", pair["other_row"]), pair["negative_score"], pair["negative_rank"], depth)
+        lines.append(
+            f'<div class="side">{cards.show("query", pair["row"])}</div><div class="side target">{own}</div>'
+            f'<div class="side doubt">{other}</div>'
+        )
+    head = "<b>query</b><b>its own target</b><b>target of another member</b>"
+    return f'<div class="triples{cards.layout}">{head}{"".join(lines)}</div>' if lines else ""
+
+
+def _scored(shown: str, score: float, rank: int | None, depth: int) -> str:
+    place = f"beyond rank {depth - 1}" if rank is None else f"rank {rank}"
+    return f"{shown}<small>similarity {score:.2f}, {place}</small>"
+
+
+def duplicate_table(cards: Cards, examples: list[dict[str, Any]]) -> str:
+    """One line a target that several members of a community share: two of their queries, and the target."""
+    lines = [
+        f'<div class="side">{cards.show("query", example["rows"][0])}</div>'
+        f'<div class="side">{cards.show("query", example["rows"][1])}</div>'
+        f'<div class="side target">{cards.show("target", example["rows"][0])}'
+        f"<small>shared by {example['members']:,} rows with another member</small></div>"
+        for example in examples
+    ]
+    head = "<b>query</b><b>query of another member</b><b>the target of both</b>"
+    return f'<div class="triples{cards.layout}">{head}{"".join(lines)}</div>' if lines else ""
+
+
+def hub_cards(cards: Cards, targets: list[dict[str, Any]], num_rows: int) -> str:
+    """The most frequent hard negatives."""
+    shown = []
+    for target in targets:
+        drawn = "" if target["drawn"] is None else f", drawn {target['drawn']:,}×"
+        shown.append(
+            f'<div class="card"><div class="side target">{cards.show("target", target["row"])}</div>'
+            f'<div class="hits">{target["windows"]:,} windows'
+            f" ({percent(target['windows'] / num_rows)}){drawn}</div></div>"
+        )
+    return f'<div class="sheet{cards.layout} hubs">' + "".join(shown) + "</div>"

@@ -98,9 +98,9 @@ class BatchPlan:
         _write_json(folder / "report.json", self.report)
         manifest = {**self.manifest, "format_version": FORMAT_VERSION, "sha256": checksums}
         if self.measured:
-            from b3.mining.page import Section, write_report_html
+            from b3.mining.page import Section, write_page  # a plan is stored without knowing what it looks like
 
-            write_report_html(folder / "report.html", [Section(self)])
+            write_page(folder / "report.html", [Section(self.report, self.manifest)])
         _write_json(folder / "manifest.json", manifest)
 
     @classmethod

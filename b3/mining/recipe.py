@@ -103,7 +103,7 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
 
     Raises `InputError` for data or embeddings that cannot be used and for an existing plan that does not fit.
     """
-    from b3.mining.page import Section, write_report_html
+    from b3.mining.page import Section, write_page
 
     jobs = [_Job(entry, load_dataset(config, entry)) for entry in config.data.datasets]
     missing = [job for job in jobs if not (plan_folder(config, job.entry.subset) / "manifest.json").exists()]
@@ -116,9 +116,9 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
     plans = {job.entry.subset: load_plan(config, job.entry, job.dataset) for job in jobs}
     page = Path(config.mining.dir) / "report.html"
     measured = [(name, job) for name, job in zip(plans, jobs, strict=True) if plans[name].measured]
-    sections = [Section(plans[name], job.dataset, name=name) for name, job in measured]
+    sections = [Section(plans[name].report, plans[name].manifest, job.dataset, name) for name, job in measured]
     if distributed.rank() == 0 and sections and (missing or not page.exists()):
-        write_report_html(page, sections)
+        write_page(page, sections)
     distributed.barrier()
     return plans
 

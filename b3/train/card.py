@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def data_rows(datasets: list[PairDataset], plans: list[BatchPlan]) -> list[list[str]]:
     """A header and a row per data set: what was trained on, and what made its batches."""
     header = ["data set", "rows", "data fingerprint"]
-    of_plan = ["K, p, m", "teacher", "plan fingerprint", "mined negatives a query"]
+    of_plan = ["K, p, m", "teacher", "plan fingerprint", "mined negatives per query"]
     rows = [header + of_plan if plans else header]
     for index, dataset in enumerate(datasets):
         cells = [dataset.name, f"{len(dataset):,}", dataset.fingerprint()[:16]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3.config import Config
+from b3.config import Config, dump_config
 from b3.files import write_json, write_text
 from b3.train.checkpoint import RESULT, read_metrics
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan], seconds: float) -> None:
     """Write everything; last the file that says the run is complete. On the first rank only."""
-    from b3.train.card import model_card
+    from b3.train.card import data_rows, model_card
     from b3.train.loop import save_adapter
-    from b3.train.page import write_report
+    from b3.train.page import write_page
 
     folder = Path(config.output_dir)
     save_adapter(trainer.embedder, folder)
@@ -38,6 +39,9 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: lis
         "evaluation": last,
         "replaced_rows": len(trainer.bad_rows),
     }
-    write_report(folder, config, datasets, plans, result)
+    environment = json.loads((folder / "environment.json").read_text())
+    rows = data_rows(datasets, plans)
+    tree, recipe = config.model_dump(mode="json"), dump_config(config)
+    write_page(folder / "report.html", tree, recipe, rows, environment, metrics, evaluations, result)
     shutil.rmtree(folder / ".saving", ignore_errors=True)
     write_json(folder / RESULT, result)

@@ -1,10 +1,9 @@
-"""The HTML page: self-contained, escaped, with pictures and readable texts."""
+"""The HTML page: self-contained, escaped, with images and readable texts."""
 
 from __future__ import annotations
 
 import io
 import re
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +13,12 @@ import pytest
 from mining import reference
 from PIL import Image
 
+from b3.html import THUMBNAIL, drop_shared, plain_text, shared_words, shorten, thumbnail
 from b3.mining import BatchPlan, mine
-from b3.mining.page import THUMBNAIL, Section, render, thumbnail, write_report_html
-from b3.mining.report_cards import MOST_MEMBERS, smallest
-from b3.mining.report_text import drop_shared, plain_text, shared_words, shorten
+from b3.mining.page import MOST_MEMBERS, Section, render, write_page
 
 
-class Picture:
+class Drawing:
     def __init__(self, row: int, broken: bool = False) -> None:
         self.row, self.broken = row, broken
 
@@ -37,11 +35,15 @@ class Records:
         return 60
 
     def query(self, row: int) -> Any:
-        picture = None if row % 3 == 2 else Picture(row, broken=row % 3 == 1)
-        return SimpleNamespace(text=f"<|image_1|>\nFind the toy: number {row} please", image=picture)
+        image = None if row % 3 == 2 else Drawing(row, broken=row % 3 == 1)
+        return SimpleNamespace(text=f"<|image_1|>\nFind the toy: number {row} please", image=image)
 
     def target(self, row: int) -> Any:
         return SimpleNamespace(text=f"<script>toy {row}</script>", image=None)
+
+
+def section(plan: BatchPlan, records: Any = None, name: str | None = None) -> Section:
+    return Section(plan.report, plan.manifest, records, name)
 
 
 @pytest.fixture(scope="module")
@@ -51,25 +53,25 @@ def plan() -> BatchPlan:
 
 
 def test_the_page_is_self_contained_and_escaped(plan: BatchPlan, tmp_path: Path) -> None:
-    write_report_html(tmp_path / "page.html", [Section(plan, Records()), Section(plan, Records(), name="second")])
+    write_page(tmp_path / "page.html", [section(plan, Records()), section(plan, Records(), name="second")])
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and "&lt;script&gt;toy" in page
     assert "toys &lt;b&gt;" in page and "toy &amp; co" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert "second" in page and page.count("percentile of hardness") == 6
-    assert "data:image/png;base64" in page and "unreadable picture" in page
+    assert "data:image/png;base64" in page and "unreadable image" in page
     assert f"{plan.report['mined_negatives_per_query']:.2f}" in page
 
 
 def test_texts_lose_placeholder_and_shared_instruction(plan: BatchPlan) -> None:
-    page = render([Section(plan, Records())])
+    page = render([section(plan, Records())])
     spans = re.findall(r"<span title=[^>]*>([^<]*)</span>", page)
     assert any(re.fullmatch(r"\d+", s) for s in spans), "queries shrink to what differs"
     assert "image_1" not in page
 
 
 def test_without_records_there_are_numbers_only(plan: BatchPlan) -> None:
-    page = render([Section(plan)])
+    page = render([section(plan)])
     assert "<svg" in page and "<img" not in page and "percentile of hardness" not in page
     pair = plan.report["likely_false_negatives"][0]
     rows = [f"query of row {pair['row']}", f"target of row {pair['row']}", f"target of row {pair['other_row']}"]
@@ -79,26 +81,26 @@ def test_without_records_there_are_numbers_only(plan: BatchPlan) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "LA", "1"])
 def test_thumbnails_are_small_pngs_on_white(mode: str) -> None:
-    small = Image.open(io.BytesIO(thumbnail(Image.new(mode, (300, 200)))))
+    small = Image.open(io.BytesIO(thumbnail(Image.new(mode, (300, 200)))[1]))
     assert small.format == "PNG" and max(small.size) <= THUMBNAIL
-    clear = Image.open(io.BytesIO(thumbnail(Image.new("RGBA", (10, 10), (0, 0, 0, 0))))).convert("RGB")
+    clear = Image.open(io.BytesIO(thumbnail(Image.new("RGBA", (10, 10), (0, 0, 0, 0)))[1])).convert("RGB")
     assert clear.getpixel((5, 5)) == (255, 255, 255)
 
 
-def test_all_kinds_of_pictures_are_opened(plan: BatchPlan, tmp_path: Path) -> None:
+def test_all_kinds_of_images_are_opened(plan: BatchPlan, tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     Image.new("RGB", (9, 9)).save(file)
-    for picture in (str(file), file, Image.new("RGB", (9, 9))):
+    for original in (str(file), file, Image.new("RGB", (9, 9))):
 
         class Same(Records):
-            image = picture
+            image = original
 
             def query(self, row: int) -> Any:
                 return SimpleNamespace(text="<|image_1|> What is this?", image=self.image)
 
-        page = render([Section(plan, Same())])
+        page = render([section(plan, Same())])
         assert "base64" in page and "unreadable" not in page
-        assert ">What is this?<" not in page, "an instruction that all share is dropped where there is a picture"
+        assert ">What is this?<" not in page, "an instruction that all share is dropped where there is a image"
 
 
 def text_of(page: str) -> str:
@@ -108,7 +110,7 @@ def text_of(page: str) -> str:
 
 def table(page: str) -> list[list[str]]:
     """Cells of the first table of numbers, head first."""
-    body = re.search(r"<table>(.*?)</table>", page, re.DOTALL)
+    body = re.search(r"<table[^>]*>(.*?)</table>", page, re.DOTALL)
     assert body
     lines = re.findall(r"<tr>(.*?)</tr>", body[1], re.DOTALL)
     return [[text_of(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", line, re.DOTALL)] for line in lines]
@@ -116,7 +118,7 @@ def table(page: str) -> list[list[str]]:
 
 def test_the_numbers_stand_beside_the_papers_recipe_and_random(plan: BatchPlan) -> None:
     r = plan.report
-    head, *lines = table(render([Section(plan)]))
+    head, *lines = table(render([section(plan)]))
     assert head == ["In a community of this plan", "mined", "paper's recipe", "random"]
     forms = {
         "mined_negatives_per_query": "{:.2f}", "teacher_mass_captured": "{:.2%}", "skipped_ranks_per_query": "{:.2f}",
@@ -127,30 +129,30 @@ def test_the_numbers_stand_beside_the_papers_recipe_and_random(plan: BatchPlan) 
         expected = [form.format(r[prefix + key]).replace("%", " %") for prefix in ("", "paper_", "random_")]
         assert line[1:] == expected, key
     papers = mine(*reference.clustered(60), p=2, m=10, community_size=10, partitioner="paper")
-    assert table(render([Section(papers)]))[0] == ["In a community of this plan", "mined", "random"]
+    assert table(render([section(papers)]))[0] == ["In a community of this plan", "mined", "random"]
 
 
 def test_contents_lead_to_every_data_set(plan: BatchPlan) -> None:
-    page = render([Section(plan, Records()), Section(plan, name="second & last"), Section(plan, name="third")])
+    page = render([section(plan, Records()), section(plan, name="second & last"), section(plan, name="third")])
     links = re.findall(r'href="#([^"]*)"', page)
     assert set(links) == {"top", "d0", "d1", "d2"} and links[:3] == ["d0", "d1", "d2"]
     assert all(page.count(f'id="{link}"') == 1 for link in set(links))
     assert '<a href="#d1">second &amp; last</a>' in page
-    assert "href" not in render([Section(plan)]), "one data set needs no contents"
+    assert "href" not in render([section(plan)]), "one data set needs no contents"
 
 
 def test_terms_are_explained_before_they_are_used(plan: BatchPlan) -> None:
-    page = render([Section(plan)])
+    page = render([section(plan)])
     intro, rest = page.split('<section id="d0">')
     for term in ("Teacher", "Window, hard negative", "Community", "Likely false negative", "Teacher mass captured"):
         assert f"<dt>{term}</dt>" in intro and f"<dt>{term}</dt>" not in rest
-    assert rest.count("<figure>") == 3 and rest.count("</svg>") == 3
+    assert rest.count("<figure ") == 3 and rest.count("</svg>") == 3
 
 
 def test_likely_false_negatives_and_hubs_are_shown() -> None:
     queries, targets = reference.clustered(60, labels=20, noise=1.6)
     plan = mine(queries, targets, p=2, m=10, community_size=15, hard_negatives=3)
-    page = render([Section(plan, Records())])
+    page = render([section(plan, Records())])
     pairs, copies = plan.report["likely_false_negatives"], plan.report["duplicate_examples"]
     assert len(pairs) > 2 and len(copies) > 1
     seen = text_of(page)
@@ -167,20 +169,6 @@ def test_likely_false_negatives_and_hubs_are_shown() -> None:
     assert f"For {100 * share:.1f} % of the queries" in seen
 
 
-def test_reports_of_earlier_plans_still_render(plan: BatchPlan) -> None:
-    new = ("likely_false_negatives", "duplicate_examples", "hubs", "teacher_mass_histogram")
-    report = {
-        key: value
-        for key, value in plan.report.items()
-        if key not in new and "paper" not in key and "above_positive" not in key
-    }
-    report["histogram"] = {key: value for key, value in report["histogram"].items() if key != "paper"}
-    old = replace(plan, report=report)
-    page = render([Section(old, Records()), Section(plan)])
-    assert page.count("<h3>Hubs</h3>") == 1 and page.count("percentile of hardness") == 3
-    assert len(table(render([Section(old)]))) == 5 and "paper's recipe" not in text_of(render([Section(old)]))[1500:]
-
-
 def test_texts_get_wide_cards_and_long_ones_are_cut(plan: BatchPlan) -> None:
     class Words(Records):
         def query(self, row: int) -> Any:
@@ -189,25 +177,24 @@ def test_texts_get_wide_cards_and_long_ones_are_cut(plan: BatchPlan) -> None:
         def target(self, row: int) -> Any:
             return SimpleNamespace(text=f"meaning{row} " + f"of word{row} " * 500, image=None)
 
-    page = render([Section(plan, Words())])
+    page = render([section(plan, Words())])
     assert 'class="sheet texts"' in page and 'class="triples texts"' in page
     assert 'class="sheet"' not in page and "<img" not in page
     spans = re.findall(r"<span[^>]*>(meaning[^<]*)</span>", page)
     assert len(spans) > 30 and 150 < max(map(len, spans)) <= 200
-    assert 'class="sheet"' in render([Section(plan, Records())])
+    assert 'class="sheet"' in render([section(plan, Records())])
 
 
 def test_photographs_become_jpegs_and_drawings_stay_pngs() -> None:
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (300, 200, 3), dtype=np.uint8))
     for image, kind in ((noise.resize((60, 60)), "jpeg"), (Image.new("RGB", (80, 80), "red"), "png")):
-        name, data = smallest(image)
+        name, data = thumbnail(image)
         opened = Image.open(io.BytesIO(data))
         assert name == kind and opened.format == kind.upper() and max(opened.size) <= THUMBNAIL
-        assert len(data) <= max(3000, len(thumbnail(image)))
 
 
-def test_a_page_of_the_worst_pictures_stays_light() -> None:
+def test_a_page_of_the_worst_images_stays_light() -> None:
     """Noise does not compress; the communities are as large as are shown, and all that can be shown is."""
     rng = np.random.default_rng(0)
     pool = [Image.fromarray(rng.integers(0, 256, (72, 72, 3), dtype=np.uint8)) for _ in range(20)]
@@ -225,7 +212,7 @@ def test_a_page_of_the_worst_pictures_stays_light() -> None:
 
     queries, targets = reference.clustered(len(Noise()), noise=1.5)
     plan = mine(queries, targets, p=5, m=50, community_size=MOST_MEMBERS)
-    page = render([Section(plan, Noise())])
+    page = render([section(plan, Noise())])
     assert len(plan.report["likely_false_negatives"]) == 12 and page.count("<img") == 3 * 36 * 2 + 12 * 3 + 10
     assert len(page.encode()) < 1_500_000
 
@@ -233,7 +220,7 @@ def test_a_page_of_the_worst_pictures_stays_light() -> None:
 def test_plan_of_labels_and_tiny_plan_render(plan: BatchPlan) -> None:
     queries, targets = reference.clustered(40, labels=8)
     for size in (1, 5, 40):
-        assert "</html>" in render([Section(mine(queries, targets, p=1, m=4, community_size=size))])
+        assert "</html>" in render([section(mine(queries, targets, p=1, m=4, community_size=size))])
 
 
 def test_text_helpers() -> None:

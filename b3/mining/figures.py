@@ -1,4 +1,4 @@
-"""Figures of the report as inline SVG."""
+"""Charts of the report on a plan, as inline SVG."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from b3.mining.report_text import percent
+from b3.console import count as short_count
+from b3.console import percent
+from b3.html import HEIGHT, WIDTH, chart
 
 POSITIVE, COMMUNITY, PAPER, RANDOM = "#1f7a5c", "#c2501a", "#5b5fc7", "#7b8794"
 SIMILARITY = (("positive", "own target", POSITIVE), ("community", "in the community", COMMUNITY),
               ("paper", "paper's recipe", PAPER), ("random", "random community", RANDOM))  # fmt: skip
 MASS = (("mined", "in the community", COMMUNITY), ("paper", "paper's recipe", PAPER),
         ("random", "random community", RANDOM))  # fmt: skip
-WIDTH, HEIGHT, FOOT = 460.0, 170.0, 22.0
 
 
 def similarity_figure(h: dict[str, Any], reading: str) -> str:
@@ -43,7 +44,7 @@ def similarity_figure(h: dict[str, Any], reading: str) -> str:
     step = next(s for s in (0.05, 0.1, 0.2, 0.5) if (end - start) / s <= 9)
     ticks = np.arange(np.ceil(start / step - 1e-9), np.floor(end / step + 1e-9) + 1) * step
     marks = [((tick - start) / (end - start) * WIDTH, f"{tick + 0:.2g}") for tick in ticks]
-    return _figure("Similarity of a query to targets", shapes, marks, labels, reading)
+    return chart("Similarity of a query to targets", shapes, marks, labels, reading)
 
 
 def mass_figure(h: dict[str, Any], reading: str) -> str:
@@ -68,7 +69,7 @@ def mass_figure(h: dict[str, Any], reading: str) -> str:
     end = high * h["bin"]
     step = next(s for s in (0.02, 0.05, 0.1, 0.2) if end / s <= 7)
     marks = [(share / end * WIDTH, percent(share, 0)) for share in np.arange(step, end, step)]
-    return _figure("Queries with at least so much teacher mass in their community", shapes, marks, labels, reading)
+    return chart("Queries with at least so much teacher mass in their community", shapes, marks, labels, reading)
 
 
 def hub_figure(counts: Sequence[int], reading: str) -> str:
@@ -82,38 +83,7 @@ def hub_figure(counts: Sequence[int], reading: str) -> str:
         x = (number - first) * wide
         shapes.append(f'<rect x="{x + 1:.1f}" y="{HEIGHT - height:.1f}" width="{wide - 2:.1f}" height="{height:.1f}"'
                       f' fill="{COMMUNITY}" fill-opacity=".45"/>')  # fmt: skip
-        shapes.append(f'<text x="{x + wide / 2:.1f}" y="{HEIGHT - height - 4:.1f}">{_short(count)}</text>')
+        shapes.append(f'<text x="{x + wide / 2:.1f}" y="{HEIGHT - height - 4:.1f}">{short_count(count)}</text>')
         least = (1 << number) >> 1  # of the bar: 0, 1, 2, 4, 8, ...
         marks.append((x + wide / 2, f"{least >> 10}k+" if least >= 1024 else f"{least}+" if least > 1 else str(least)))
-    return _figure("Targets by the number of windows they are in", shapes, marks, [], reading)
-
-
-def _short(count: int) -> str:
-    """At most five characters: 7, 950, 28.0k, 1.2M."""
-    if count < 1000:
-        return str(count)
-    return f"{count / 1e3:.1f}k" if count < 100_000 else f"{count / 1e6:.1f}M"
-
-
-def _figure(
-    title: str,
-    shapes: Sequence[str],
-    marks: Sequence[tuple[float, str]],
-    labels: Sequence[tuple[str, str]],
-    reading: str,
-) -> str:
-    """A titled figure: shapes over a base line, marks (x, text) below it, a legend, and how to read it."""
-    ticks = "".join(
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT}" y2="{HEIGHT + 4}" stroke="#9aa5b1"/>'
-        f'<text x="{x:.1f}" y="{HEIGHT + 16}">{text}</text>'
-        for x, text in marks
-        if 8 < x < WIDTH - 8
-    )
-    legend = " ".join(f'<span><i style="background:{colour}"></i>{name}</span>' for name, colour in labels)
-    return (
-        f"<figure><figcaption><b>{title}</b></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT + FOOT:.0f}" role="img" aria-label="{title}">' + "".join(shapes)
-        + f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}" stroke="#9aa5b1"/>{ticks}</svg>'
-        + (f'<figcaption class="legend">{legend}</figcaption>' if legend else "")
-        + f"<figcaption>{reading}</figcaption></figure>"
-    )  # fmt: skip
+    return chart("Targets by the number of windows they are in", shapes, marks, [], reading)
