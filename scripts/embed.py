@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from b3.data.own import Columns, OwnData, read_rows
-from b3.data.own_index import describe_checkpoint, identity_of, is_done, save_index
+from b3.data.own import Columns, OwnData, describe_checkpoint, identity_of, is_done, read_rows, save_index
 from b3.errors import command
 
 

@@ -5,22 +5,368 @@
 
 Run it again to continue after an interruption. The folder then serves as --dataset_name (or data.source) and as
 --image_dir (or data.image_dir). The zip archives may be deleted afterwards.
+
+The hub's layout is `<subset>/<split>-*.parquet` and zip archives of images: `images.zip`, or `images_zip/<subset>.zip`.
+Files get their name only when complete, and a marker of each archive in `.extracted/` says that it is done.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
+import stat
 import sys
-from pathlib import Path
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
-from b3.console import num_bytes
-from b3.data import mmeb
-from b3.errors import DataError, command
+from b3.console import bar, num_bytes
+from b3.errors import DataError, InputError, command
+from b3.files import write_json
+
+REPOSITORIES = {"eval": "TIGER-Lab/MMEB-eval", "train": "TIGER-Lab/MMEB-train"}
+MARKERS = ".extracted"
+SAMPLE = 500
+# Images are compressed already: an archive that is not here yet grows by little more than its directory.
+GROWTH = 1.05
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of the data set: its path there and its size in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclass
+class Plan:
+    """What a run would do: the files to take, and the bytes that this needs."""
+
+    parquets: list[RemoteFile]
+    zips: list[RemoteFile]
+    done: list[RemoteFile] = field(default_factory=list)
+    download: int = 0
+    extract: int = 0
+    estimated: bool = False
+
+    @property
+    def files(self) -> list[RemoteFile]:
+        return self.parquets + self.zips
+
+
+def list_source(source: Path) -> list[RemoteFile]:
+    """Files of a local folder laid out like the hub. Raises `InputError` if it is not a folder."""
+    if not source.is_dir():
+        raise InputError(f"--source {source} is not a folder; give a copy of the data set laid out like the hub's")
+    found = (p for p in sorted(source.rglob("*")) if p.is_file() and not p.relative_to(source).parts[0].startswith("."))
+    return [RemoteFile(p.relative_to(source).as_posix(), p.stat().st_size) for p in found]
+
+
+def list_hub(repository: str, revision: str | None = None) -> list[RemoteFile]:
+    """Files of a data set on the hub with their sizes. Raises `InputError` if it cannot be reached."""
+    from huggingface_hub import HfApi
+
+    try:
+        siblings = HfApi().dataset_info(repository, revision=revision, files_metadata=True).siblings or []
+    except Exception as error:  # the client raises many types: offline, gated, not found
+        raise InputError(f"{repository} cannot be listed ({_first_line(error)}); check the connection") from None
+    return [RemoteFile(s.rfilename, s.size or 0) for s in siblings]
+
+
+def download(repository: str, files: Sequence[RemoteFile], out: Path, revision: str | None = None) -> None:
+    """Fetch `files` below `out`; what is there already is kept, a broken-off file is continued."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(
+            repository,
+            repo_type="dataset",
+            revision=revision,
+            local_dir=out,
+            allow_patterns=[_literal(f.path) for f in files],
+        )
+    except Exception as error:  # as in `list_hub`
+        raise InputError(
+            f"{repository} cannot be downloaded ({_first_line(error)}); run the same command again to continue"
+        ) from None
+
+
+def select(files: Iterable[RemoteFile], subsets: Sequence[str] | None, where: str) -> Plan:
+    """The parquets and archives that belong to `subsets` (None: all).
+
+    An archive is left out only if it carries the name of another subset; any other may be shared. Raises `InputError`
+    naming a subset that does not exist.
+    """
+    listed = [(f, PurePosixPath(f.path)) for f in files]
+    parquets = [(f, p) for f, p in listed if p.suffix == ".parquet" and len(p.parts) == 2]
+    known = sorted({p.parts[0] for _, p in parquets})
+    if not known:
+        raise InputError(f"{where} has no <subset>/<split>*.parquet; it is not laid out like MMEB")
+    unknown = [s for s in subsets or () if s not in known]
+    if unknown:
+        raise InputError(f"subset '{unknown[0]}' is not in {where}; there is: {', '.join(known)}")
+    wanted = set(subsets or known)
+    others = {name for name in set(known) - wanted if not any(w.startswith(f"{name}_") for w in wanted)}
+    zips = [f for f, p in listed if p.suffix.lower() == ".zip" and p.stem not in others]
+    return Plan([f for f, p in parquets if p.parts[0] in wanted], zips)
+
+
+def measure(plan: Plan, out: Path, source: Path | None, subsets: Sequence[str] | None) -> None:
+    """Fill in what is done, and the bytes still to download or copy and to extract."""
+    pending: list[RemoteFile] = []
+    for file in plan.zips:
+        (plan.done if marked(out, file, subsets) else pending).append(file)
+    plan.zips = pending
+    rows = [(source or out) / file.path for file in plan.parquets]
+    wanted = image_paths(rows) if pending and all(path.is_file() for path in rows) else None
+    for file in plan.files:
+        here = out / file.path
+        complete = here.is_file() and here.stat().st_size == file.size
+        is_zip = file in pending
+        if not complete and not (is_zip and source is not None):
+            plan.download += file.size
+        if is_zip:
+            archive = (source or out) / file.path
+            if archive.is_file() and archive.stat().st_size == file.size:
+                plan.extract += _bytes_left(archive, out, wanted, subsets)
+            else:
+                plan.extract += int(file.size * GROWTH)
+                plan.estimated = True
+
+
+def _bytes_left(archive: Path, out: Path, wanted: set[str] | None, subsets: Sequence[str] | None) -> int:
+    infos = members(archive)
+    if wanted is None:
+        return sum(info.file_size for info in infos)
+    return sum(
+        info.file_size for info, path in _targets(infos, archive.stem, wanted, subsets) if not _there(out, info, path)
+    )
+
+
+def _targets(
+    infos: Sequence[zipfile.ZipInfo], stem: str, wanted: set[str], subsets: Sequence[str] | None
+) -> list[tuple[zipfile.ZipInfo, str]]:
+    place = placement(infos, stem, wanted)
+    placed = [(info, place(info.filename)) for info in infos]
+    return placed if subsets is None else [(info, path) for info, path in placed if path in wanted]
+
+
+def _there(out: Path, info: zipfile.ZipInfo, path: str) -> bool:
+    try:
+        found = (out / path).stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == info.file_size
+
+
+def check_space(out: Path, needed: int) -> int:
+    """Free bytes where `out` lies. Raises `InputError` if `needed` do not fit."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"{num_bytes(needed)} are needed but {out} has {num_bytes(free)} free; make room, choose another --out,"
+            " or take fewer --subsets"
+        )
+    return free
+
+
+def copy_parquets(plan: Plan, source: Path, out: Path) -> None:
+    """Copy the parquets of a local source below `out`, skipping those there with the right size."""
+    for file in plan.parquets:
+        target = out / file.path
+        if target.is_file() and target.stat().st_size == file.size:
+            continue
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file.path, temporary)
+            temporary.replace(target)
+        except OSError as error:
+            raise _unwritable(target, error) from None
+
+
+def members(archive: Path) -> list[zipfile.ZipInfo]:
+    """The files of an archive. Raises `InputError` if it is broken or a member could leave the target folder."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            infos = opened.infolist()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise _broken(archive, error) from None
+    kept = []
+    for info in infos:
+        _check_member(archive, info)
+        hidden = info.filename.startswith("__MACOSX/") or info.filename.endswith("/.DS_Store")
+        if not info.is_dir() and not hidden:
+            kept.append(info)
+    return kept
+
+
+def _check_member(archive: Path, info: zipfile.ZipInfo) -> None:
+    name = info.filename
+    path = PurePosixPath(name)
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    reason = ""
+    if path.is_absolute() or "\\" in name or name[1:2] == ":":
+        reason = "is an absolute path or not a POSIX path"
+    elif ".." in path.parts:
+        reason = "leaves the folder"
+    elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        reason = "is a symbolic link" if kind == stat.S_IFLNK else "is a special file"
+    elif info.flag_bits & 0x1:
+        reason = "is encrypted"
+    elif path.suffix == ".parquet" or (path.parts and path.parts[0].startswith(".")):
+        reason = "would replace a data file"
+    if reason:
+        raise InputError(f"{archive}: member '{name}' {reason}; nothing of it was extracted, get a clean copy")
+
+
+def placement(infos: Sequence[zipfile.ZipInfo], stem: str, wanted: set[str]) -> Callable[[str], str]:
+    """How a member's name becomes a path below the image folder, so that most of the rows' paths are met.
+
+    Archives are packed from different depths; the rows decide.
+    """
+    choices: list[Callable[[str], str]] = [
+        lambda name: name,
+        lambda name: f"images/{name}",
+        lambda name: f"{stem}/{name}",
+        lambda name: f"images/{stem}/{name}",
+        lambda name: name.partition("/")[2] or name,
+    ]
+    return max(choices, key=lambda choice: sum(choice(info.filename) in wanted for info in infos))
+
+
+def extract(
+    archive: Path, out: Path, file: RemoteFile, wanted: set[str], subsets: Sequence[str] | None, progress: bool = False
+) -> int:
+    """Extract an archive below `out` and leave its marker; returns the number of files written.
+
+    Members that are there with the right size are skipped. With `subsets` only the images of their rows are taken.
+
+    Raises:
+        InputError: the archive is broken, or a member could leave the folder; no file is left half-written.
+    """
+    targets = _targets(members(archive), archive.stem, wanted, subsets)
+    written = 0
+    with zipfile.ZipFile(archive) as opened, bar(len(targets), archive.name if progress else None, "file") as shown:
+        for info, path in targets:
+            if not _there(out, info, path):
+                _extract_member(opened, info, out / path, archive)
+                written += 1
+            shown.update(1)
+    os.sync()
+    marker = {"path": file.path, "size": file.size, "members": len(targets), "subsets": _named(subsets)}
+    write_json(_marker(out, file), marker)
+    return written
+
+
+def _extract_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, archive: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    size = 0
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            try:
+                with opened.open(info) as member:
+                    while chunk := member.read(_CHUNK):  # the CRC is tested at the end of the member
+                        size += len(chunk)
+                        file.write(chunk)
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                raise _broken(archive, error) from None
+        if size != info.file_size:
+            raise _broken(archive, f"'{info.filename}' has {size} bytes, its header says {info.file_size}")
+        temporary.replace(target)
+    except OSError as error:
+        raise _unwritable(target, error) from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def _unwritable(target: Path, error: OSError) -> InputError:
+    return InputError(f"{target} cannot be written ({error.strerror}); see to it and run the same command again")
+
+
+def _broken(archive: Path, error: object) -> InputError:
+    return InputError(f"{archive} is not a complete zip archive ({error}); delete it and run the same command again")
+
+
+def _marker(out: Path, file: RemoteFile) -> Path:
+    return out / MARKERS / (file.path.replace("/", "__") + ".json")
+
+
+def _named(subsets: Sequence[str] | None) -> list[str] | None:
+    return None if subsets is None else sorted(subsets)
+
+
+def marked(out: Path, file: RemoteFile, subsets: Sequence[str] | None) -> bool:
+    """Whether an earlier run extracted this very archive, for these subsets or more."""
+    try:
+        marker = json.loads(_marker(out, file).read_text())
+    except (OSError, ValueError):
+        return False
+    if marker.get("size") != file.size:
+        return False
+    known = marker.get("subsets")
+    return known is None or (subsets is not None and set(subsets) <= set(known))
+
+
+def image_paths(files: Iterable[Path]) -> set[str]:
+    """Distinct image paths in the rows of parquet files (columns ending in `image_path` or `img_path`)."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    found: set[str] = set()
+    for file in files:
+        try:
+            opened = pq.ParquetFile(file)
+            names = [n for n in opened.schema_arrow.names if n.endswith(("image_path", "img_path"))]
+            for group in range(opened.num_row_groups):
+                for column in opened.read_row_group(group, columns=names).columns:
+                    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+                        column = pc.list_flatten(column)
+                    found.update(path for path in pc.unique(column).to_pylist() if path)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{file} cannot be read as parquet ({_first_line(error)}); delete it and run the same command again"
+            ) from None
+    return found
+
+
+def missing_images(out: Path, parquets: Iterable[RemoteFile]) -> dict[str, tuple[int, list[str]]]:
+    """Of each subset: how many image paths were looked up (a spread sample), and those that are not below `out`."""
+    by_subset: dict[str, list[Path]] = {}
+    for file in parquets:
+        by_subset.setdefault(PurePosixPath(file.path).parts[0], []).append(out / file.path)
+    result = {}
+    for subset, files in sorted(by_subset.items()):
+        paths = sorted(image_paths(files))
+        sample = paths[:: max(1, -(-len(paths) // SAMPLE))]
+        result[subset] = len(sample), [path for path in sample if not (out / path).is_file()]
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _literal(path: str) -> str:
+    """A path as a glob pattern that matches only itself."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in path)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=tuple(mmeb.REPOSITORIES), help="which data set")
+    parser.add_argument("part", choices=tuple(REPOSITORIES), help="which data set")
     parser.add_argument("--out", type=Path, required=True, help="folder to fill")
     parser.add_argument("--subsets", nargs="+", metavar="NAME", help="only these (default: all)")
     parser.add_argument("--source", type=Path, help="local folder laid out like the hub's; nothing is downloaded")
@@ -28,12 +374,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_plan(arguments: argparse.Namespace, repository: str) -> mmeb.Plan:
+def make_plan(arguments: argparse.Namespace, repository: str) -> Plan:
     """What has to be done; prints the bytes it takes and refuses when they do not fit."""
     source, out = arguments.source, arguments.out
-    files = mmeb.list_source(source) if source else mmeb.list_hub(repository, arguments.revision)
-    plan = mmeb.select(files, arguments.subsets, str(source or repository))
-    mmeb.measure(plan, out, source, arguments.subsets)
+    files = list_source(source) if source else list_hub(repository, arguments.revision)
+    plan = select(files, arguments.subsets, str(source or repository))
+    measure(plan, out, source, arguments.subsets)
     verb = "to copy" if source else "to download"
     about = "about " if plan.estimated else ""
     print(
@@ -42,14 +388,14 @@ def make_plan(arguments: argparse.Namespace, repository: str) -> mmeb.Plan:
     )
     needed = plan.download + plan.extract
     place = f"{num_bytes(plan.download)} {verb}, {about}{num_bytes(plan.extract)} to extract"
-    print(f"{place}; {num_bytes(mmeb.check_space(out, needed))} free", flush=True)
+    print(f"{place}; {num_bytes(check_space(out, needed))} free", flush=True)
     return plan
 
 
-def report_missing(out: Path, plan: mmeb.Plan) -> None:
+def report_missing(out: Path, plan: Plan) -> None:
     """Print a line a subset. Raises `DataError` naming the first image that is missing."""
     first, total = "", 0
-    for subset, (looked, missing) in mmeb.missing_images(out, plan.parquets).items():
+    for subset, (looked, missing) in missing_images(out, plan.parquets).items():
         state = f"{len(missing)} MISSING, first {missing[0]}" if missing else "all there"
         print(f"{subset:24} {looked:>4} image paths looked up, {state}" if looked else f"{subset:24} no images")
         if missing:
@@ -57,27 +403,27 @@ def report_missing(out: Path, plan: mmeb.Plan) -> None:
     if total:
         raise DataError(
             f"{total} of the image paths looked up are not below {out}, the first of {first};"
-            f" delete {out / mmeb.MARKERS} and run the same command again"
+            f" delete {out / MARKERS} and run the same command again"
         )
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    repository, out = mmeb.REPOSITORIES[arguments.part], arguments.out
+    repository, out = REPOSITORIES[arguments.part], arguments.out
     plan = make_plan(arguments, repository)
     if arguments.source:
-        mmeb.copy_parquets(plan, arguments.source, out)
+        copy_parquets(plan, arguments.source, out)
     elif plan.download:
-        mmeb.download(repository, plan.files, out, arguments.revision)
-    wanted = mmeb.image_paths(out / file.path for file in plan.parquets) if plan.zips else set()
+        download(repository, plan.files, out, arguments.revision)
+    wanted = image_paths(out / file.path for file in plan.parquets) if plan.zips else set()
     archives = {file: (arguments.source or out) / file.path for file in plan.zips}
     if plan.estimated:  # the archives have come since: now their directories tell the real size
-        after = mmeb.Plan(plan.parquets, list(plan.zips))
-        mmeb.measure(after, out, arguments.source, arguments.subsets)
-        mmeb.check_space(out, after.extract)
+        after = Plan(plan.parquets, list(plan.zips))
+        measure(after, out, arguments.source, arguments.subsets)
+        check_space(out, after.extract)
     for file, archive in archives.items():
-        written = mmeb.extract(archive, out, file, wanted, arguments.subsets, progress=True)
+        written = extract(archive, out, file, wanted, arguments.subsets, progress=True)
         print(f"{file.path}: {written} files extracted", flush=True)
     report_missing(out, plan)
     print(f"ready: --dataset_name {out} --image_dir {out}")

@@ -21,8 +21,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from b3 import html
 from b3.data.items import Item
-from b3.data.own import Columns, prompt, read_rows
-from b3.data.own_index import load_index
+from b3.data.own import Columns, load_index, prompt, read_rows
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_text
 from b3.html import image_tag, shorten

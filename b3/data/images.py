@@ -6,7 +6,6 @@ only their location), so that worker processes open files on their own.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
 import threading
@@ -46,67 +45,84 @@ class FolderImages:
             raise DataError(f"image '{path}' in {self.root} cannot be read ({error.strerror})") from None
 
 
-class ParquetImages:
-    """Images inside one parquet file with the columns `path` (string) and `bytes` (binary).
+class RowGroups:
+    """One column of a parquet file, by (row group, row): groups are read on demand and the last few are kept.
 
-    Row groups are read on demand and a few are kept, so that memory does not grow with the file.
+    So memory does not grow with the file. Pickles to the file's name; a process that unpickles it opens it by itself.
     """
+
+    def __init__(self, file: str, column: str, keep: int) -> None:
+        self._arguments = (file, column, keep)
+        self._file: Any = None
+        self._groups: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowGroups, self._arguments
+
+    def value(self, group: int, row: int) -> Any:
+        import pyarrow.parquet as pq
+
+        file, column, keep = self._arguments
+        with self._lock:
+            if self._file is None:
+                self._file = pq.ParquetFile(file, memory_map=True)
+            if group not in self._groups:
+                self._groups[group] = self._file.read_row_group(group, columns=[column]).column(column)
+                while len(self._groups) > keep:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(group)
+            return self._groups[group][row].as_py()
+
+
+class ParquetImages:
+    """Images inside one parquet file with the columns `path` (string) and `bytes` (binary)."""
 
     _KEEP = 64
 
     def __init__(self, file: str | Path) -> None:
         self.location = str(file)
-        self._file: Any = None
-        self._rows: dict[str, tuple[int, int]] = {}
-        self._groups: OrderedDict[int, Any] = OrderedDict()
-        self._lock = threading.RLock()
+        self._rows: dict[str, tuple[int, int]] | None = None
+        self._bytes = RowGroups(self.location, "bytes", self._KEEP)
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _shared_store, (self.location,)  # one store, one index per process, however often it is unpickled
+        return ParquetImages, (self.location,)
 
-    def _open(self) -> None:
+    def _index(self) -> dict[str, tuple[int, int]]:
+        """(row group, row) of each path, read when it is first needed."""
         with self._lock:
-            if self._file is None:
-                self._read_index()
+            if self._rows is None:
+                self._rows = self._read_index()
+            return self._rows
 
-    def _read_index(self) -> None:
+    def _read_index(self) -> dict[str, tuple[int, int]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        rows: dict[str, tuple[int, int]] = {}
         try:
             file = pq.ParquetFile(self.location, memory_map=True)
             for group in range(file.num_row_groups):
                 paths = file.read_row_group(group, columns=["path"]).column("path").to_pylist()
-                self._rows.update((path, (group, row)) for row, path in enumerate(paths))
+                rows.update((path, (group, row)) for row, path in enumerate(paths))
         except FileNotFoundError:
             raise DataError(f"image file {self.location} does not exist; check image_dir") from None
         except (pa.ArrowException, KeyError) as error:
             raise DataError(
                 f"image file {self.location} is not a parquet file with columns 'path' and 'bytes' ({error})"
             ) from None
-        self._file = file
+        return rows
 
     def __contains__(self, path: str) -> bool:
-        self._open()
-        return path in self._rows
+        return path in self._index()
 
     def read(self, path: str) -> bytes:
-        self._open()
-        if path not in self._rows:
+        rows = self._index()
+        if path not in rows:
             raise DataError(f"image '{path}' is not in {self.location}; check image_dir")
-        group, row = self._rows[path]
-        with self._lock:
-            if group not in self._groups:
-                self._groups[group] = self._file.read_row_group(group, columns=["bytes"]).column("bytes")
-                while len(self._groups) > self._KEEP:
-                    self._groups.popitem(last=False)
-            self._groups.move_to_end(group)
-            return self._groups[group][row].as_py()
-
-
-@functools.lru_cache(maxsize=64)
-def _shared_store(location: str) -> ParquetImages:
-    return ParquetImages(location)
+        content: bytes = self._bytes.value(*rows[path])
+        return content
 
 
 def open_store(location: str | Path) -> FolderImages | ParquetImages:

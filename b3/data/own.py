@@ -1,8 +1,11 @@
-"""A user's own rows as items.
+"""A user's own rows as items, and the folder that holds their embeddings.
 
 Rows are a jsonl or parquet file. A row has a text, an image, or both; an image is a path, encoded bytes, or the struct
 {bytes, path} of the `datasets` library; in jsonl bytes come as base64 under `image_base64`. Bytes are read again when
-they are needed, so that memory does not grow with the pictures.
+they are needed, so that memory does not grow with the images.
+
+The index folder: `embeddings.npy` (N, D) float32, `ids.json`, `rows.jsonl` (what a result shows) and, written last,
+`manifest.json`: what decided the vectors, that is the checkpoints, the rows and the options.
 """
 
 from __future__ import annotations
@@ -12,19 +15,22 @@ import binascii
 import hashlib
 import json
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from b3.data.images import FolderImages, ImageRef
+import numpy as np
+
+from b3.data.images import FolderImages, ImageRef, RowGroups
 from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER
-from b3.errors import DataError
+from b3.errors import DataError, InputError
+from b3.files import claim, sha256, write_array, write_json, write_text
 
 BASE64_KEY = "image_base64"
+KIND = "b3 embeddings"
+FILES = ("embeddings.npy", "ids.json", "rows.jsonl", "manifest.json")
 IMAGE_TOKENS = (PLACEHOLDER, "<|image_pad|>")
 KEEP_GROUPS = 16
 
@@ -53,23 +59,14 @@ class OwnData:
 
 
 class RowImages(FolderImages):
-    """Images of a user's rows, under names that tell the row, so that an error about a picture names it."""
+    """Images of a user's rows, under names that tell the row, so that an error about an image names it."""
 
     def __init__(self, root: Path, file: Path, columns: Columns) -> None:
         super().__init__(root)
         self.location = str(file)
-        self._columns = columns
         self._places: dict[str, Any] = {}
         self._names: dict[Path, str] = {}
-        self._groups: OrderedDict[int, Any] = OrderedDict()
-        self._opened: Any = None
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None, "_groups": OrderedDict(), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self._packed = RowGroups(self.location, columns.image, KEEP_GROUPS)
 
     def add_file(self, where: str, value: str) -> ImageRef:
         """An image that is a file; equal paths are one image."""
@@ -99,7 +96,8 @@ class RowImages(FolderImages):
     def read(self, path: str) -> bytes:
         place = self._places[path]
         if isinstance(place, tuple):
-            return self._from_parquet(*place)
+            value = self._packed.value(*place)
+            return value["bytes"] if isinstance(value, dict) else value
         try:
             return place.read_bytes() if isinstance(place, Path) else self._from_jsonl(place)
         except OSError as error:
@@ -109,22 +107,6 @@ class RowImages(FolderImages):
         with open(self.location, "rb") as file:
             file.seek(offset)
             return _unpack(json.loads(file.readline())[BASE64_KEY])
-
-    def _from_parquet(self, group: int, row: int) -> bytes:
-        import pyarrow.parquet as pq
-
-        with self._lock:
-            if self._opened is None:
-                self._opened = pq.ParquetFile(self.location, memory_map=True)
-            if group not in self._groups:
-                self._groups[group] = self._opened.read_row_group(group, columns=[self._columns.image]).column(
-                    self._columns.image
-                )
-                while len(self._groups) > KEEP_GROUPS:
-                    self._groups.popitem(last=False)
-            self._groups.move_to_end(group)
-            value = self._groups[group][row].as_py()
-        return value["bytes"] if isinstance(value, dict) else value
 
 
 def _unpack(value: str) -> bytes:
@@ -291,3 +273,66 @@ def _row_id(file: Path, row: _Row, number: int, column: str, seen: dict[str | in
         raise DataError(f"{file}: {row.where} repeats the '{column}' {key!r} of {seen[key]}; ids must differ")
     seen[key] = row.where
     return key
+
+
+def describe_checkpoint(name: str | None, key_of: Callable[[str], str]) -> dict[str, str] | None:
+    """{"name", "key"} of a checkpoint for the manifest; a folder's name becomes absolute. None for None."""
+    if name is None:
+        return None
+    folder = Path(name).expanduser()
+    return {"name": str(folder.resolve()) if folder.is_dir() else name, "key": key_of(name)}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an index folder. Raises `InputError` if there is none or it is not one of embeddings."""
+    file = folder / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no finished embeddings (no manifest.json); run scripts/embed.py") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise InputError(f"{file} is not one of scripts/embed.py; choose another folder")
+    return manifest
+
+
+def is_done(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether `folder` holds just these embeddings. Raises `RunError` naming what differs if it holds others."""
+    paths = ("input.path", "input.path_images")  # the same rows may have moved
+    remedy = "choose another --out or delete it"
+    known = claim(folder, identity, "index", remedy, foreign=lambda name: name not in FILES, ignore=paths)
+    return known is not None and all((folder / name).is_file() for name in FILES)
+
+
+def identity_of(
+    data: OwnData, file: Path, columns: Columns, image_dir: Path | None, checkpoints: dict[str, Any], **options: Any
+) -> dict[str, Any]:
+    """What decides the vectors, in the form that the manifest keeps."""
+    where = {"path": str(file.resolve()), "path_images": str((image_dir or file.parent).resolve())}
+    content = {"sha256": sha256(file), "images_sha256": data.images_sha256}
+    return {"kind": KIND, **checkpoints, "input": where | content, "options": options | asdict(columns)}
+
+
+def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: dict[str, Any]) -> None:
+    """Write an index folder, its manifest last."""
+    assert vectors.dtype == np.float32
+    assert len(vectors) == len(data.ids)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    write_array(folder / "embeddings.npy", vectors)
+    write_json(folder / "ids.json", data.ids, indent=None, ensure_ascii=False)
+    write_text(folder / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.shown))
+    write_json(folder / "manifest.json", manifest, ensure_ascii=False)
+
+
+def load_index(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]:
+    """(vectors (N, D), what each row shows, manifest). Raises `InputError` if a file is missing or does not fit."""
+    manifest = read_manifest(folder)
+    try:
+        vectors = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+        rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{folder} is not complete ({error}); run scripts/embed.py again") from None
+    if vectors.ndim != 2 or len(vectors) != len(rows):
+        raise InputError(f"{folder}: {vectors.shape} vectors but {len(rows)} rows; delete it and embed again")
+    return vectors, rows, manifest

@@ -270,7 +270,7 @@ def test_faiss_and_numpy_agree_also_on_ties(top: int) -> None:
 
 
 def test_the_scripts_start_from_anywhere(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, str(root / "scripts" / "search.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
     )

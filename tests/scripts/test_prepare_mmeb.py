@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from b3.data import mmeb
 from b3.data.datasets import load_eval
 from b3.data.tables import list_subsets
+from scripts import prepare_mmeb as mmeb
 from scripts.prepare_mmeb import main
 
 
