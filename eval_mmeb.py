@@ -7,16 +7,184 @@ r"""Evaluate an embedding model on MMEB subsets (precision@1), with the command 
 Also under torchrun: the ranks share the work and the scores are the same bytes. Writes <subset>_score.json,
 <subset>_pred.txt, summary.json, summary.md, leaderboard.json and, where a family is complete, families.png. Subsets
 that are scored already are kept, and an interrupted run continues.
+
+The reference parses model, data and training arguments together, so its commands carry flags that never mattered to an
+evaluation. Each flag is accepted; one that has no effect says so in a line; one that contradicts the model is an error.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from pathlib import Path
 
-from b3.errors import command
-from b3.eval.flags import RESOLUTIONS, build_parser, check, ignored, parse
+from b3.errors import InputError, command
+from b3.model.backbones.qwen2_vl_images import MAX_PIXELS, MIN_PIXELS
+
+# Accepted, without effect on the numbers of this program.
+IGNORED_VALUES = (
+    "model_type processor_name model_backbone temperature num_crops uigraph_diff"
+    " uimask_ratio lm_skip_layer vis_skip_layer resize_use_processor image_decay_factor num_sample_per_subset"
+    " embedding_type dataset_config num_hardneg chunk_size eval_dataset_name eval_subset_name eval_image_dir"
+    " output_dir resume_from project_name gc_q_chunk_size gc_p_chunk_size gc_dynamic_limit"
+    " interleave_batch_size interleave_stopping_strategy local_rank ddp_timeout seed report_to run_name"
+    " per_device_train_batch_size learning_rate max_steps warmup_steps logging_steps save_steps num_train_epochs"
+).split()
+IGNORED_SWITCHES = (
+    "init_lora_model uigraph_use uigraph_rand uimask_rand sdibn odibn rdibn pos_only image_encoder_freeze grad_cache"
+    " remove_unused_columns overwrite_output_dir do_eval do_train fp16 tf32"
+).split()
+
+
+RESOLUTIONS = {"high": 1344, "mid": 672, "low": 128}
+LORA_FLAGS = {
+    "lora_r": "r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "lora_target_modules": "target_modules",
+}
+
+
+def boolean(text: str) -> bool:
+    """'True', 'false', '1', 'no', ...; raises `argparse.ArgumentTypeError` otherwise."""
+    lowered = text.lower()
+    if lowered in ("true", "1", "yes", "y", "t"):
+        return True
+    if lowered in ("false", "0", "no", "n", "f"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is not True or False")
+
+
+def _switch(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    """A boolean that may stand alone or take True or False."""
+    parser.add_argument(
+        f"--{name}", nargs="?", const=True, default=False, type=boolean, metavar="True|False", help=text
+    )
+
+
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """All flags; those without effect are hidden from --help."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model_name", required=True, help="hub name or folder of a full model or of an adapter repository")
+    add("--checkpoint_path", help="adapter to use on top of --model_name")
+    add("--pooling", default="last", help="last or eos, the same thing: the last token")
+    _switch(parser, "normalize", "L2-normalise: cosine scores")
+    _switch(parser, "lora", "merge the adapter found in --checkpoint_path or --model_name")
+    add("--lora_r", type=int, help="checked against the adapter")
+    add("--lora_alpha", type=int, help="checked against the adapter")
+    add("--dataset_name", help="hub name, folder, or embedded:emoji (default: TIGER-Lab/MMEB-eval)")
+    add("--subset_name", nargs="+", required=True, help="one or several subsets, or 'all'")
+    add("--dataset_split", default="test")
+    add("--image_dir", help="folder of the images")
+    add("--encode_output_path", required=True, help="output folder")
+    add("--max_len", type=int, help="cut text-only items to this many tokens")
+    _switch(parser, "tgt_prefix_mod", "put the target prefixes of B3 before the targets (not for VLM2Vec checkpoints)")
+    add("--resize_min_pixels", type=int, default=MIN_PIXELS, help="smallest image, pixels")
+    add("--resize_max_pixels", type=int, default=MAX_PIXELS, help="largest image, pixels")
+    add("--image_resolution", choices=tuple(RESOLUTIONS), help="square every image: 1344, 672 or 128 pixels a side")
+    add("--per_device_eval_batch_size", type=int, help="upper bound on the items of one forward pass")
+    _switch(parser, "bf16", "bfloat16 weights; otherwise float32")
+    add("--dataloader_num_workers", type=int, default=None, help="processes that read and resize images ahead")
+    add("--lora_dropout", type=float, help="checked against the adapter")
+    add("--lora_target_modules", help="checked against the adapter")
+    more = parser.add_argument_group("not in the published program")
+    more.add_argument("--benchmark", default="mmeb", help="whose tasks and rows, see b3/registry.py (default mmeb)")
+    more.add_argument(
+        "--numerics",
+        choices=("clean", "reference"),
+        default="clean",
+        help="reference: round rotary frequencies (and with --bf16 targets) as the published program does",
+    )
+    more.add_argument(
+        "--positions",
+        choices=("1d", "mrope"),
+        default="1d",
+        help="rotary positions; mrope for models that were trained with upstream's",
+    )
+    more.add_argument(
+        "--on_error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="skip: an unreadable item is counted and reported, its row stays in the denominator",
+    )
+    more.add_argument("--explain", type=int, default=0, help="write a page of so many wrong predictions per subset")
+    more.add_argument("--batch_tokens", type=int, help="upper bound on the tokens of one forward pass")
+    for name in IGNORED_VALUES:
+        add(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=None, dest=name, help=argparse.SUPPRESS)
+    for name in IGNORED_SWITCHES:
+        parser.add_argument(f"--{name}", nargs="?", const=True, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command; any flag of `transformers.TrainingArguments` that is not ours is accepted as without effect.
+
+    Raises `InputError` for a flag that neither program knows.
+    """
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.training_flags = []
+    if not rest:
+        return arguments
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    for word in rest:
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        if not word.startswith("--"):
+            continue  # the value of the flag before it
+        if name not in known:
+            raise InputError(f"unknown flag {word}; see --help")
+        arguments.training_flags.append(name)
+    return arguments
+
+
+def ignored(arguments: argparse.Namespace) -> list[str]:
+    """Names of the given flags that have no effect."""
+    own = [name for name in (*IGNORED_VALUES, *IGNORED_SWITCHES) if getattr(arguments, name) is not None]
+    return own + arguments.training_flags
+
+
+def check(arguments: argparse.Namespace) -> str | None:
+    """The adapter to merge onto --model_name, or None. Raises `InputError` for flags that contradict each other."""
+    from b3.model.adapter import CONFIG_FILE, is_adapter
+    from b3.model.checkpoint import fetch, read_json
+
+    if arguments.pooling not in ("last", "eos"):
+        raise InputError(f"--pooling {arguments.pooling} is not supported; use last (or eos, the same)")
+    for name, least in (
+        ("max_len", 1),
+        ("per_device_eval_batch_size", 1),
+        ("batch_tokens", 1),
+        ("explain", 0),
+        ("dataloader_num_workers", 0),
+    ):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value} must be at least {least}")
+    folder = fetch(arguments.model_name)
+    extra: Path | None = None if arguments.checkpoint_path is None else fetch(arguments.checkpoint_path)
+    source = extra or folder
+    if arguments.lora and not is_adapter(source):
+        raise InputError(f"--lora was given but {source} holds no {CONFIG_FILE}; name the adapter or drop --lora")
+    if not arguments.lora and is_adapter(source):
+        raise InputError(f"{source} is an adapter; add --lora to merge it")
+    if arguments.lora:
+        config = read_json(source / CONFIG_FILE)
+        for flag, key in LORA_FLAGS.items():
+            value, found = getattr(arguments, flag), config.get(key)
+            if flag == "lora_target_modules" and value is not None:
+                value, found = sorted(value.split(",")), sorted(found) if isinstance(found, list) else found
+            if value is not None and value != found:
+                raise InputError(f"--{flag} {value} contradicts the adapter in {source} ({key} {found})")
+    elif any(getattr(arguments, flag) is not None for flag in LORA_FLAGS):
+        raise InputError("--lora_r, --lora_alpha, --lora_dropout and --lora_target_modules need --lora")
+    return None if extra is None else str(extra)
 
 
 @command
@@ -27,16 +195,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"note: --{name} has no effect on the evaluation")
     adapter = check(arguments)
 
-    from b3 import distributed
-    from b3.data.tables import list_subsets
-    from b3.eval.benchmarks.mmeb import expand
+    from b3 import distributed, registry
     from b3.eval.report import markdown_table
     from b3.eval.run import EvalSpec, evaluate
 
+    benchmark = registry.load("benchmark", arguments.benchmark)
     spec = EvalSpec(
         model=arguments.model_name,
         adapter=adapter,
-        source=arguments.dataset_name,
+        source=arguments.dataset_name or benchmark.source,
         split=arguments.dataset_split,
         image_dir=arguments.image_dir,
         prefix_targets=arguments.tgt_prefix_mod,
@@ -50,13 +217,14 @@ def main(argv: list[str] | None = None) -> int:
         square=None if arguments.image_resolution is None else RESOLUTIONS[arguments.image_resolution],
         on_error=arguments.on_error,
     )
-    subsets = expand(arguments.subset_name, list_subsets(spec.source, spec.split))
+    subsets = benchmark.expand(arguments.subset_name, benchmark.subsets(spec.source, spec.split))
     try:
         distributed.start()
         summary = evaluate(
             spec,
             subsets,
             Path(arguments.encode_output_path),
+            benchmark=benchmark,
             max_items=arguments.per_device_eval_batch_size,
             workers=arguments.dataloader_num_workers or 0,
             batch_tokens=arguments.batch_tokens,

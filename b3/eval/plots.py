@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from b3.errors import InputError
-from b3.eval.baselines import family_means, load_baselines
-from b3.eval.benchmarks.mmeb import FAMILIES, family_of
+from b3.eval.benchmark import FAMILIES, family_of, family_order
+from b3.eval.benchmarks.mmeb import family_means, load_baselines
 from b3.html import running_mean
 
 COLOURS = {"untrained": "#9aa0a6", "random": "#4c78a8", "b3": "#e4572e"}
@@ -58,7 +58,7 @@ def plot_losses(metrics: dict[str, list[dict[str, Any]]], path: Path, width: int
 def plot_precision(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Precision@1 by subset and over all, a bar per model; `results` maps a name to a summary of `b3.eval.report`."""
     first = next(iter(results.values()))
-    subsets = sorted(first["subsets"], key=lambda s: ((*FAMILIES, "Other").index(family_of(s)), s))
+    subsets = sorted(first["subsets"], key=lambda s: (family_order().index(family_of(s)), s))
     labels = [*subsets, "mean"]
     figure, axes = new_figure(max(7.0, 0.9 * len(labels) + 1.5), 3.6)
     width = 0.8 / len(results)
@@ -100,7 +100,7 @@ def plot_families(
     Args:
         summary: as of `b3.eval.report.summarise`; an optional `interval` draws error bars: (low, high) of the mean, or
             a dict with such pairs under 'mean' and under the families' names (these may lie below a key 'families').
-        baselines: models of `b3.eval.baselines.load_baselines`; default `DEFAULT_BASELINES`.
+        baselines: models of `b3.eval.benchmarks.mmeb.load_baselines`; default `DEFAULT_BASELINES`.
         name: label of the run.
 
     Raises `InputError` for a model without published scores.

@@ -10,12 +10,10 @@ import numpy as np
 
 from b3.data.datasets import EvalDataset
 from b3.errors import InputError
-from b3.eval.benchmarks.mmeb import FAMILIES, MMEB, TASKS, family_of
+from b3.eval.benchmark import benchmarks, family_of, family_order, task_of
 from b3.eval.intervals import bootstrap_interval, bootstrap_mean
-from b3.eval.score import SubsetScore
+from b3.eval.score import METRICS, SubsetScore
 from b3.files import write_json, write_text
-
-MMEB_NAMES = {task.name for task in MMEB}
 
 
 def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore, skipped: dict[str, str]) -> None:
@@ -29,7 +27,7 @@ def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore, skipped
     ]
     write_text(folder / f"{score.name}_pred.txt", "".join(line + "\n" for line in lines))
     facts: dict[str, Any] = {
-        "acc": score.precision,
+        "acc": METRICS[task_of(score.name).metric](score),
         "num_correct": score.num_correct,
         "num_pred": score.num_rows,
         "num_data": len(dataset),
@@ -62,13 +60,13 @@ def summarise(precision: dict[str, float], num_correct: dict[str, tuple[int, int
     if not precision:
         raise InputError("no subset was scored")
     families = {}
-    for family in (*FAMILIES, "Other"):
+    for family in family_order():
         values = [value for name, value in precision.items() if family_of(name) == family]
         if values:
             families[family] = mean(values)
     summary: dict[str, Any] = {"subsets": precision, "families": families, "mean": mean(list(precision.values()))}
-    for label, wanted in (("IND", True), ("OOD", False)):
-        values = [v for name, v in precision.items() if name in TASKS and TASKS[name].in_domain is wanted]
+    for label, is_in_domain in (("IND", True), ("OOD", False)):
+        values = [v for name, v in precision.items() if task_of(name).in_domain is is_in_domain]
         if values:
             summary[label] = mean(values)
     if num_correct is not None:
@@ -90,7 +88,8 @@ def markdown_table(columns: dict[str, dict[str, Any]]) -> str:
     """Precision@1 in percent, a row a subset, then families and mean; a column for each summary."""
     names = list(columns)
     subsets = list(next(iter(columns.values()))["subsets"])
-    subsets.sort(key=lambda s: ((*FAMILIES, "Other").index(family_of(s)), s))
+    order = family_order()
+    subsets.sort(key=lambda s: (order.index(family_of(s)), s))
     rows = [["subset", "family", *names]]
     for subset in subsets:
         rows.append([subset, family_of(subset), *(f"{100 * columns[n]['subsets'][subset]:.1f}" for n in names)])
@@ -105,8 +104,7 @@ def markdown_table(columns: dict[str, dict[str, Any]]) -> str:
 
 
 def write_summary(folder: Path, summary: dict[str, Any], model: str) -> None:
-    """summary.json, summary.md, leaderboard.json (MMEB subsets only) and families.png (complete families only)."""
-    from b3.eval.leaderboard import leaderboard_json
+    """summary.json, summary.md and, of a benchmark that has them, leaderboard.json and families.png."""
     from b3.eval.plots import plot_families
 
     write_json(folder / "summary.json", summary)
@@ -118,7 +116,7 @@ def write_summary(folder: Path, summary: dict[str, Any], model: str) -> None:
     if "items" in summary:
         text += f"{summary['items']:,} distinct items in {summary['seconds']:.0f} s.\n"
     write_text(folder / "summary.md", text)
-    if any(name in MMEB_NAMES for name in summary["subsets"]):
-        board = leaderboard_json(summary, {"model_name": model})
-        write_json(folder / "leaderboard.json", board)
-        plot_families(summary, folder / "families.png", name=model.rstrip("/").rsplit("/", 1)[-1])
+    for benchmark in benchmarks():
+        if benchmark.leaderboard and any(name in benchmark.names for name in summary["subsets"]):
+            write_json(folder / "leaderboard.json", benchmark.leaderboard(summary, {"model_name": model}))
+            plot_families(summary, folder / "families.png", name=model.rstrip("/").rsplit("/", 1)[-1])

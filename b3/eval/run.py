@@ -12,6 +12,7 @@ import numpy as np
 from b3 import distributed
 from b3.data.datasets import EvalDataset, load_eval
 from b3.errors import RunError
+from b3.eval.benchmark import Benchmark
 from b3.eval.page import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
@@ -101,6 +102,7 @@ def evaluate(
     subsets: list[str],
     folder: Path,
     *,
+    benchmark: Benchmark | None = None,
     max_items: int | None = None,
     workers: int = 0,
     batch_tokens: int | None = None,
@@ -108,6 +110,8 @@ def evaluate(
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluate `spec` on `subsets` and write all files to `folder`; subsets scored before are not scored again.
+
+    A `benchmark` loads its rows; without one they are MMEB's schema (`b3.data.datasets.load_eval`).
 
     All ranks of a process group share the encoding; rank 0 writes. Vectors are kept below `folder`/embeddings, so an
     interrupted run continues. With `explain`, each newly scored subset also gets <subset>_errors.html with so many
@@ -117,8 +121,9 @@ def evaluate(
     holds another evaluation.
     """
     started = time.perf_counter()
+    load = load_eval if benchmark is None else benchmark.load
     datasets = [
-        load_eval(spec.source, name, spec.split, image_dir=spec.image_dir, prefix_targets=spec.prefix_targets)
+        load(spec.source, name, spec.split, image_dir=spec.image_dir, prefix_targets=spec.prefix_targets)
         for name in subsets
     ]
     facts = asdict(spec) | {

@@ -1,7 +1,8 @@
-"""Precision@1 over each row's own candidates, as MMEB defines it."""
+"""Scores of each row's own candidates, and the metrics made of them, by name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,11 @@ class SubsetScore:
         return self.num_correct / self.num_rows
 
 
+METRICS: dict[str, Callable[[SubsetScore], float]] = {  # of a `Task`; 0 to 1, higher is better
+    "precision@1": lambda score: score.precision,
+}
+
+
 def row_scores(query: np.ndarray, candidates: np.ndarray, index: np.ndarray) -> np.ndarray:
     """Dot products (C,) float32 of one query (D,) with its candidates, given as distinct vectors (U, D) and (C,) index.
 
@@ -60,7 +66,6 @@ def score_subset(
         vectors: (U, D) float32 of distinct items.
         queries: (rows,) int64, the vector of each query.
         candidates: per row (C,) int64, the vectors of its candidates, the positive first.
-
         round_targets: round candidates' vectors to bfloat16 first, as the reference's target side does.
 
     The first maximum wins, so a tie with the positive counts as right.

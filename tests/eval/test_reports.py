@@ -13,10 +13,9 @@ from tiny import picture
 from b3.data.datasets import EvalDataset
 from b3.data.images import FolderImages
 from b3.errors import InputError
-from b3.eval.baselines import family_means, load_baselines
-from b3.eval.benchmarks.mmeb import EMOJI, MMEB
+from b3.eval.benchmarks.emoji import EMOJI
+from b3.eval.benchmarks.mmeb import MMEB, family_means, leaderboard_json, load_baselines
 from b3.eval.intervals import bootstrap_interval, bootstrap_mean
-from b3.eval.leaderboard import leaderboard_json
 from b3.eval.page import margin, sample_errors, write_explanations
 from b3.eval.plots import DEFAULT_BASELINES, plot_families
 from b3.eval.report import summarise
@@ -36,7 +35,7 @@ PUBLISHED = {
 
 
 def all_36(value: float = 0.5) -> dict[str, float]:
-    return {task.name: value + 0.01 * (i % 7) for i, task in enumerate(MMEB)}
+    return {task.name: value + 0.01 * (i % 7) for i, task in enumerate(MMEB.tasks)}
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -59,7 +58,7 @@ def test_family_means_only_of_whole_families() -> None:
     scores = all_36()
     del scores["WebQA"]
     assert family_means(scores).keys() == {"Classification", "VQA", "Visual grounding", "OOD"}
-    assert family_means({task.name: 1.0 for task in EMOJI}) == {}
+    assert family_means({task.name: 1.0 for task in EMOJI.tasks}) == {}
     summary = summarise(all_36())
     assert family_means(all_36()) == pytest.approx(
         summary["families"] | {"IND": summary["IND"], "OOD": summary["OOD"], "overall": summary["mean"]}
@@ -206,7 +205,7 @@ def test_picture_by_family(tmp_path: Path) -> None:
     summary = summarise(all_36()) | {"interval": {"mean": (0.49, 0.56), "VQA": (0.5, 0.6)}}
     assert plot_families(summary, tmp_path / "new" / "families.png")
     assert (tmp_path / "new" / "families.png").read_bytes().startswith(b"\x89PNG")
-    one = {task.name: 0.5 for task in MMEB if task.family == "VQA"}
+    one = {task.name: 0.5 for task in MMEB.tasks if task.family == "VQA"}
     assert plot_families(summarise(one) | {"interval": (0.4, 0.6)}, tmp_path / "one.png", baselines=["LamRA-Ret"])
     assert set(DEFAULT_BASELINES) <= load_baselines().keys()
     with pytest.raises(InputError, match="colpali"):
@@ -214,7 +213,7 @@ def test_picture_by_family(tmp_path: Path) -> None:
 
 
 def test_no_picture_without_a_whole_family(tmp_path: Path) -> None:
-    emoji = summarise({task.name: 0.5 for task in EMOJI})
+    emoji = summarise({task.name: 0.5 for task in EMOJI.tasks})
     assert plot_families(emoji, tmp_path / "emoji.png") is False
     assert plot_families(summarise({"OK-VQA": 0.5}), tmp_path / "emoji.png") is False
     assert not list(tmp_path.iterdir())

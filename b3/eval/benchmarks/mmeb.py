@@ -1,24 +1,26 @@
-"""The evaluation subsets, their families and whether their data set was trained on.
+"""MMEB's 36 image subsets, published scores on them, and the file that its leaderboard takes.
 
-MMEB's 36 image subsets: 10 classification, 10 VQA, 12 retrieval, 4 visual grounding; 20 in domain (IND), 16 out (OOD).
-The overall number is the plain mean over subsets (paper, section 5).
+10 classification, 10 VQA, 12 retrieval, 4 visual grounding; 20 in domain (IND: their data set was trained on), 16 out
+(OOD). The overall number is the plain mean over subsets (paper, section 5).
+
+`mmeb_scores.csv` holds hit@1 (the same as precision@1) of eight models, read from the score files in
+`experiments/public/all_scores` of the VLM2Vec repository (https://github.com/TIGER-AI-Lab/VLM2Vec), a column per model
+and version of the files (`model@v2.0.1`, `model@v2.0.0`). Its last rows, whose names start with AVG_, are means over
+the rows above. Only numbers were taken; the cards of that project's models state the Apache License 2.0. All come from
+VLM2Vec's second evaluation code (local candidates, no target prefixes; V1 models with images resized to 1344 x 1344).
+Results of other code lines are not comparable below about 0.5 points.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+from datetime import datetime, timezone
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
-FAMILIES = ("Classification", "VQA", "Retrieval", "Visual grounding")
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A subset: its family, and whether it is in domain (None where that has no meaning)."""
-
-    name: str
-    family: str
-    in_domain: bool | None
-
+from b3.errors import InputError
+from b3.eval.benchmark import FAMILIES, Benchmark, Task
 
 _MMEB = {
     "Classification": (
@@ -32,43 +34,85 @@ _MMEB = {
     ),
     "Visual grounding": ("MSCOCO", "RefCOCO RefCOCO-Matching Visual7W-Pointing"),
 }
-_EMOJI = {
-    "Classification": "emoji_cls",
-    "VQA": "emoji_vqa",
-    "Retrieval": "emoji_t2i emoji_i2t emoji_i2i",
-    "Visual grounding": "emoji_vg",
-}
-
-MMEB: tuple[Task, ...] = tuple(
+TASKS = tuple(
     Task(name, family, in_domain)
     for family, both in _MMEB.items()
     for in_domain, names in zip((True, False), both, strict=True)
     for name in names.split()
 )
-EMOJI: tuple[Task, ...] = tuple(Task(name, family, None) for family, names in _EMOJI.items() for name in names.split())
-TASKS: dict[str, Task] = {task.name: task for task in (*MMEB, *EMOJI)}
+VERSIONS = ("v2.0.1", "v2.0.0")
 
 
-def family_of(subset: str) -> str:
-    """Family of a subset; 'Other' for data of the user's own."""
-    return TASKS[subset].family if subset in TASKS else "Other"
+@cache
+def _columns(version: str) -> dict[str, dict[str, float]]:
+    known = {task.name for task in TASKS}
+    columns: dict[str, dict[str, float]] = {}
+    with (files("b3.eval.benchmarks") / "mmeb_scores.csv").open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["subset"] not in known:
+                continue
+            for column, value in row.items():
+                model, _, label = column.partition("@")
+                if label == version and value:
+                    columns.setdefault(model, {})[row["subset"]] = float(value)
+    return columns
 
 
-def expand(names: list[str], available: list[str]) -> list[str]:
-    """Subset names from the command line, each once.
+def load_baselines(version: str = VERSIONS[0]) -> dict[str, dict[str, float]]:
+    """Precision@1 (0 to 1) by model and subset, from the given version of the published score files."""
+    if version not in VERSIONS:
+        raise InputError(f"no published scores of version '{version}'; use one of {', '.join(VERSIONS)}")
+    return {model: dict(scores) for model, scores in _columns(version).items()}
 
-    'all' means all that the source lists, or MMEB's 36 if it cannot list them; a family ('vqa', 'Visual grounding',
-    'visual-grounding') means its subsets among those.
+
+def family_means(scores: dict[str, float]) -> dict[str, float]:
+    """Plain means over MMEB's subsets by family, 'IND', 'OOD' and 'overall'; only groups that `scores` covers in full.
+
+    Subsets that are not MMEB's play no part.
     """
-    everything = available or [task.name for task in MMEB]
-    families = {family.lower().replace(" ", "-"): family for family in FAMILIES}
-    result: list[str] = []
-    for name in names:
-        family = families.get(name.lower().replace(" ", "-"))
-        if name == "all":
-            result += everything
-        elif family is not None and name not in everything:
-            result += [subset for subset in everything if family_of(subset) == family]
-        else:
-            result.append(name)
-    return list(dict.fromkeys(result))
+    groups: dict[str, list[str]] = {family: [t.name for t in TASKS if t.family == family] for family in FAMILIES}
+    groups["IND"] = [task.name for task in TASKS if task.in_domain]
+    groups["OOD"] = [task.name for task in TASKS if not task.in_domain]
+    groups["overall"] = [task.name for task in TASKS]
+    return {
+        group: sum(scores[name] for name in names) / len(names)
+        for group, names in groups.items()
+        if all(name in scores for name in names)
+    }
+
+
+def leaderboard_json(
+    summary: dict[str, Any], metadata: dict[str, Any], rows: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """What to submit for a run, ready for `json.dump`, in the layout of VLM2Vec's files (read from version 2.0.1).
+
+    The published files also give hit@5, NDCG and others; the image tables are made of hit@1. No video and no documents
+    are scored here: those two are empty.
+
+    Args:
+        summary: as of `b3.eval.report.summarise`; subsets that are not MMEB's are left out.
+        metadata: `model_name` (needed) and what else is known, such as `model_size`, `url`, `model_backbone`.
+            `report_generated_date` is added where missing.
+        rows: number of rows by subset, for `num_pred` and `num_data`.
+
+    Raises `InputError` if the name is missing or no subset of MMEB was scored.
+    """
+    if not metadata.get("model_name"):
+        raise InputError("the leaderboard file needs a model name; give metadata with 'model_name'")
+    image: dict[str, dict[str, float | int]] = {}
+    for task in TASKS:
+        if task.name not in summary["subsets"]:
+            continue
+        image[task.name] = {"hit@1": float(summary["subsets"][task.name])}
+        if rows is not None and task.name in rows:
+            image[task.name] |= {"num_pred": rows[task.name], "num_data": rows[task.name]}
+    if not image:
+        raise InputError("the leaderboard takes MMEB's subsets and none of them was scored")
+    date = datetime.now(timezone.utc).replace(tzinfo=None).isoformat()
+    return {
+        "metadata": {"report_generated_date": date} | metadata,
+        "metrics": {"image": image, "video": {}, "visdoc": {}},
+    }
+
+
+MMEB = Benchmark("mmeb", TASKS, "TIGER-Lab/MMEB-eval", published=load_baselines, leaderboard=leaderboard_json)
