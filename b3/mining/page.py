@@ -34,8 +34,8 @@ query's own target: it may well be a right answer, and training would push it aw
 members have the best-ranked targets from the start of the window on (100 %); near targets count far more than distant
 ones. The higher it is, the closer training on the batch is to training on all rows at once
 (arXiv 2505.11293, Theorem 1).</dd></dl>
-<p><b>Good</b> is: many more hard negatives and much more teacher mass than in random communities and than by the
-paper's recipe (mutual edges, METIS with its defaults), while likely false negatives stay few
+<p><b>Good</b> is: many more hard negatives and much more teacher mass than in random communities and, where it is
+compared, than by the paper's recipe (mutual edges, METIS with its defaults), while likely false negatives stay few
 (harder communities always hold somewhat more of them).</p></div>"""
 
 
@@ -146,7 +146,12 @@ def _numbers(r: dict[str, Any], partitioner: str | None) -> str:
         (f"Hard negatives per query, of {most} others", more, "mined_negatives_per_query", _two),
         ("Teacher mass captured", more, "teacher_mass_captured", lambda share: percent(share, 2)),
         ("Likely false negatives: ranked above the window", fewer, "skipped_ranks_per_query", _two),
-        ("Likely false negatives: scored above the own target", fewer, "negatives_above_positive_per_query", _two),
+        (
+            "Likely false negatives: scored above the query's own target",
+            fewer,
+            "negatives_above_positive_per_query",
+            _two,
+        ),
         ("Queries with a target scored above their own", fewer, "queries_with_negatives_above_positive", percent),
         ("Others with the same target", fewer, "duplicate_targets_in_community", lambda number: f"{number:.3f}"),
     ]
@@ -326,7 +331,7 @@ def _sheet(cards: Cards, example: dict[str, Any], size: int) -> str:
 
 
 def false_negative_table(cards: Cards, pairs: list[dict[str, Any]], depth: int) -> str:
-    """One line a pair: query, own target, and the other member's target that the teacher prefers.
+    """One line per pair: query, its own target, and the other member's target that the teacher prefers.
 
     `depth`: ranks below it are known (p + m).
     """
@@ -348,7 +353,7 @@ def _scored(shown: str, score: float, rank: int | None, depth: int) -> str:
 
 
 def duplicate_table(cards: Cards, examples: list[dict[str, Any]]) -> str:
-    """One line a target that several members of a community share: two of their queries, and the target."""
+    """One line per target that several members of a community share: two of their queries, and the target."""
     lines = [
         f'<div class="side">{cards.show("query", example["rows"][0])}</div>'
         f'<div class="side">{cards.show("query", example["rows"][1])}</div>'

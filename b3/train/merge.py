@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config
+from b3.files import publish
 
 if TYPE_CHECKING:
     import torch
@@ -48,5 +49,5 @@ def save_merged(config: Config, folder: Path, dtype: torch.dtype) -> Path:
         if (base / name).is_file():
             shutil.copyfile(base / name, staged / name)
     shutil.rmtree(target, ignore_errors=True)
-    staged.rename(target)
+    publish(staged, target)
     return target
