@@ -75,7 +75,7 @@ def ours(model: Path, options: Any) -> Prepare:
     from b3.data.items import Item
     from b3.model.adapter import AdapterSpec, attach_adapter
     from b3.train.collate import StepCollator
-    from b3.train.losses.info_nce import ContrastiveLoss
+    from b3.train.losses.info_nce import InfoNCE
     from b3.train.step import CachedStep
 
     class Pairs:
@@ -93,7 +93,7 @@ def ours(model: Path, options: Any) -> Prepare:
         embedder.backbone, AdapterSpec(dropout=0.0, use_dora=False, target_modules=TARGETS)
     )
     embedder.train()
-    step = CachedStep(embedder, ContrastiveLoss(mask_duplicates=False))
+    step = CachedStep(embedder, InfoNCE(mask_duplicates=False))
 
     def prepare(batch: Batch) -> Callable[[], float]:
         collator = StepCollator([Pairs(batch)], embedder.processor, options.chunk_tokens)  # type: ignore[list-item]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from b3 import registry
+from b3.errors import InputError
 
 Family = Literal["retrieval", "classification", "vqa", "grounding"]
 
@@ -132,6 +135,7 @@ class TrainConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="not of norms, biases and a learned temperature")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
+    loss: str = Field("info_nce", description="an entry of b3.registry.LOSSES")
     temperature: float = Field(0.02, gt=0, description="of InfoNCE")
     learn_temperature: bool = Field(False, description="train log(1 / temperature), as CLIP; needs temperature >= 0.01")
     symmetric: bool = Field(False, description="mean of query to target and target to query, as CLIP")
@@ -147,9 +151,8 @@ class TrainConfig(Section):
     mask_teacher_margin: float | None = Field(
         None,
         ge=0,
-        description="a target whose teacher score exceeds the positive's less this is no negative; GISTEmbed: 0",
+        description="a target whose teacher score exceeds the positive's minus this is no negative; GISTEmbed: 0",
     )
-    hardness_weight: float = Field(0.0, ge=0, description="beta: a negative weighs exp(beta cosine); LLaVE: 9; 0: off")
     chunk_tokens: int = Field(8192, gt=0, description="tokens of one forward pass; bounds memory at any batch size")
     vision_cache_mib: int = Field(
         4096, ge=0, description="picture features kept between the two passes if the vision tower is frozen; 0: none"
@@ -170,6 +173,14 @@ class TrainConfig(Section):
         [], description="report to these beside metrics.jsonl (pip install 'b3[trackers]')"
     )
     timeout_minutes: float = Field(30.0, gt=0, description="a rank that waits longer for the others ends the run")
+
+    @field_validator("loss")
+    @classmethod
+    def _known_loss(cls, name: str) -> str:
+        try:
+            return registry.check("loss", name)
+        except InputError as error:
+            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _warmup(self) -> TrainConfig:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from b3 import registry
 from b3.config import Config
 from b3.errors import RunError
 from b3.train.batches import build_sampler
 from b3.train.stop import StopRequest
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from b3.data.datasets import PairDataset
     from b3.mining.plan import BatchPlan
     from b3.model.embedder import Embedder
@@ -96,11 +99,11 @@ def build_trainer(
     from b3.train.collate import StepCollator
     from b3.train.evaluation import Evaluator
     from b3.train.loop import Trainer
-    from b3.train.teacher import open_teachers
 
     start = 0 if checkpoint is None else checkpoint_step(checkpoint)
     sampler = build_sampler(config, datasets, plans, start)
-    teachers = open_teachers(config, datasets)
+    loss = registry.load("loss", config.train.loss).from_config(config)
+    teachers = open_teachers(config, datasets) if loss.reads_teacher else None
     embedder = build_embedder(config)
     if config.model.shard:
         from b3.train.shard import shard_frozen
@@ -123,4 +126,23 @@ def build_trainer(
     )
     set_seed(config.seed)
     evaluator = Evaluator(config, embedder) if config.eval and config.eval.every else None
-    return Trainer(embedder, config, collator, sampler, request, evaluator)
+    return Trainer(embedder, loss, config, collator, sampler, request, evaluator)
+
+
+def open_teachers(config: Config, datasets: list[PairDataset]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(queries, targets), each (N, D) and memory-mapped, of every data set, for a loss that reads them.
+
+    Raises:
+        RunError: the recipe's teacher is a checkpoint, not vectors.
+        DataError: a file is missing or does not fit its data set.
+    """
+    from b3.mining.teacher import teacher_embeddings
+
+    teacher = config.mining.teacher
+    if teacher != "embedded" and (not Path(teacher).is_dir() or (Path(teacher) / "config.json").exists()):
+        raise RunError(
+            f"train.mask_teacher_margin reads vectors while training, but mining.teacher {teacher} is a checkpoint;"
+            " encode the data sets with scripts/embed.py and give the folder of SUBSET_queries.npy, SUBSET_targets.npy"
+        )
+    pairs = zip(config.data.datasets, datasets, strict=True)
+    return [teacher_embeddings(config, entry, dataset, None) for entry, dataset in pairs]

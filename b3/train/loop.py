@@ -27,7 +27,7 @@ from b3.train import checkpoint as checkpoints
 from b3.train.bad_rows import BadRows, GuardedCollator, Replaced
 from b3.train.collate import Rows, StepCollator
 from b3.train.inputs import StepInputs
-from b3.train.losses.info_nce import ContrastiveLoss
+from b3.train.losses.loss import Loss
 from b3.train.metrics import ProgressBar, Trackers, Window
 from b3.train.optimizer import build_optimizer, build_schedule, schedule_at, trained_parameters
 from b3.train.sampler import BatchPlanSampler
@@ -41,6 +41,7 @@ class Trainer:
 
     Args:
         embedder: with an adapter attached, or with weights of its own to train.
+        loss: of the recipe; its parameters are trained too.
         config: the recipe.
         collator: from rows to the `StepInputs` of this rank.
         sampler: batches of this rank, started at the first step to run.
@@ -51,6 +52,7 @@ class Trainer:
     def __init__(
         self,
         embedder: Embedder,
+        loss: Loss,
         config: Config,
         collator: StepCollator,
         sampler: BatchPlanSampler,
@@ -58,16 +60,16 @@ class Trainer:
         evaluator: Callable[[], dict[str, float]] | None = None,
     ) -> None:
         train = config.train
-        self.embedder, self.config, self.collator, self.sampler = embedder, config, collator, sampler
+        self.embedder, self.loss, self.config = embedder, loss, config
+        self.collator, self.sampler = collator, sampler
         self.request = request or StopRequest()
         self.evaluator = evaluator
         self.folder = Path(config.output_dir)
         self.is_first = distributed.rank() == 0
-        self.loss = ContrastiveLoss.from_config(train)
         self.cached_step = CachedStep(
-            embedder, self.loss, seed=config.seed, autocast=train.bf16, vision_cache_mib=train.vision_cache_mib
+            embedder, loss, seed=config.seed, autocast=train.bf16, vision_cache_mib=train.vision_cache_mib
         )
-        self.parameters = trained_parameters(embedder, self.loss)
+        self.parameters = trained_parameters(embedder, loss)
         self.optimizer = build_optimizer(self.parameters, embedder, train.lr, train.weight_decay)
         self.schedule = build_schedule(self.optimizer, train.schedule, train.warmup_steps, train.steps)
         self.window = Window(embedder, low_precision=train.bf16 or embedder.dtype == torch.bfloat16)

@@ -7,7 +7,7 @@ before the next one: the result is that of the whole table. Gradients of gathere
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from b3.distributed import rank, world_size
 from b3.train.inputs import StepInputs
-from b3.train.losses.info_nce import ContrastiveLoss
-from b3.train.losses.masks import Columns
+from b3.train.losses.loss import Loss
+from b3.train.losses.masks import Facts
 
 BLOCK_LOGITS = 2**24  # logits held at once; 64 MiB in float32, about six times that with what autograd keeps
 
@@ -35,26 +35,22 @@ class _Side:
     """One direction: this rank's rows against the columns of all ranks.
 
     rows: (B, D) and columns: (T, D), leaves that collect gradients. positives: (B,) int64 column of each row.
-    facts: of the columns. teacher: (B, D') of the rows, or None.
+    facts: of all rows and columns.
     """
 
     rows: Tensor
     columns: Tensor
     positives: Tensor
-    facts: Columns
-    teacher: Tensor | None
+    facts: Facts
 
-    def backward(self, loss: ContrastiveLoss, weight: float, block_logits: int) -> tuple[Tensor, Tensor]:
+    def backward(self, loss: Loss, weight: float, block_logits: int) -> tuple[Tensor, Tensor]:
         """(sum of the rows' losses times `weight` as a 0-d float64, statistics (4,)); fills `.grad` of the leaves."""
         step = max(1, block_logits // len(self.columns))
         total = torch.zeros((), dtype=torch.float64, device=self.rows.device)
         statistics = torch.zeros(4, dtype=torch.float64, device=self.rows.device)
         for start in range(0, len(self.rows), step):
             block = slice(start, start + step)
-            positives = self.positives[block]
-            teacher = None if self.teacher is None else self.teacher[block]
-            excluded = self.facts.excluded(positives, teacher, loss.mask_teacher_margin)
-            value, measured = loss(self.rows[block], self.columns, positives, excluded)
+            value, measured = loss(self.rows[block], self.columns, self.positives[block], self.facts.block(block))
             (value * weight).backward()
             total += value.detach().double() * weight
             statistics += measured.sums()
@@ -62,7 +58,7 @@ class _Side:
 
 
 def whole_batch(
-    loss: ContrastiveLoss, queries: Tensor, targets: Tensor, inputs: StepInputs, block_logits: int = BLOCK_LOGITS
+    loss: Loss, queries: Tensor, targets: Tensor, inputs: StepInputs, block_logits: int = BLOCK_LOGITS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss over the queries of all ranks and its gradients.
 
@@ -78,10 +74,10 @@ def whole_batch(
         over all queries; the gradients with respect to `queries` and `targets`.
     """
     b, stride = len(queries), len(targets) // len(queries)
-    total, own = b * world_size(), torch.arange(b, device=queries.device) + rank() * b
-    sides = [_forward_side(loss, queries, targets, inputs, own * stride)]
+    total, numbers = b * world_size(), torch.arange(b, device=queries.device) + rank() * b
+    sides = [_forward_side(loss, queries, targets, inputs, numbers * stride)]
     if loss.symmetric:
-        sides.append(_backward_side(loss, queries, targets[::stride], inputs, own))
+        sides.append(_backward_side(loss, queries, targets[::stride], inputs, numbers))
     sums = torch.zeros(5, dtype=torch.float64, device=queries.device)
     for number, side in enumerate(sides):
         value, statistics = side.backward(loss, 1 / (total * len(sides)), block_logits)
@@ -90,9 +86,9 @@ def whole_batch(
             sums[1:] = statistics
     if world_size() > 1:
         dist.all_reduce(sums)
-    query_grad, target_grad = _grad(sides[0].rows), _own_share(sides[0].columns, len(targets))
+    query_grad, target_grad = _grad(sides[0].rows), _share_of_rank(sides[0].columns, len(targets))
     if loss.symmetric:
-        query_grad = query_grad + _own_share(sides[1].columns, b)
+        query_grad = query_grad + _share_of_rank(sides[1].columns, b)
         target_grad[::stride] += _grad(sides[1].rows)
     return sums / total, query_grad, target_grad
 
@@ -101,40 +97,35 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().requires_grad_(True)
 
 
-def _forward_side(
-    loss: ContrastiveLoss, queries: Tensor, targets: Tensor, inputs: StepInputs, positives: Tensor
-) -> _Side:
-    """Own queries against the targets of all ranks."""
-    device = queries.device
-    guided, padded = loss.mask_teacher_margin is not None, len(targets) > len(queries)
-    facts = Columns(
-        gather(inputs.target_ids.to(device)) if loss.mask_duplicates else None,
-        gather(inputs.query_ids.to(device)) if loss.mask_duplicates else None,
-        gather(inputs.valid.to(device)) if padded else None,
-        gather(_teacher(inputs.teacher_targets).to(device)) if guided else None,
+def _forward_side(loss: Loss, queries: Tensor, targets: Tensor, inputs: StepInputs, positives: Tensor) -> _Side:
+    """This rank's queries against the targets of all ranks."""
+    device, is_padded = queries.device, len(targets) > len(queries)
+    facts = Facts(
+        gather(inputs.target_ids.to(device)),
+        gather(inputs.query_ids.to(device)),
+        gather(inputs.valid.to(device)) if is_padded else None,
     )
-    teacher = _teacher(inputs.teacher_queries).to(device) if guided else None
-    return _Side(_leaf(queries), _leaf(gather(targets)), positives, facts, teacher)
+    if loss.reads_teacher:
+        columns = gather(_teacher(inputs.teacher_targets).to(device))
+        facts = replace(facts, teacher_rows=_teacher(inputs.teacher_queries).to(device), teacher_columns=columns)
+    return _Side(_leaf(queries), _leaf(gather(targets)), positives, facts)
 
 
 def _backward_side(
-    loss: ContrastiveLoss, queries: Tensor, positive_targets: Tensor, inputs: StepInputs, positives: Tensor
+    loss: Loss, queries: Tensor, positive_targets: Tensor, inputs: StepInputs, positives: Tensor
 ) -> _Side:
-    """Own positives against the queries of all ranks; the roles in the masks are exchanged with the roles."""
+    """This rank's positives against the queries of all ranks; the roles in the masks are exchanged with the roles."""
     device, stride = queries.device, len(inputs.target_ids) // len(inputs.query_ids)
-    guided = loss.mask_teacher_margin is not None
-    facts = Columns(
-        gather(inputs.query_ids.to(device)) if loss.mask_duplicates else None,
-        gather(inputs.target_ids[::stride].to(device)) if loss.mask_duplicates else None,
-        None,
-        gather(_teacher(inputs.teacher_queries).to(device)) if guided else None,
-    )
-    teacher = _teacher(inputs.teacher_targets)[::stride].to(device) if guided else None
-    return _Side(_leaf(positive_targets), _leaf(gather(queries)), positives, facts, teacher)
+    facts = Facts(gather(inputs.query_ids.to(device)), gather(inputs.target_ids[::stride].to(device)))
+    if loss.reads_teacher:
+        columns = gather(_teacher(inputs.teacher_queries).to(device))
+        rows = _teacher(inputs.teacher_targets)[::stride].to(device)
+        facts = replace(facts, teacher_rows=rows, teacher_columns=columns)
+    return _Side(_leaf(positive_targets), _leaf(gather(queries)), positives, facts)
 
 
 def _teacher(vectors: Tensor | None) -> Tensor:
-    assert vectors is not None, "train.mask_teacher_margin needs teacher vectors in the inputs"
+    assert vectors is not None, "the loss needs a teacher's vectors in the inputs"
     return vectors
 
 
@@ -143,7 +134,7 @@ def _grad(leaf: Tensor) -> Tensor:
     return leaf.grad
 
 
-def _own_share(columns: Tensor, count: int) -> Tensor:
+def _share_of_rank(columns: Tensor, count: int) -> Tensor:
     """Gradient of this rank's columns, summed over the rows of all ranks."""
     gradient = _grad(columns)
     if world_size() > 1:

@@ -28,7 +28,8 @@ from b3.distributed import rank, world_size
 from b3.model.adapter import norms_once
 from b3.model.embedder import Embedder
 from b3.train.inputs import StepInputs
-from b3.train.losses.info_nce import ContrastiveLoss
+from b3.train.losses.info_nce import InfoNCE
+from b3.train.losses.loss import Loss
 from b3.train.objective import BLOCK_LOGITS, whole_batch
 from b3.train.vision_cache import VisionCache
 
@@ -40,7 +41,7 @@ VISION_CACHE_MIB = 4096
 class StepResult:
     """What a step reports: means over the queries of all ranks.
 
-    masked: columns left out of a query's sum. vision_bytes: picture features that this rank kept.
+    masked: columns left out of a query's sum. vision_bytes: image features that this rank kept.
     """
 
     loss: float
@@ -61,18 +62,18 @@ class CachedStep:
     """Computes loss and gradients of one batch; parameters' `.grad` hold the gradient of the global mean afterwards.
 
     Args:
-        embedder: the model; called directly, never through a DDP wrapper.
-        loss: with its options; a learned temperature receives its gradient as well.
+        embedder: the model.
+        loss: with its options; its parameters receive their gradient as well. Default: InfoNCE.
         seed: of dropout.
         autocast: run the backbone under bfloat16 autocast.
-        vision_cache_mib: memory for picture features kept between the passes (frozen vision tower only); 0: none.
+        vision_cache_mib: memory for image features kept between the passes (frozen vision tower only); 0: none.
         block_logits: logits held at once.
     """
 
     def __init__(
         self,
         embedder: Embedder,
-        loss: ContrastiveLoss | None = None,
+        loss: Loss | None = None,
         *,
         seed: int = 0,
         autocast: bool = False,
@@ -80,7 +81,7 @@ class CachedStep:
         block_logits: int = BLOCK_LOGITS,
     ) -> None:
         self.embedder = embedder
-        self.loss = (ContrastiveLoss() if loss is None else loss).to(embedder.device)
+        self.loss = (InfoNCE() if loss is None else loss).to(embedder.device)
         self.seed = seed
         self.autocast = autocast
         self.vision_cache_mib = vision_cache_mib
@@ -88,7 +89,7 @@ class CachedStep:
 
     def __call__(self, inputs: StepInputs, step: int) -> StepResult:
         """Run one step. `step` only decides the random state of dropout."""
-        self.loss.clamp()
+        self.loss.before_step()
         single = inputs.num_chunks == 1
         cache = VisionCache(self.embedder, inputs.pictures, 0 if single else self.vision_cache_mib * 2**20)
         with norms_once(self.embedder.backbone):

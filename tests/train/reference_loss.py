@@ -51,8 +51,7 @@ def _row(row: int, own: int, anchor: Tensor, columns: Tensor, facts: Any, tau: T
             other = _cosine(q[other_row], t[own_target]) if back else _cosine(q[row], t[target])
             if other > _cosine(q[row], t[own_target]) - o["mask_teacher_margin"]:
                 continue
-        weight = torch.exp(o.get("hardness_weight", 0.0) * score.detach())
-        terms.append(weight * (score / tau).exp())
+        terms.append((score / tau).exp())
     return -torch.log(terms[0] / sum(terms))
 
 

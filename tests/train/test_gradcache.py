@@ -15,7 +15,7 @@ from b3 import Embedder
 from b3.data.items import Item
 from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable, new_name
 from b3.train.collate import StepCollator
-from b3.train.losses.info_nce import ContrastiveLoss, info_nce
+from b3.train.losses.info_nce import InfoNCE, info_nce
 from b3.train.step import CachedStep
 from b3.train.vision_cache import VisionCache
 
@@ -39,7 +39,7 @@ class GoldenPairs:
         return to_item(PAIRS[row]["pos"] if row < 8 else PAIRS[(row - 8) // 2]["neg"][row % 2])
 
 
-PLAIN = ContrastiveLoss(mask_duplicates=False)
+PLAIN = InfoNCE(mask_duplicates=False)
 NEGATIVES = np.array([[8 + 2 * i, 9 + 2 * i] for i in range(8)])
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from b3.train import info_nce
-from b3.train.losses.info_nce import BatchStatistics, positive_columns
+from b3.train.losses.info_nce import positive_columns
+from b3.train.losses.loss import Statistics
 from b3.train.losses.masks import excluded_columns
 
 
@@ -81,5 +82,5 @@ def test_ragged_targets_are_a_programmers_error() -> None:
 def test_statistics_by_hand() -> None:
     queries, targets = torch.eye(3), torch.eye(3)
     targets[2] = queries[0]  # row 2's positive is row 0's direction
-    s = BatchStatistics.measure(queries @ targets.T, positive_columns(3, 3), None)
+    s = Statistics.measure(queries @ targets.T, positive_columns(3, 3), None)
     assert s.sums().tolist() == [3.0, 2.0, 1.0, 0.0]

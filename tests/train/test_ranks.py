@@ -11,14 +11,14 @@ import torch
 from reference_loss import as_inputs, random_batch
 from test_gradcache import checkpoint, collator, embedder
 
-from b3.train.losses.info_nce import ContrastiveLoss
+from b3.train.losses.info_nce import InfoNCE
 from b3.train.objective import whole_batch
 from b3.train.step import CachedStep
 
 LOSSES: dict[str, dict[str, Any]] = {
     "plain": {},
     "symmetric": {"symmetric": True, "mask_margin": 0.1},
-    "learned": {"learn_temperature": True, "hardness_weight": 5.0},
+    "learned": {"learn_temperature": True},
     "teacher": {"mask_teacher_margin": 0.05, "mask_duplicates": False, "symmetric": True, "learn_temperature": True},
 }
 # kind of adapter, hard negatives, share duplicates, vision cache, options of the loss
@@ -32,7 +32,7 @@ ROWS = [0, 1, 2, 1, 4, 5]
 
 def of_the_loss(name: str, h: int, rank: int, ranks: int) -> dict[str, torch.Tensor]:
     queries, targets, facts = random_batch(6, h, 3)
-    loss = ContrastiveLoss(0.1, **LOSSES[name]).double()
+    loss = InfoNCE(0.1, **LOSSES[name]).double()
     own = (slice(rank * len(part) // ranks, (rank + 1) * len(part) // ranks) for part in (queries, targets))
     q, t = (part[where] for part, where in zip((queries, targets), own, strict=True))
     means, query_grad, target_grad = whole_batch(loss, q, t, as_inputs(facts, rank, ranks), block_logits=20)
@@ -47,7 +47,7 @@ def of_a_step(folder: Path, name: str, rank: int, ranks: int) -> dict[str, torch
     model = embedder(folder, "lora" if kind == "full" else kind)
     if kind == "full":
         model.backbone.requires_grad_(True)
-    loss = ContrastiveLoss(0.05, **LOSSES[options])
+    loss = InfoNCE(0.05, **LOSSES[options])
     rows = ROWS[rank * 6 // ranks : (rank + 1) * 6 // ranks]
     inputs = collator(model, 60, negatives, share)([(0, i) for i in rows])
     result = CachedStep(model, loss, vision_cache_mib=cache)(inputs, 0)

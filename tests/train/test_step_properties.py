@@ -20,7 +20,7 @@ from b3.data.items import Item
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.batch import collate
 from b3.train.collate import StepCollator
-from b3.train.losses.info_nce import ContrastiveLoss, info_nce
+from b3.train.losses.info_nce import InfoNCE, info_nce
 from b3.train.losses.masks import excluded_columns
 from b3.train.step import CachedStep, chunk_seed
 from b3.train.vision_cache import VisionCache, is_vision_frozen
@@ -127,7 +127,7 @@ def test_cached_equals_plain(
     hard = [np.random.default_rng(seed).integers(-1, len(batch), (len(batch), h))] if h else None
     collator = StepCollator([Pairs(batch)], model.processor, chunk_tokens, hard, share_duplicates=share)  # type: ignore
     inputs = collator(rows)
-    loss = ContrastiveLoss(0.1, mask_duplicates=mask)
+    loss = InfoNCE(0.1, mask_duplicates=mask)
     result = CachedStep(model, loss, seed=seed, vision_cache_mib=mib)(inputs, 3)
     cached = gradients(model)
     expected = whole_pass(model, inputs, collator, rows, seed, {"mask_duplicates": mask})

@@ -17,7 +17,7 @@ from b3.config import load_config
 from b3.data.datasets import load_pairs
 from b3.errors import ConfigError, RunError
 from b3.train.collate import StepCollator
-from b3.train.losses.info_nce import ContrastiveLoss
+from b3.train.losses.info_nce import InfoNCE
 from b3.train.run import train
 from b3.train.step import CachedStep
 
@@ -62,7 +62,7 @@ def test_the_loss_is_that_of_a_plain_table(root: Path) -> None:
     model = Embedder.from_pretrained(root / "model", dtype="float32")
     data = load_pairs(f"jsonl:{root}/own.jsonl", "own", prefix_targets=False)
     inputs = StepCollator([data], model.processor, 30, stored_negatives=2)([(0, i) for i in range(6)])
-    result = CachedStep(model.requires_grad_(True), ContrastiveLoss(0.1, mask_duplicates=True))(inputs, 0)
+    result = CachedStep(model.requires_grad_(True), InfoNCE(0.1, mask_duplicates=True))(inputs, 0)
 
     def vectors(texts: list[str]) -> torch.Tensor:
         return torch.from_numpy(model.encode(texts)).double()

@@ -24,7 +24,7 @@ from b3.model.checkpoint import unfreeze_all
 from b3.train.build import build_embedder
 from b3.train.collate import StepCollator
 from b3.train.flops import ModelFlops
-from b3.train.losses.info_nce import ContrastiveLoss, info_nce
+from b3.train.losses.info_nce import InfoNCE, info_nce
 from b3.train.metrics import without_times
 from b3.train.run import train
 from b3.train.step import CachedStep
@@ -87,7 +87,7 @@ def test_the_cached_step_has_the_plain_gradient(root: Path, kind: str, pooling: 
     data = Pairs()
     inputs = StepCollator([data], model.processor, 50)([(0, row) for row in range(8)])  # type: ignore[list-item]
     assert inputs.num_chunks > 2 and inputs.num_items == 12
-    result = CachedStep(model, ContrastiveLoss(mask_duplicates=False))(inputs, 0)
+    result = CachedStep(model, InfoNCE(mask_duplicates=False))(inputs, 0)
     cached = {n: p.grad.clone() for n, p in model.backbone.named_parameters() if p.grad is not None}
     model.zero_grad()
     sides = (data.query, data.target)
