@@ -24,11 +24,9 @@ from typing import Any
 import numpy as np
 
 from b3.mining import BatchPlan, mine
-from b3.mining.negatives import NegativeRules
 from b3.mining.vectors import distinct_targets, unit_rows
 
 K, H, NEAR = 32, 5, 10
-AUTHORS = NegativeRules(filter="none", drop_member_labels=False, repeat=True)
 Numbers = dict[str, float]
 
 
@@ -73,12 +71,11 @@ def measure(plan: BatchPlan, queries: np.ndarray, targets: np.ndarray) -> Number
 def plans(rows: int, labels: int) -> dict[str, dict[str, Any]]:
     """Arguments of `mine` by name; p = 0, and the m of the recipes for classification: 30 % of the labels."""
     own = {"p": 0, "m": -(-3 * labels // 10)}
-    authors = {"target_unit": "label30", "subset_rows": min(rows, 10000), "negative_rules": AUTHORS}
     return {
         "distinct": own,
         "distinct, m 10": {"p": 0, "m": min(10, labels - 1)},
         "distinct, m 31": {"p": 0, "m": min(31, labels - 1)},
-        "label30, paper": {"partitioner": "paper", **authors},
+        "label30, paper": {"preset": "paper", "classification": True},
         "random": {"partitioner": "random", **own},
     }
 

@@ -15,9 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from b3.config.schema_mining import MiningOptions
 from b3.errors import ConfigError, RunError, command
 
-PARTITIONERS = ("anneal", "paper", "kmeans", "random")
+FLAGS = {"p": ["-p"], "m": ["-m"], "community_size": ["-k", "--community-size"]}  # where not --like-the-name
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -27,19 +30,19 @@ def build_parser() -> argparse.ArgumentParser:
     arrays = parser.add_argument_group("arrays instead of a recipe")
     arrays.add_argument("--queries", type=Path, help="(N, D) .npy of teacher query embeddings")
     arrays.add_argument("--targets", type=Path, help="(N, D) .npy of teacher target embeddings")
-    arrays.add_argument("-p", type=int, default=30, help="ranks skipped at the top (default 30)")
-    arrays.add_argument("-m", type=int, default=100, help="width of the rank window (default 100)")
-    arrays.add_argument("-k", type=int, default=32, help="community size (default 32)")
-    arrays.add_argument("--hard-negatives", type=int, default=0, help="hard negatives per query (default 0)")
-    arrays.add_argument("--edges", choices=("union", "mutual"), help="default union; mutual for partitioner paper")
-    arrays.add_argument("--no-veto", action="store_true", help="keep pairs that one side ranks above its window")
-    arrays.add_argument("--partitioner", choices=PARTITIONERS, default="anneal")
-    arrays.add_argument("--refine-passes", type=int, help="passes of annealed swaps (default 30)")
-    arrays.add_argument("--piece-rows", type=int, help="cut larger data sets into pieces first (default never)")
-    arrays.add_argument("--search", choices=("exact", "ivf"), default="exact", help="ivf: approximate, for millions")
-    arrays.add_argument("--device", help="torch device for ranking (default: a GPU if there is one)")
-    arrays.add_argument("--seed", type=int, default=0)
     arrays.add_argument("--out", type=Path, help="plan directory to write")
+    arrays.add_argument("--device", help="torch device for ranking (default: a GPU if there is one)")
+    arrays.add_argument("--compare", action="store_true", help="also measure the paper's recipe (needs pymetis)")
+    for name, field in MiningOptions.model_fields.items():
+        flags = FLAGS.get(name, [f"--{name.replace('_', '-')}"])
+        default = 0 if name == "hard_negatives" else field.default
+        text = f"{field.description} (default {default})"
+        if field.annotation is bool:
+            arrays.add_argument(
+                *flags, dest=name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+        else:
+            arrays.add_argument(*flags, dest=name, type=yaml.safe_load, default=argparse.SUPPRESS, help=text)
     return parser
 
 
@@ -54,28 +57,17 @@ def mine_arrays(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"give a recipe, or all of --queries, --targets and --out (missing: {', '.join(missing)})")
     if (arguments.out / "manifest.json").exists():
         raise RunError(f"{arguments.out} holds a batch plan already; choose another --out or delete it")
-    options: dict[str, Any] = {
-        name: value
-        for name in ("edges", "refine_passes", "piece_rows")
-        if (value := getattr(arguments, name)) is not None
-    }
+    options = {name: value for name, value in vars(arguments).items() if name in MiningOptions.model_fields}
     stages = Stages(arguments.out.parent / f".{arguments.out.name}.stages")
     with stage_bar("mine", show=True) as progress:
         plan = mine(
             load_matrix(arguments.queries),
             load_matrix(arguments.targets),
-            p=arguments.p,
-            m=arguments.m,
-            community_size=arguments.k,
-            hard_negatives=arguments.hard_negatives,
-            seed=arguments.seed,
-            veto=not arguments.no_veto,
-            partitioner=arguments.partitioner,
-            search=arguments.search,
+            **{"hard_negatives": 0, **options},
             device=arguments.device,
+            compare=arguments.compare,
             progress=progress,
             stages=stages,
-            **options,
         )
     plan.save(arguments.out)
     stages.remove()
@@ -83,7 +75,7 @@ def mine_arrays(arguments: argparse.Namespace) -> None:
 
 
 def show(plans: dict[str, Any]) -> None:
-    """Print a line a plan."""
+    """Print a line per plan."""
     width = max(map(len, plans))
     for name, plan in plans.items():
         report = plan.report
@@ -93,7 +85,7 @@ def show(plans: dict[str, Any]) -> None:
         seconds = sum(report["seconds"].values())
         print(
             f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities of"
-            f" {report['community_size']}  mined negatives a query {report['mined_negatives_per_query']:.2f}"
+            f" {report['community_size']}  mined negatives per query {report['mined_negatives_per_query']:.2f}"
             f" (random {report['random_mined_negatives_per_query']:.2f})  {seconds:.1f} s"
         )
 

@@ -31,7 +31,6 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("batch.policy=best", "'b3', 'b3_merged', 'b3_mixed', 'random' or 'random_mixed'"),
         ("mining.p={vqa: x}", "'mining.p'"),
         ("train.warmup_steps=99", "train.warmup_steps 99 exceeds train.steps 6"),
-        ("mining.partitioner=paper", "needs mining.edges mutual"),
         ("data.datasets.5.p=1", "there is no element 5; the list has 2"),
         ("nonsense", "not of the form section.key=value"),
         ("train.steps={", "not valid YAML"),
@@ -84,7 +83,7 @@ def test_merge_replaces_lists_and_keeps_the_rest() -> None:
 
 def test_help_names_every_section() -> None:
     text = describe_keys()
-    assert all(f"  {key}" in text for key in ("train.steps", "mining.k", "data.datasets.N.subset", "eval.source"))
+    assert all(f"  {key}" in text for key in ("train.steps", "mining.community_size", "eval.source"))
 
 
 def test_rank_window_by_family(tmp_path: Path) -> None:

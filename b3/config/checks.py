@@ -28,7 +28,7 @@ def _check_policy(config: Config) -> None:
 
 
 def _check_size(config: Config) -> None:
-    size, k = config.batch.size, config.mining.k
+    size, k = config.batch.size, config.mining.community_size
     if size % k:
         lower = max(k, size // k * k)
         raise ValueError(f"batch.size {size} is not a multiple of mining.k {k}; use {lower} or {lower + k}")

@@ -17,7 +17,6 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from b3.config.checks import check_batches
-from b3.config.checks_mining import check_classification
 from b3.config.schema import (
     AdapterConfig,
     BatchConfig,
@@ -28,7 +27,7 @@ from b3.config.schema import (
     Section,
     TrainConfig,
 )
-from b3.config.schema_mining import MiningConfig, NegativesConfig
+from b3.config.schema_mining import MiningConfig, NegativesConfig, ReportConfig
 from b3.config.yaml_tree import apply_override, locate, merge, read_yaml
 from b3.errors import ConfigError
 
@@ -50,6 +49,7 @@ class Config(Section):
     data: DataConfig
     mining: MiningConfig
     negatives: NegativesConfig = NegativesConfig()
+    report: ReportConfig = ReportConfig()
     batch: BatchConfig
     train: TrainConfig
     eval: EvalConfig | None = None
@@ -76,7 +76,6 @@ class Config(Section):
                 f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}"
             )
         check_batches(self)
-        check_classification(self)
         return self
 
     @property

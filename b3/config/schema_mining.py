@@ -1,49 +1,119 @@
-"""The sections of a recipe that decide over mining: keys, types, defaults, and what contradicts itself within one."""
+"""The sections of a recipe that decide over mining. `MiningOptions` are also the arguments of `b3.mining.mine`."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from b3 import registry
 from b3.config.schema import DatasetConfig, Family, Section
+from b3.errors import InputError
 
-REFINED = ("anneal",)  # partitioners that end in swaps
+Count = Annotated[int, Field(strict=True, ge=0)]
+Positive = Annotated[int, Field(strict=True, ge=1)]
+
+AUTHORS: dict[str, Any] = {"partitioner": "paper", "edges": "mutual"}  # what preset paper says of other keys
 
 
-class MiningConfig(Section):
-    dir: str = Field(description="folder of the batch plans, one sub-folder a data set")
+class MiningKeys(Section):
+    """What decides over a plan, beside the vectors: declared here for recipes, `mine()`, command line and manifest."""
+
+    m: Positive = Field(100, description="width of the window of ranks [p, p + m)")
+    community_size: Positive = Field(32, description="rows K of a community; recipes may say k")
+    seed: Count = Field(0, description="of all random choices of mining; not the seed of training")
+    edges: Literal["union", "mutual"] | None = Field(
+        None,
+        description="when two rows are linked: union, one has the other in its window; mutual, both have (the paper);"
+        " null: mutual for partitioner paper, union otherwise",
+    )
+    veto: bool = Field(True, description="drop an edge if either row ranks the other above p (mutual implies it)")
+    partitioner: str = Field(
+        "anneal",
+        description="anneal: swaps from random communities; paper: k-way METIS and the authors' repair (needs pymetis);"
+        " kmeans: balanced k-means, no windows; random",
+    )
+    refine_passes: Count = Field(30, description="passes of annealed swaps (partitioner anneal)")
+    piece_rows: Positive | None = Field(
+        None, description="cut larger data sets into pieces of at most so many rows first, by balanced k-means"
+    )
+    search: Literal["exact", "ivf"] = Field("exact", description="ivf: approximate ranking, for millions of rows")
+    preset: Literal["paper"] | None = Field(
+        None,
+        description="paper: all that the authors' code does, mining (mutual edges, METIS, classes by label), the draw"
+        " of hard negatives, the same batches every epoch, and no mask in the loss",
+    )
+
+    @field_validator("partitioner")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            return registry.check("miner", name)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MiningKeys:
+        if self.preset == "paper":
+            for key, value in AUTHORS.items():
+                if getattr(self, key) not in (value, type(self).model_fields[key].default):
+                    raise ValueError(f"{key} {getattr(self, key)} contradicts preset paper, which is {value}")
+        if self.partitioner == "paper" and self.edges == "union":
+            raise ValueError("partitioner paper works on mutual edges, not union; leave edges out")
+        if self.piece_rows is not None and self.piece_rows < 2 * self.community_size:
+            raise ValueError(f"piece_rows is {self.piece_rows}; give an integer of at least {2 * self.community_size}")
+        return self
+
+
+class MiningOptions(MiningKeys):
+    """The parameters of `b3.mining.mine`; the manifest of a plan is their dump, what follows from others filled in."""
+
+    p: Count = Field(30, description="ranks skipped at the top: targets there are likely to be right")
+    hard_negatives: Count = Field(5, description="hard negatives drawn per row; 0: none")
+    classification: bool = Field(False, description="the targets are class labels; decides over preset paper alone")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Python's own numbers for numpy's, and one spelling for options that mean the same."""
+        values = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+        if values.get("preset") == "paper":
+            values |= {key: value for key, value in AUTHORS.items() if values.get(key) in (None, "anneal")}
+        else:
+            values["classification"] = False
+        if values.get("edges") is None:
+            values["edges"] = "mutual" if values.get("partitioner") == "paper" else "union"
+        if values["edges"] == "mutual":
+            values["veto"] = True
+        return values
+
+    @property
+    def by_label(self) -> bool:
+        """Whether rows are joined by their nearest labels, as the authors' code does for classification."""
+        return self.preset == "paper" and self.classification
+
+
+class MiningConfig(MiningKeys):
+    """The section `mining` of a recipe."""
+
+    dir: str = Field(description="folder of the batch plans, one sub-folder per data set")
     teacher: str = Field(
         description="'embedded', a checkpoint, st:NAME (sentence-transformers), or a folder of SUBSET_queries.npy and"
         " SUBSET_targets.npy"
     )
     teacher_adapter: str | None = Field(None, description="adapter of a teacher checkpoint")
-    p: int | dict[Family, int] = Field(30, description="ranks skipped at the top; a number or one a family")
-    m: int = Field(100, gt=0, description="width of the rank window [p, p+m)")
-    k: int = Field(32, gt=0, description="community size K")
-    edges: Literal["union", "mutual"] = Field("union", description="when two rows are linked; mutual is the paper's")
-    veto: bool = Field(True, description="drop an edge if either row ranks the other above p (union only)")
-    partitioner: Literal["anneal", "paper", "kmeans", "random"] = Field(
-        "anneal",
-        description="anneal: swaps from random communities; paper: k-way METIS and the"
-        " authors' repair; kmeans: balanced k-means, no windows",
-    )
-    refine_passes: int = Field(30, ge=0, description="passes of annealed swaps (anneal)")
-    piece_rows: int | None = Field(
-        None, gt=1, description="cut larger data sets into pieces of at most so many rows first, by balanced k-means"
-    )
-    search: Literal["exact", "ivf"] = Field("exact", description="ivf: approximate ranking, for millions of rows")
-    target_unit: Literal["distinct", "label30"] = Field(
-        "distinct", description="classification sets; label30: edges to the first 30 % of labels, as the authors' code"
-    )
-    classification_subset: int | None = Field(
-        None, gt=0, description="mine classification sets in random subsets of so many rows; the authors: 10000"
-    )
+    p: Count | dict[Family, Count] = Field(30, description="ranks skipped at the top; a number, or one per family")
 
-    @property
-    def refined(self) -> bool:
-        """Whether swaps refine the communities."""
-        return self.partitioner in REFINED
+    @model_validator(mode="before")
+    @classmethod
+    def _short_name(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "k" not in values:
+            return values
+        values = dict(values)
+        size = values.pop("k")
+        if values.setdefault("community_size", size) != size:
+            raise ValueError(f"k {size} and community_size {values['community_size']} are one key; give one of them")
+        return values
 
     def p_of(self, dataset: DatasetConfig) -> int:
         """Ranks to skip for a data set."""
@@ -51,20 +121,11 @@ class MiningConfig(Section):
             return dataset.p
         return self.p if isinstance(self.p, int) else self.p.get(dataset.family, 30)
 
-    @model_validator(mode="after")
-    def _faithful(self) -> MiningConfig:
-        values = [self.p] if isinstance(self.p, int) else list(self.p.values())
-        if min(values, default=0) < 0:
-            raise ValueError(f"mining.p {self.p} must not be negative")
-        for key in ("refine_passes", "piece_rows"):
-            default = type(self).model_fields[key].default  # what a written config.yaml holds is no request
-            if not self.refined and getattr(self, key) not in (default, 0):
-                raise ValueError(f"mining.{key} {getattr(self, key)} has no effect with partitioner {self.partitioner}")
-        if self.partitioner == "paper" and self.edges != "mutual":
-            raise ValueError("mining.partitioner paper needs mining.edges mutual")
-        if self.edges == "mutual" and not self.veto:
-            raise ValueError("mining.veto has no effect with edges mutual (which vetoes by itself)")
-        return self
+    def options_for(self, dataset: DatasetConfig, hard_negatives: int) -> MiningOptions:
+        """What `mine` takes for a data set of the recipe."""
+        keys = {key: getattr(self, key) for key in MiningKeys.model_fields}
+        keys |= {"p": self.p_of(dataset), "m": dataset.m or self.m, "hard_negatives": hard_negatives}
+        return MiningOptions.model_validate({**keys, "classification": dataset.family == "classification"})
 
 
 class NegativesConfig(Section):
@@ -72,41 +133,18 @@ class NegativesConfig(Section):
     source: Literal["mined", "data"] = Field(
         "mined", description="data: the first h that a row brings along (neg_text, neg_image_path)"
     )
-    scope: Literal["community", "batch"] = Field(
-        "community", description="drawn for each community when mining, or for each batch when it is composed"
-    )
-    window: int | None = Field(None, gt=0, description="counted ranks [p, p+window); null: m. The authors' code: 100")
-    penalty: float = Field(1.0, ge=0, allow_inf_nan=False, description="taken from a target's score by each top p")
-    filter: Literal["all", "none"] = Field("all", description="all: never of the owner's top p; none: authors' code")
-    drop_member_labels: bool = Field(True, description="never a target of any member; the authors' code: false")
-    repeat: bool = Field(False, description="repeat candidates where they are short, as the authors' code")
-    max_relative: float | None = Field(None, ge=0, le=1, description="most share of the positive's score")
-    max_margin: float | None = Field(None, ge=0, le=2, description="least distance below the positive's score")
-    candidates: int = Field(512, gt=0, description="targets kept for each community (scope batch only)")
 
     @model_validator(mode="after")
     def _effective(self) -> NegativesConfig:
-        defaults = type(self).model_fields
-        idle = [name for name in self.rules if getattr(self, name) != defaults[name].default]
-        if not self.per_query and idle:
-            raise ValueError(f"negatives.{idle[0]} has no effect with negatives.per_query 0")
         if self.source == "data" and not self.per_query:
             raise ValueError("negatives.source data needs negatives.per_query")
-        if self.source == "data" and idle:
-            raise ValueError(f"negatives.{idle[0]} is a rule of mining and has no effect with negatives.source data")
-        if self.scope == "community" and "candidates" in idle:
-            raise ValueError("negatives.candidates has no effect with negatives.scope community")
-        limits = [name for name in ("max_relative", "max_margin") if getattr(self, name) is not None]
-        if self.scope == "batch" and limits:
-            raise ValueError(f"negatives.{limits[0]} needs negatives.scope community")
         return self
-
-    @property
-    def rules(self) -> dict[str, Any]:
-        """The arguments of `b3.mining.negatives.NegativeRules`."""
-        return self.model_dump(exclude={"per_query", "source"})
 
     @property
     def mined(self) -> int:
         """How many of them a plan must hold."""
         return self.per_query if self.source == "mined" else 0
+
+
+class ReportConfig(Section):
+    compare: bool = Field(False, description="also measure the paper's recipe for the report of each plan (METIS)")

@@ -1,18 +1,20 @@
-"""The undirected graph over rows whose edges join hard negatives of each other."""
+"""What is cut into communities: rows, their rankings, and the graph whose edges join hard negatives of each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from b3.mining.hashing import mix64, uniform
-from b3.mining.rankings import TOP, WINDOW, Ranks
-from b3.mining.vectors import DistinctTargets
+from b3.config.schema_mining import MiningOptions
+from b3.console import Clock
+from b3.mining.rankings import TOP, WINDOW, Rankings
+from b3.mining.vectors import DistinctTargets, mix64, uniform
 
 EDGE_BLOCK = 1 << 22
+SPARE_EDGES = 1_500_000  # where targets repeat, a small data set keeps more than m edges a row, up to this many in all
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Graph:
     def num_edges(self) -> int:
         """Undirected edges."""
         return len(self.indices) // 2
+
+    def facts(self) -> dict[str, Any]:
+        """For the report."""
+        return {"edges": self.num_edges, "isolated_rows": int((np.diff(self.indptr) == 0).sum())}
 
     def degrees(self) -> np.ndarray:
         """(N,) int64: sum of the weights at each row."""
@@ -62,15 +68,10 @@ def places(members: np.ndarray, num_rows: int) -> np.ndarray:
     return place
 
 
-def rows_of_targets(
-    chosen: Callable[[np.ndarray], np.ndarray],
-    ranks: Ranks,
-    distinct: DistinctTargets,
-    budget: int,
-    seed: int,
-    place: np.ndarray,
+def window_rows(
+    rankings: Rankings, distinct: DistinctTargets, budget: int, seed: int, place: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The directed edges of every query i to the rows that carry its chosen targets, own target left out.
+    """The directed edges of every query i to the rows that carry targets of its window, its own target left out.
 
     Up to `budget` such rows are all taken. Where there are more (targets shared by many rows), the rows are sampled so
     that about `budget` remain, whatever N is: the rows of each target are spread over a circle in a seeded order, each
@@ -79,7 +80,6 @@ def rows_of_targets(
     large data set were many small ones; independent sampling would thin all of it.
 
     Args:
-        chosen: gives (n, k) distinct targets for some queries (n,).
         place: (N,) the number of each row (`places`); rows with -1 are left out on both sides.
 
     Returns (indptr (n + 1,) int64, rows (E,) int32), both in these numbers.
@@ -87,18 +87,18 @@ def rows_of_targets(
     by_slot = _by_slot(distinct, seed)
     slots, phase = _slots(distinct, by_slot, seed)
     by_slot = by_slot.astype(np.int32)
-    offsets, found = [np.zeros(1, dtype=np.int64)], []
-    step = max(1, EDGE_BLOCK // max(ranks.m, budget))
-    for start in range(0, len(ranks.own), step):
+    degrees, neighbours = [np.zeros(1, dtype=np.int64)], []
+    step = max(1, EDGE_BLOCK // max(rankings.m, budget))
+    for start in range(0, len(rankings.own), step):
         rows = start + np.flatnonzero(place[start : start + step] >= 0)
         if not len(rows):
             continue
-        window = chosen(rows)
-        taken, at = _reached(window, slots[rows], phase, ranks.own[rows], distinct, budget)
+        num_taken, at = _reached(rankings.window(rows), slots[rows], phase, rankings.own[rows], distinct, budget)
         ends = place[by_slot[at]]
-        offsets.append(np.bincount(np.repeat(np.arange(len(rows)), taken)[ends >= 0], minlength=len(rows)))
-        found.append(ends[ends >= 0])
-    return np.cumsum(np.concatenate(offsets)), np.concatenate(found)
+        is_member = ends >= 0
+        degrees.append(np.bincount(np.repeat(np.arange(len(rows)), num_taken)[is_member], minlength=len(rows)))
+        neighbours.append(ends[is_member])
+    return np.cumsum(np.concatenate(degrees)), np.concatenate(neighbours)
 
 
 def _reached(
@@ -110,16 +110,20 @@ def _reached(
     budget: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(rows taken for each query (n,), their positions in the order of the slots), for targets `window` (n, k)."""
+    # Row r of a target with `size` rows has the slot (r + phase) / size; `low` and `high` are the r at both ends of
+    # what is within reach, and may lie beyond 0 and size: the circle closes by the remainder below.
     size = np.where(window == own[:, None], 0, distinct.counts[window])
     total = size.sum(axis=1)
     reach = np.minimum(1.0, budget / np.maximum(total, 1))[:, None] / 2
     low = np.ceil((slots[:, None] - reach) * size - phase[window]).astype(np.int64)
     high = np.ceil((slots[:, None] + reach) * size - phase[window]).astype(np.int64)
-    taken = np.where((total <= budget)[:, None], size, np.minimum(high - low, size))
-    each = taken.ravel()
+    num_taken = np.where((total <= budget)[:, None], size, np.minimum(high - low, size))
+    # One entry per row taken: the r of its target (counting from `low`), then its position among all rows.
+    each = num_taken.ravel()
     base = np.repeat(np.cumsum(each) - each, each)
     place = np.repeat(low.ravel(), each) + np.arange(each.sum()) - base
-    return taken.sum(axis=1), np.repeat(distinct.starts[window.ravel()], each) + place % np.repeat(size.ravel(), each)
+    first = np.repeat(distinct.starts[window.ravel()], each)
+    return num_taken.sum(axis=1), first + place % np.repeat(size.ravel(), each)
 
 
 def _by_slot(distinct: DistinctTargets, seed: int) -> np.ndarray:
@@ -139,7 +143,7 @@ def _slots(distinct: DistinctTargets, order: np.ndarray, seed: int) -> tuple[np.
 
 
 def build_graph(
-    ranks: Ranks,
+    rankings: Rankings,
     distinct: DistinctTargets,
     edges: str,
     veto: bool,
@@ -155,11 +159,11 @@ def build_graph(
     members: (n,) rows, ascending: the graph over these alone, renumbered; default: all.
     """
     assert edges in ("union", "mutual")
-    members = np.arange(len(ranks.own)) if members is None else members
-    place = places(members, len(ranks.own))
+    members = np.arange(len(rankings.own)) if members is None else members
+    place = places(members, len(rankings.own))
     # Row j of the transpose lists the i whose window holds j's target; the other direction is looked up there.
-    back = _adjacency(*rows_of_targets(ranks.window, ranks, distinct, budget, seed, place)).T.tocsr()
-    kinds = ranks.classify(members[_sources(back)], distinct.of_row[members[back.indices]])
+    back = _adjacency(*window_rows(rankings, distinct, budget, seed, place)).T.tocsr()
+    kinds = rankings.classify(members[_sources(back)], distinct.of_row[members[back.indices]])
     if edges == "mutual":
         back.data = (kinds == WINDOW).astype(np.int8)
     else:
@@ -182,3 +186,86 @@ def _adjacency(indptr: np.ndarray, rows: np.ndarray) -> Any:
 
 def _sources(matrix: Any) -> np.ndarray:
     return np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
+
+
+@dataclass
+class Problem:
+    """What a miner cuts into communities.
+
+    Attributes:
+        queries: (N, D) float32 unit vectors on the grid.
+        rankings, distinct: of all N rows.
+        rows: (n,) int64, ascending, the rows to be cut.
+        facts: what is to be said of the cut in the report.
+    """
+
+    queries: np.ndarray
+    rankings: Rankings
+    distinct: DistinctTargets
+    rows: np.ndarray
+    options: MiningOptions
+    clock: Clock
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """(n,) distinct target of each row."""
+        return self.distinct.of_row[self.rows]
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The graph over `rows`, built when it is first asked for."""
+        options, count = self.options, len(self.rankings.own)
+        with self.clock.stage("graph"):
+            graph = build_graph(
+                self.rankings,
+                self.distinct,
+                options.edges or "union",
+                options.veto,
+                max(options.m, SPARE_EDGES // count),
+                options.seed,
+                self.rows,
+            )
+        self.facts |= graph.facts()
+        return graph
+
+    def part(self, positions: np.ndarray) -> Problem:
+        """The problem of some of the rows, by position."""
+        return replace(self, rows=self.rows[positions], facts={})
+
+    def place(self, positions: np.ndarray, communities: np.ndarray) -> np.ndarray:
+        """(n,) int64 community of each row, -1 for a row in none, from the `communities` (k,) at `positions` (k,)."""
+        community_of = np.full(len(self), -1, dtype=np.int64)
+        community_of[positions] = communities
+        return community_of
+
+
+def kept_rows(graph: Graph | None, num_rows: int, community_size: int, seed: int) -> np.ndarray:
+    """(n - n mod K,) int64, ascending: the rows that go into communities.
+
+    Left out are the least connected ones, ties by a seeded hash; without a graph random ones.
+    """
+    degrees = np.zeros(num_rows, dtype=np.int64) if graph is None else graph.degrees()
+    order = np.lexsort((mix64(seed, 3, np.arange(num_rows)), degrees))
+    return np.sort(order[num_rows % community_size :]).astype(np.int64)
+
+
+def merge_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the report says of several parts together: sums, smallest and largest sizes; gains pass by pass."""
+    merged: dict[str, Any] = {}
+    for facts in parts:
+        for key, value in facts.items():
+            if key not in merged:
+                merged[key] = value
+            elif isinstance(value, list):
+                length = max(len(value), len(merged[key]))
+                padded = [values + [0] * (length - len(values)) for values in (merged[key], value)]
+                merged[key] = [a + b for a, b in zip(*padded, strict=True)]
+            elif key.endswith(("_min", "_max")):
+                merged[key] = (min if key.endswith("_min") else max)(merged[key], value)
+            else:
+                merged[key] += value
+    return merged

@@ -1,28 +1,26 @@
-"""Mine batches: from teacher embeddings to a batch plan."""
+"""Mine batches: from teacher embeddings to a batch plan, in six steps."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from functools import partial
+import re
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from b3 import distributed
+from b3.config.schema_mining import MiningOptions
 from b3.console import Clock, Progress, peak_memory
 from b3.errors import InputError
 from b3.files import Stages
-from b3.mining.batch_negatives import candidate_arrays
-from b3.mining.checks import check_arrays, check_parameters, check_rules, windows
 from b3.mining.communities import find_communities
-from b3.mining.labels import RankTo, merge_facts, rank_labels, restrict_targets, split_rows
-from b3.mining.negatives import NegativeRules, draw_negatives, narrow
-from b3.mining.parameters import REFINED, Parameters
+from b3.mining.graph import Problem
+from b3.mining.negatives import AUTHORS_WINDOW, draw_negatives
 from b3.mining.plan import BatchPlan
-from b3.mining.rankings import Ranks, join_ranks, rank_targets, search_recall
+from b3.mining.rankings import Rankings, join_rankings, label_count, rank_labels, rank_targets, search_recall
 from b3.mining.report import make_report
-from b3.mining.vectors import DistinctTargets, distinct_targets, embeddings_fingerprint, unit_rows
+from b3.mining.vectors import Pairs, check_arrays, normalise
 
 
 def mine(
@@ -34,28 +32,22 @@ def mine(
     hard_negatives: int = 5,
     seed: int = 0,
     *,
-    edges: str | None = None,
-    veto: bool = True,
-    partitioner: str = "anneal",
-    refine_passes: int = 30,
-    piece_rows: int | None = None,
-    search: str = "exact",
-    negative_rules: NegativeRules | None = None,
-    target_unit: str = "distinct",
-    subset_rows: int | None = None,
-    progress: Progress | None = None,
     data_fingerprint: str | None = None,
     teacher: str | None = None,
+    compare: bool = False,
+    progress: Progress | None = None,
+    stages: Stages | None = None,
     device: str | None = None,
     block_rows: int | None = None,
-    stages: Stages | None = None,
+    **options: Any,
 ) -> BatchPlan:
     """Group the rows of a data set into communities of hard negatives of each other.
 
-    For every query, all distinct targets of the data set are ranked by cosine similarity (the own one included; equal
+    For every query, all distinct targets of the data set are ranked by cosine similarity (its own one included; equal
     target rows count once). Targets at ranks [p, p + m) are its hard negatives: above p they are likely to be right,
     below p + m they are easy. Rows are joined in a graph by that relation and the graph is cut into communities of
-    exactly K rows ("Breaking the Batch Barrier", arXiv 2505.11293, section 3).
+    exactly K rows ("Breaking the Batch Barrier", arXiv 2505.11293, section 3). The result depends on the arrays, on
+    p to `seed` and on `options` alone.
 
     Args:
         queries, targets: (N, D) teacher embeddings, row i of both being a training pair; float16, 32 or 64, any
@@ -64,27 +56,15 @@ def mine(
         m: width of the window; clipped where fewer than p + m distinct targets exist (``report["window"]`` says so).
         community_size: K.
         hard_negatives: h, hard negatives drawn for each row (0: none).
-        seed: of all random choices. The result depends on the arguments up to `subset_rows` alone.
-        edges: "union" (a pair counts for each direction that holds) or "mutual" (both must hold; the paper's). Default:
-            union, and mutual for the partitioner "paper".
-        veto: drop pairs of which one ranks the other's target above its window (union only; mutual implies it).
-        partitioner: "anneal" (annealed swaps from random communities), "paper" (the authors' METIS
-            call and repair), "kmeans" (balanced k-means of the pairs, no
-            windows) or "random" (seeded permutation).
-        refine_passes: passes of annealed swaps ("anneal").
-        piece_rows: data sets with more rows are first cut into pieces of similar rows, at most so many each, by
-            balanced k-means; communities do not cross pieces. Bounds memory and time of the graph; None: never.
-        search: "exact", or "ivf": approximate, for very large N; ``report["search_recall"]`` measures it.
-        negative_rules: what may be drawn as a hard negative, and how.
-        target_unit: "distinct", or "label30" for classification as the paper's scripts do it (`b3.mining.labels`);
-            this sets p to 0, m to 30 % of the labels and edges to mutual, and counts negatives in the first 2h labels.
-        subset_rows: rank and partition random subsets of so many rows each on its own; what is left over of each goes
-            to the remainder, which may then exceed K.
-        progress: called as ``progress(stage, done, total)``.
+        seed: of all random choices.
+        options: the other fields of `b3.config.schema_mining.MiningOptions`, which explains them: edges, veto,
+            partitioner, refine_passes, piece_rows, search, preset, classification.
         data_fingerprint, teacher: recorded in the manifest.
+        compare: also measure the paper's recipe on the same rows, for the report.
+        progress: called as ``progress(stage, done, total)``.
+        stages: where finished stages are kept for an interrupted call to continue from.
         device: torch device for ranking large inputs; default: a GPU if there is one.
         block_rows: queries ranked at a time; a matter of memory only.
-        stages: where finished stages are kept for an interrupted run to continue from.
 
     Raises:
         InputError: for arrays or parameters that cannot be used, naming the value and the limit.
@@ -94,237 +74,161 @@ def mine(
         >>> plan.communities.shape
         (3125, 32)
     """
-    queries, targets = check_arrays(queries, targets)
-    chosen = parameters(
-        len(queries), p, m, community_size, hard_negatives, seed, edges=edges, veto=veto,
-        partitioner=partitioner, refine_passes=refine_passes, piece_rows=piece_rows, search=search,
-        target_unit=target_unit, subset_rows=subset_rows,
-        block_rows=block_rows,
-    )  # fmt: skip
-    rules = check_rules(negative_rules, hard_negatives)
-    ranked = rank_pairs(queries, targets, chosen, rules, Clock(progress), device, block_rows, stages)
-    assert ranked is not None
-    return plan_pairs(ranked, data_fingerprint, teacher)
+    given = mining_options(p=p, m=m, community_size=community_size, hard_negatives=hard_negatives, seed=seed, **options)
+    clock = Clock(progress)
+    facts: dict[str, Any] = {"search": given.search}
 
-
-def parameters(
-    count: int,
-    p: int,
-    m: int,
-    community_size: int,
-    hard_negatives: int,
-    seed: int,
-    *,
-    edges: str | None,
-    veto: bool,
-    partitioner: str,
-    refine_passes: int,
-    piece_rows: int | None,
-    search: str,
-    target_unit: str,
-    subset_rows: int | None,
-    block_rows: int | None = None,
-) -> Parameters:
-    """The parameters of `mine` for `count` rows, checked."""
-    # Integers of numpy overflow, and json does not take them.
-    p, m, community_size, hard_negatives, seed, refine_passes = (
-        int(value) if isinstance(value, np.integer) else value
-        for value in (p, m, community_size, hard_negatives, seed, refine_passes)
-    )
-    chosen = Parameters(
-        p=p, m=m, K=community_size, h=hard_negatives,
-        edges=edges or ("mutual" if partitioner == "paper" or target_unit == "label30" else "union"),
-        veto=bool(veto), partitioner=partitioner,
-        refine_passes=refine_passes if partitioner in REFINED else 0, piece_rows=piece_rows,
-        search=search,
-        target_unit=target_unit, subset_rows=subset_rows, seed=seed,
-    )  # fmt: skip
-    check_parameters(chosen, count, refine_passes, block_rows)
-    return chosen
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """The first half of mining: unit vectors, distinct targets, and the ranks of all rows.
-
-    Attributes:
-        units: (N, D) float32 queries on the grid.
-        ranks: with a window wide enough for communities and for hard negatives.
-        chosen: the parameters, with the p and m that count; rules: of the hard negatives.
-        width, counted: of the window of communities and of that of hard negatives.
-        rank: ranks further queries over other targets, in the same way.
-        fingerprint: of the embeddings; facts: for the report.
-        stages, key: where finished stages are kept, and under which key the ranks are.
-    """
-
-    units: np.ndarray
-    distinct: DistinctTargets
-    ranks: Ranks
-    chosen: Parameters
-    rules: NegativeRules
-    width: int
-    counted: int
-    rank: RankTo
-    fingerprint: str
-    facts: dict[str, Any]
-    clock: Clock
-    stages: Stages | None
-    key: str
-
-
-def rank_pairs(
-    queries: np.ndarray,
-    targets: np.ndarray,
-    chosen: Parameters,
-    rules: NegativeRules,
-    clock: Clock,
-    device: str | None = None,
-    block_rows: int | None = None,
-    stages: Stages | None = None,
-    owner: int | None = None,
-) -> Ranked | None:
-    """Rank all pairs.
-
-    With `owner`, all ranks of the process group call this with the same arguments, each ranks an equal part of the
-    rows, and rank `owner` gets the result, the others None.
-    """
-    queries, targets = check_arrays(queries, targets)
+    # 1. Normalise: unit vectors on a grid on which sums are exact, and which targets are equal.
     with clock.stage("normalise"):
-        fingerprint = embeddings_fingerprint(queries, targets)
-        units, distinct = unit_rows(queries, "queries"), distinct_targets(unit_rows(targets, "targets"))
-        chosen, width, counted = windows(chosen, rules, len(distinct))
+        pairs = normalise(*check_arrays(queries, targets))
+        chosen = _for_targets(given, len(pairs), len(pairs.distinct))
 
-    def rank(part: np.ndarray, of: DistinctTargets, p: int, m: int, share: tuple[int, int] = (0, 1)) -> Ranks:
-        options = share, chosen.search
-        return rank_targets(part, of, p, m, chosen.K - 1, device, block_rows, clock.progress, *options)
-
-    wide = max(width, counted)
-    key = Stages.key(
-        embeddings=fingerprint, p=chosen.p, m=wide, K=chosen.K, search=chosen.search,
-        unit=chosen.target_unit,
-    )  # fmt: skip
+    # 2. Rank all distinct targets for every query, as deep as the window of communities or of negatives needs.
     with clock.stage("rank"):
-        here = owner is None or distributed.rank() == owner
-        stored = stages.load("ranks", key) if stages and here else None
-        ranks: Ranks | None
-        if _anywhere(stored is not None, owner):
-            ranks = (
-                None
-                if stored is None
-                else Ranks(p=chosen.p, num_targets=len(distinct), **_with_width(stored, chosen.p))
-            )
-        else:
-            share = (0, 1) if owner is None else (distributed.rank(), distributed.world_size())
-            part = _rank(units, distinct, chosen, wide, partial(rank, share=share))
-            parts = [part] if owner is None else distributed.gather_arrays_to(part, owner)
-            ranks = join_ranks(parts) if parts else None
-            if stages and ranks is not None:
-                stages.save("ranks", key, ranks.arrays)
-    if ranks is None:
-        return None
-    facts: dict[str, Any] = {"search": chosen.search}
+        wide = _stored_rankings(pairs, chosen, stages)
+        if wide is None:
+            wide = _rank(pairs, chosen, clock.progress, device=device, block_rows=block_rows)
+            if stages:
+                stages.save("rankings", _rankings_key(pairs, chosen), wide.arrays)
     if chosen.search != "exact":
         with clock.stage("recall"):
-            facts["search_recall"] = search_recall(units, ranks, distinct)
-    return Ranked(
-        units, distinct, ranks, chosen, rules, width, counted, rank, fingerprint, facts, clock, stages, key
-    )  # fmt: skip
+            facts["search_recall"] = search_recall(pairs.queries, wide, pairs.distinct)
+    width, negatives_width = _widths(chosen, len(pairs.distinct))
+    rankings = wide.narrow(width)
 
+    # 3. Graph: rows that are hard negatives of each other are linked. The problem builds it when the miner asks for it.
+    problem = Problem(pairs.queries, rankings, pairs.distinct, np.arange(len(pairs)), chosen, clock)
 
-def _with_width(stored: dict[str, np.ndarray], p: int) -> dict[str, Any]:
-    return {**stored, "m": stored["order"].shape[1] - p}
+    # 4. Communities of exactly K rows that hold as much of the graph as possible.
+    key = Stages.key(rankings=_rankings_key(pairs, chosen), **chosen.model_dump())
+    stored = stages.load("communities", key) if stages else None
+    if stored is not None:
+        communities, remainder = stored["communities"], stored["remainder"]
+        problem.facts |= json.loads(str(stored["facts"]))
+    else:
+        communities, remainder = find_communities(problem, clock)
+        if stages:
+            arrays = {"communities": communities, "remainder": remainder}
+            stages.save("communities", key, {**arrays, "facts": np.asarray(json.dumps(problem.facts))})
 
-
-def _anywhere(found: bool, owner: int | None) -> bool:
-    """Whether a rank found it."""
-    return found if owner is None else any(distributed.gather_objects(found))
-
-
-def _rank(units: np.ndarray, distinct: DistinctTargets, chosen: Parameters, width: int, rank: RankTo) -> Ranks:
-    """Ranks of the unit that was chosen, with a window of `width` where so many exist."""
-    if chosen.target_unit == "label30":
-        return rank_labels(units, distinct, width, rank)
-    return rank(units, distinct, chosen.p, min(width, len(distinct) - chosen.p))
-
-
-def plan_pairs(ranked: Ranked, data_fingerprint: str | None = None, teacher: str | None = None) -> BatchPlan:
-    """The second half of mining: communities, hard negatives, report."""
-    units, distinct, chosen, clock = ranked.units, ranked.distinct, ranked.chosen, ranked.clock
-    ranks = narrow(ranked.ranks, ranked.width)
-    communities, remainder, facts = _cut(ranked, ranks)
-    drawn: dict[str, np.ndarray] = {}
-    if chosen.h:
+    # 5. Negatives: further hard negatives for each row, from what its community ranks.
+    negatives = None
+    if chosen.hard_negatives:
         with clock.stage("negatives"):
-            groups = (narrow(ranked.ranks, ranked.counted), distinct, communities, remainder)
-            if ranked.rules.scope == "batch":
-                drawn = candidate_arrays(*groups, ranked.rules)
-            else:
-                drawn = {"hard_negatives": draw_negatives(*groups, chosen.h, chosen.seed, ranked.rules, units)}
-                facts["hard_negatives_missing"] = int((drawn["hard_negatives"] < 0).sum())
+            negatives = draw_negatives(
+                wide.narrow(negatives_width), pairs.distinct, communities, remainder, chosen.hard_negatives,
+                chosen.seed, as_authors=chosen.preset == "paper",
+            )  # fmt: skip
+            facts["hard_negatives_missing"] = int((negatives < 0).sum())
+
+    # 6. Report: what the plan is worth.
     with clock.stage("report"):
-        report = make_report(
-            units,
-            ranks,
-            distinct,
-            communities,
-            chosen.seed,
-            negatives=drawn.get("hard_negatives"),
-            partitioner=chosen.partitioner,
-            budget=chosen.budget(len(units)),
-            compare_paper=chosen.target_unit == "distinct",
-        )
-    report |= {**ranked.facts, **facts, "seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
+        report = make_report(problem, communities, negatives, compare)
+    report |= {**facts, **problem.facts, "seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
     manifest = {
         "data_fingerprint": data_fingerprint,
-        "embeddings_fingerprint": ranked.fingerprint,
+        "embeddings_fingerprint": pairs.fingerprint,
         "teacher": teacher,
-        "N": len(units),
-        "D": units.shape[1],
-        **asdict(chosen),
-        "negatives": asdict(ranked.rules) if chosen.h else None,
+        "N": len(pairs),
+        "D": pairs.queries.shape[1],
+        **chosen.model_dump(),
         "versions": _versions(),
         "seconds": round(sum(clock.seconds.values()), 3),
     }
-    return BatchPlan(communities, remainder, report=report, manifest=manifest, **drawn)
+    return BatchPlan(communities, remainder, negatives, report, manifest)
 
 
-def _cut(ranked: Ranked, ranks: Ranks) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """(communities, remainder, facts for the report), found now or by an earlier call that was interrupted."""
-    stages, key = ranked.stages, Stages.key(ranks=ranked.key, **asdict(ranked.chosen))
-    stored = stages.load("communities", key) if stages else None
-    if stored is not None:
-        return stored["communities"], stored["remainder"], json.loads(str(stored["facts"]))
-    if ranked.chosen.subset_rows:
-        found = _by_subset(ranked)
-    else:
-        found = find_communities(ranked.units, ranks, ranked.distinct, ranked.chosen, ranked.clock)
-    if stages:
-        arrays = {"communities": found[0], "remainder": found[1], "facts": np.asarray(json.dumps(found[2]))}
-        stages.save("communities", key, arrays)
-    return found
+def rank_together(
+    queries: np.ndarray,
+    targets: np.ndarray,
+    options: MiningOptions,
+    stages: Stages,
+    owner: int,
+    progress: Progress | None = None,
+) -> None:
+    """Step 2 of `mine` by all processes, each for an equal part of the rows.
+
+    Process `owner` keeps the whole in `stages`, from which its `mine` continues. All call this with the same arguments.
+    """
+    pairs = normalise(*check_arrays(queries, targets))
+    options = _for_targets(options, len(pairs), len(pairs.distinct))
+    is_owner = distributed.rank() == owner
+    if any(distributed.gather_objects(is_owner and _stored_rankings(pairs, options, stages) is not None)):
+        return
+    part = _rank(pairs, options, progress, share=(distributed.rank(), distributed.world_size()))
+    parts = distributed.gather_arrays_to(part, owner)
+    if parts:
+        stages.save("rankings", _rankings_key(pairs, options), join_rankings(parts).arrays)
 
 
-def _by_subset(ranked: Ranked) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """As `find_communities`, ranked and partitioned in random subsets, each on its own."""
-    units, chosen, clock = ranked.units, ranked.chosen, ranked.clock
-    found, left, facts = [], [], []
-    for rows in split_rows(len(units), chosen.subset_rows, chosen.seed):
-        part = restrict_targets(ranked.distinct, rows)
-        if len(rows) < chosen.K or len(part) == 1:
-            left.append(rows)
-            continue
-        if chosen.p >= len(part) - 1:
-            raise InputError(f"p {chosen.p} leaves no ranks in a subset of {len(rows)} rows with {len(part)} targets")
-        with clock.stage("rank"):
-            ranks = _rank(units[rows], part, chosen, chosen.m, ranked.rank)
-        communities, remainder, fact = find_communities(units[rows], ranks, part, chosen, clock)
-        found.append(rows[communities])
-        left.append(rows[remainder])
-        facts.append(fact)
-    if not found:
-        raise InputError(f"every subset of {chosen.subset_rows} rows has one target only; give larger subsets")
-    communities = np.concatenate(found)
-    return communities[np.argsort(communities[:, 0])], np.sort(np.concatenate(left)), merge_facts(facts)
+def _rank(pairs: Pairs, options: MiningOptions, progress: Progress | None, **how: Any) -> Rankings:
+    """Rankings of all queries (or of a `share`), with the wider of the two windows."""
+    how |= {"progress": progress, "method": options.search}
+    width, terms = max(_widths(options, len(pairs.distinct))), options.community_size - 1
+    if options.by_label:
+        return rank_labels(pairs.queries, pairs.distinct, width, terms, **how)
+    return rank_targets(pairs.queries, pairs.distinct, options.p, width, terms, **how)
+
+
+def _stored_rankings(pairs: Pairs, options: MiningOptions, stages: Stages | None) -> Rankings | None:
+    arrays = stages.load("rankings", _rankings_key(pairs, options)) if stages else None
+    if arrays is None:
+        return None
+    width = arrays["order"].shape[1] - options.p
+    return Rankings(p=options.p, m=width, num_targets=len(pairs.distinct), **arrays)
+
+
+def _rankings_key(pairs: Pairs, options: MiningOptions) -> str:
+    return Stages.key(
+        embeddings=pairs.fingerprint,
+        width=max(_widths(options, len(pairs.distinct))),
+        **options.model_dump(include={"p", "community_size", "search", "preset", "classification"}),
+    )
+
+
+def _widths(options: MiningOptions, num_targets: int) -> tuple[int, int]:
+    """Width of the window of communities and of that of hard negatives, clipped to the ranks that exist."""
+    most = num_targets - options.p - (1 if options.by_label else 0)  # the own label has no rank there
+    negatives = AUTHORS_WINDOW if options.preset == "paper" else options.m
+    return min(options.m, most), min(negatives, most) if options.hard_negatives else 0
+
+
+def _for_targets(options: MiningOptions, num_rows: int, num_targets: int) -> MiningOptions:
+    """The options with the p and m that count. Raises `InputError` where they do not fit the data."""
+    if num_rows < options.community_size:
+        raise InputError(
+            f"community_size {options.community_size} exceeds the {num_rows} rows; give at most {num_rows}"
+        )
+    if num_targets < 2:
+        raise InputError("all rows have the same target, so there are no negatives; mining needs two distinct targets")
+    if options.by_label:
+        return options.model_copy(update={"p": 0, "m": label_count(num_targets)})
+    if options.p >= num_targets - 1:
+        raise InputError(
+            f"p {options.p} leaves no ranks: there are {num_targets} distinct targets; give at most {num_targets - 2}"
+        )
+    return options
+
+
+def mining_options(**values: Any) -> MiningOptions:
+    """The options of `mine`. Raises `InputError`, one line, for a value that cannot be used."""
+    try:
+        return MiningOptions.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        raise InputError(f"mine has no option '{name}'; it has {', '.join(MiningOptions.model_fields)}")
+    if first["type"] == "value_error":
+        raise InputError(first["msg"].removeprefix("Value error, "))
+    if first["type"] == "literal_error":
+        choices = ", ".join(re.findall(r"'(\w+)'", first["ctx"]["expected"]))
+        raise InputError(f"{name} is {first['input']!r}; choose from {choices}")
+    if first["type"].startswith(("int", "greater")):
+        field = MiningOptions.model_fields[name]
+        least = next((rule.ge for rule in field.metadata if getattr(rule, "ge", None) is not None), 1)
+        raise InputError(f"{name} is {first['input']!r}; give an integer of at least {least}")
+    raise InputError(f"{name} is {first['input']!r}: {first['msg']}")
 
 
 def _versions() -> dict[str, str]:
@@ -332,10 +236,10 @@ def _versions() -> dict[str, str]:
 
     from b3 import __version__
 
-    found = {"b3": __version__}
+    versions = {"b3": __version__}
     for name in ("numpy", "scipy", "pymetis", "numba", "torch"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions

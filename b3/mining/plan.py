@@ -15,16 +15,10 @@ import numpy as np
 from b3 import files
 from b3.errors import InputError
 
-FORMAT_VERSION = 1
-BATCH_ARRAYS = ("candidates", "candidate_scores", "target_rows", "top_rows")
-ARRAYS = ("communities", "remainder", "hard_negatives", *BATCH_ARRAYS)
+FORMAT_VERSION = 2
+ARRAYS = ("communities", "remainder", "hard_negatives")
 FILES = (*(f"{name}.npy" for name in ARRAYS), "report.json", "report.html", "manifest.json")
-IDENTITY = (
-    "data_fingerprint", "embeddings_fingerprint", "teacher", "N", "p", "m", "K", "h",
-    "edges", "veto", "partitioner", "refine_passes", "piece_rows",
-    "search", "seed", "negatives", "target_unit", "subset_rows",
-    "imported",
-)  # fmt: skip
+INCIDENTAL = ("versions", "seconds", "format_version", "sha256")  # entries of the manifest that tell no plans apart
 
 
 @dataclass(frozen=True)
@@ -38,8 +32,6 @@ class BatchPlan:
             few candidates; or None.
         report: what was measured (see `b3.mining.report`).
         manifest: what the plan was made from: parameters, fingerprints, versions.
-        candidates, candidate_scores, target_rows, top_rows: for hard negatives that are drawn when a batch is composed
-            (see `b3.mining.batch_negatives`), or None.
     """
 
     communities: np.ndarray
@@ -47,10 +39,11 @@ class BatchPlan:
     hard_negatives: np.ndarray | None = None
     report: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
-    candidates: np.ndarray | None = None
-    candidate_scores: np.ndarray | None = None
-    target_rows: np.ndarray | None = None
-    top_rows: np.ndarray | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The entries of the manifest that say what the plan was made from."""
+        return {key: value for key, value in self.manifest.items() if key not in INCIDENTAL}
 
     @property
     def measured(self) -> bool:
@@ -65,9 +58,8 @@ class BatchPlan:
         """
         folder = Path(folder)
         if not (overwrite and (folder / "manifest.json").exists()):
-            facts = {key: self.manifest.get(key) for key in IDENTITY}
             remedy = "choose another folder, or pass overwrite=True to replace a plan"
-            files.claim(folder, facts, "batch plan", remedy, foreign=lambda name: name not in FILES)
+            files.claim(folder, self.identity, "batch plan", remedy, foreign=lambda name: name not in FILES)
         staged = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
@@ -134,8 +126,7 @@ class BatchPlan:
         if communities is None or remainder is None:
             raise InputError(f"the manifest in {folder} lists no communities.npy or remainder.npy; mine it again")
         report = _read_json(folder / "report.json")
-        optional = {name: arrays[name] for name in BATCH_ARRAYS}
-        return cls(communities, remainder, arrays["hard_negatives"], report, manifest, **optional)
+        return cls(communities, remainder, arrays["hard_negatives"], report, manifest)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

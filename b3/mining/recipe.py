@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from b3 import distributed
 from b3.config import Config, DatasetConfig
-from b3.console import Clock, Progress, bar
+from b3.config.schema_mining import MiningOptions
+from b3.console import Progress, bar
 from b3.data.datasets import PairDataset, load_dataset
-from b3.errors import ConfigError, RunError
+from b3.errors import RunError
 from b3.files import Stages, belongs_elsewhere, changes
+from b3.mining.mine import mine, rank_together
 from b3.mining.plan import BatchPlan
 from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
 
@@ -24,33 +25,9 @@ def plan_folder(config: Config, subset: str) -> Path:
     return Path(config.mining.dir) / subset
 
 
-def wanted(config: Config, entry: DatasetConfig, dataset: PairDataset) -> dict[str, Any]:
-    """The manifest entries that a plan of this data set must have."""
-    mining = config.mining
-    labelled = entry.family == "classification"
-    by_label = labelled and mining.target_unit == "label30"
-    facts: dict[str, Any] = {
-        "data_fingerprint": dataset.fingerprint(),
-        "teacher": teacher_name(config),
-        "target_unit": "label30" if by_label else "distinct",
-        "subset_rows": mining.classification_subset if labelled else None,
-        "p": 0 if by_label else mining.p_of(entry),
-        "m": entry.m or mining.m,
-        "K": mining.k,
-        "h": config.negatives.mined,
-        "edges": "mutual" if by_label else mining.edges,
-        "veto": mining.veto,
-        "partitioner": mining.partitioner,
-        "refine_passes": mining.refine_passes if mining.refined else 0,
-        "piece_rows": mining.piece_rows,
-        "search": mining.search,
-        "seed": config.seed,
-    }
-    if by_label and entry.m is None:
-        del facts["m"]  # follows from the number of labels
-    if facts["h"]:
-        facts["negatives"] = config.negatives.rules
-    return facts
+def options_for(config: Config, entry: DatasetConfig) -> MiningOptions:
+    """What `mine` takes for a data set of the recipe."""
+    return config.mining.options_for(entry, config.negatives.mined)
 
 
 def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> BatchPlan:
@@ -59,12 +36,15 @@ def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> Bat
     if not (folder / "manifest.json").exists():
         raise RunError(f"no batch plan in {folder}; mine it first: python scripts/mine.py CONFIG.yaml")
     plan = BatchPlan.load(folder)
-    facts = wanted(config, entry, dataset)
+    options = options_for(config, entry)
+    facts = {"data_fingerprint": dataset.fingerprint(), "teacher": teacher_name(config), **options.model_dump()}
     if plan.manifest.get("imported") is not None:  # mined elsewhere, with parameters that the files do not tell
-        facts = {key: facts[key] for key in ("data_fingerprint", "K", "h")}
+        facts = {key: facts[key] for key in ("data_fingerprint", "community_size", "hard_negatives")}
     differing = changes(plan.manifest, facts)
-    if (plan.manifest.get("h") or 0) >= facts["h"]:
-        differing.pop("h", None)  # fewer hard negatives than were mined are a prefix of them
+    if (plan.manifest.get("hard_negatives") or 0) >= options.hard_negatives:
+        differing.pop("hard_negatives", None)  # fewer than were mined are a prefix of them
+    if options.by_label:  # the manifest has the p and m that followed from the number of labels
+        differing = {key: text for key, text in differing.items() if key not in ("p", "m")}
     if differing:
         remedy = "correct the recipe, or mine again into another mining.dir"
         raise belongs_elsewhere(folder, "batch plan", differing.values(), remedy)
@@ -95,11 +75,11 @@ class _Job:
 def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchPlan]:
     """Mine every data set of a recipe that has no plan yet; returns all plans by subset.
 
-    Plans are saved one by one, and within a plan the teacher's embeddings and the ranks, so that an interrupted run
+    Plans are saved one by one, and within a plan the teacher's embeddings and the rankings, so that an interrupted run
     continues after the last finished stage. `mining.dir`/report.html shows all plans.
 
-    Under torchrun, all ranks share encoding and ranking; communities are found for as many plans at a time as there
-    are ranks, one on each. The plans are the same for any number of ranks.
+    Under torchrun, all processes share encoding and ranking; communities are found for as many plans at a time as there
+    are processes, one on each. The plans are the same for any number of them.
 
     Raises `InputError` for data or embeddings that cannot be used and for an existing plan that does not fit.
     """
@@ -124,61 +104,41 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
 
 
 def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
-    """Mine and save plans, as many at a time as there are ranks: all rank each, then rank i cuts the i-th."""
+    """Mine and save plans, as many at a time as there are processes: all rank each, then process i cuts the i-th."""
     teacher = load_teacher(config)
     world = distributed.world_size()
     for start in range(0, len(jobs), world):
-        mine_next: Callable[[], None] | None = None
+        own: tuple[_Job, np.ndarray, np.ndarray] | None = None
         for owner, job in enumerate(jobs[start : start + world]):
-            embeddings = teacher_embeddings(config, job.entry, job.dataset, teacher)
-            with stage_bar(job.entry.subset, show_progress) as progress:
-                cut = _rank_job(config, job, embeddings, progress, owner if world > 1 else None)
-                if cut is not None and world == 1:
-                    cut()
-                elif cut is not None:
-                    mine_next = cut
-        if mine_next is not None:
-            mine_next()
+            queries, targets = teacher_embeddings(config, job.entry, job.dataset, teacher)
+            if owner == distributed.rank():
+                own = job, queries, targets
+            if world > 1:
+                with stage_bar(job.entry.subset, show_progress) as progress:
+                    options = options_for(config, job.entry)
+                    rank_together(queries, targets, options, _stages(config, job), owner, progress)
+        if own is not None:
+            _mine_plan(config, *own, show_progress and world == 1)
     distributed.barrier()
     forget_teacher(config)
 
 
-def _rank_job(
-    config: Config,
-    job: _Job,
-    embeddings: tuple[np.ndarray, np.ndarray],
-    progress: Progress,
-    owner: int | None,
-) -> Callable[[], None] | None:
-    """Rank the pairs of a plan; returns what finds its communities and saves it, on the rank that is to do so."""
-    from b3.mining.checks import check_rules
-    from b3.mining.mine import parameters, plan_pairs, rank_pairs
-    from b3.mining.negatives import NegativeRules
+def _stages(config: Config, job: _Job) -> Stages:
+    return Stages(Path(config.mining.dir) / f".{job.entry.subset}.stages")
 
-    facts = wanted(config, job.entry, job.dataset)
-    same = (
-        "edges", "veto", "partitioner", "refine_passes", "piece_rows",
-        "search", "target_unit", "subset_rows",
-    )  # fmt: skip
-    given = {name: facts[name] for name in same}
-    m = facts.get("m", config.mining.m)
-    chosen = parameters(len(job.dataset), facts["p"], m, facts["K"], facts["h"], facts["seed"], **given)
-    rules = check_rules(NegativeRules(**facts["negatives"]) if facts["h"] else None, facts["h"])
-    stages = Stages(Path(config.mining.dir) / f".{job.entry.subset}.stages")
-    ranked = rank_pairs(*embeddings, chosen, rules, Clock(progress), stages=stages, owner=owner)
-    if ranked is None:
-        return None
-    if ranked.chosen.m != facts.get("m", ranked.chosen.m):
-        raise ConfigError(
-            f"m {facts['m']} of {job.entry.subset} has no effect with mining.target_unit label30, which takes"
-            f" {ranked.chosen.m} labels (30 %); leave m out"
+
+def _mine_plan(config: Config, job: _Job, queries: np.ndarray, targets: np.ndarray, show_progress: bool) -> None:
+    stages = _stages(config, job)
+    with stage_bar(job.entry.subset, show_progress) as progress:
+        plan = mine(
+            queries,
+            targets,
+            **options_for(config, job.entry).model_dump(),
+            data_fingerprint=job.dataset.fingerprint(),
+            teacher=teacher_name(config),
+            compare=config.report.compare,
+            progress=progress,
+            stages=stages,
         )
-
-    def cut() -> None:
-        if owner is not None:
-            ranked.clock.progress = None  # its bar is gone
-        plan = plan_pairs(ranked, facts["data_fingerprint"], facts["teacher"])
-        plan.save(plan_folder(config, job.entry.subset))
-        stages.remove()
-
-    return cut
+    plan.save(plan_folder(config, job.entry.subset))
+    stages.remove()

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from b3.mining.rankings import TEMPERATURE, TOP, WINDOW, Ranks
-from b3.mining.report_compare import paper_communities, random_communities, random_expectation
+from b3.console import Clock
+from b3.mining.communities import find_communities
+from b3.mining.graph import Problem
+from b3.mining.rankings import TEMPERATURE, TOP, WINDOW, Rankings
 from b3.mining.report_examples import community_examples, duplicate_examples, hubs, likely_false_negatives
 from b3.mining.vectors import DistinctTargets
 
 BLOCK_VALUES = 1 << 22
 BIN = 0.01
 MASS_BINS = 50
-PAPER_ROWS = 2_000_000  # above, the paper's recipe takes too long to be run for comparison only
 
 
-def quality(queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, communities: np.ndarray) -> dict[str, Any]:
+def quality(
+    queries: np.ndarray, rankings: Rankings, distinct: DistinctTargets, communities: np.ndarray
+) -> dict[str, Any]:
     """Means over the rows in `communities` (C, K), and numbers by row (N,), which are 0 outside communities.
 
     hits: other members of the community whose target is in the query's window.
@@ -38,27 +42,30 @@ def quality(queries: np.ndarray, ranks: Ranks, distinct: DistinctTargets, commun
     mass_histogram: (50,) int64, queries by `mass` in bins of 0.02.
     histogram: (200,) int64, scores of queries with the other members' targets, own target left out, in bins of 0.01.
     """
+    num_rows = len(rankings.own)
     sums = {"skipped": 0, "copies": 0, "above": 0}
-    hits, nearest = np.zeros(len(ranks.own), dtype=np.int64), np.full(len(ranks.own), -1, dtype=np.int64)
-    mass, above_by, excess = np.zeros(len(hits)), np.zeros(len(hits)), np.full(len(hits), -np.inf)
+    hits, nearest = np.zeros(num_rows, dtype=np.int64), np.full(num_rows, -1, dtype=np.int64)
+    mass, above_by, excess = np.zeros(num_rows), np.zeros(num_rows), np.full(num_rows, -np.inf)
     histogram = np.zeros(200, dtype=np.int64)
-    for rows, members, scores, fresh in _member_scores(queries, distinct, communities):
-        targets = ranks.own[members]
-        kinds = _kinds(ranks, rows, targets)
-        other = targets != ranks.own[rows][:, None]
-        hits[rows] = (other & (kinds == WINDOW)).sum(axis=1)
-        sums["skipped"] += int((other & (kinds == TOP)).sum())
-        sums["copies"] += int((~other).sum()) - len(rows)
-        counted = other & (kinds != TOP) & fresh
-        powers = np.exp(np.where(counted, scores - ranks.best[rows][:, None], -np.inf) / TEMPERATURE)
-        mass[rows] = (powers.sum(axis=1) / np.maximum(ranks.mass[rows], 1e-300)).clip(0, 1)
-        histogram += bins(scores[other])
-        beyond = np.where(other, scores - ranks.positive[rows][:, None], -np.inf)
-        best = np.arange(len(rows)), beyond.argmax(axis=1)
-        excess[rows] = beyond[best]
-        nearest[rows] = np.where(beyond[best] > -np.inf, members[best], -1)
-        above_by[rows] = np.where(beyond > 0, beyond, 0).sum(axis=1)
-        sums["above"] += int((beyond > 0).sum())
+    for rows, members, scores, is_first in _member_scores(queries, distinct, communities):
+        # All of these are (n, K): row i of the block against each member of its community, itself included.
+        targets = rankings.own[members]
+        kinds = _kinds(rankings, rows, targets)
+        is_other = targets != rankings.own[rows][:, None]
+        hits[rows] = (is_other & (kinds == WINDOW)).sum(axis=1)
+        sums["skipped"] += int((is_other & (kinds == TOP)).sum())
+        sums["copies"] += int((~is_other).sum()) - len(rows)
+        # H_B over H: each target once, none above rank p; relative to the best score, so that exp does not overflow
+        is_term = is_other & (kinds != TOP) & is_first
+        powers = np.exp(np.where(is_term, scores - rankings.best[rows][:, None], -np.inf) / TEMPERATURE)
+        mass[rows] = (powers.sum(axis=1) / np.maximum(rankings.mass[rows], 1e-300)).clip(0, 1)
+        histogram += bins(scores[is_other])
+        margin_over_positive = np.where(is_other, scores - rankings.positive[rows][:, None], -np.inf)
+        best = np.arange(len(rows)), margin_over_positive.argmax(axis=1)
+        excess[rows] = margin_over_positive[best]
+        nearest[rows] = np.where(margin_over_positive[best] > -np.inf, members[best], -1)
+        above_by[rows] = np.where(margin_over_positive > 0, margin_over_positive, 0).sum(axis=1)
+        sums["above"] += int((margin_over_positive > 0).sum())
     count, inside = communities.size, np.sort(communities.ravel())
     return {
         "hits": hits,
@@ -86,12 +93,12 @@ def _mass_bins(shares: np.ndarray) -> np.ndarray:
     return np.bincount(np.clip(shares * MASS_BINS, 0, MASS_BINS - 1).astype(np.int64), minlength=MASS_BINS)
 
 
-def _kinds(ranks: Ranks, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """(n, K) int8 of `Ranks.classify` for queries (n,) in any order and distinct targets (n, K)."""
+def _kinds(rankings: Rankings, rows: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(n, K) int8 of `Rankings.classify` for queries (n,) in any order and distinct targets (n, K)."""
     order = np.argsort(rows)
     kinds = np.empty(targets.shape, dtype=np.int8)
     repeated = np.repeat(rows[order], targets.shape[1])
-    kinds[order] = ranks.classify(repeated, targets[order].ravel()).reshape(targets.shape)
+    kinds[order] = rankings.classify(repeated, targets[order].ravel()).reshape(targets.shape)
     return kinds
 
 
@@ -100,7 +107,7 @@ def _member_scores(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Blocks of (rows (n,), members (n, K), exact scores (n, K), first member with its target (n, K) bool).
 
-    Blocks are large, n K up to 2**22, since `Ranks.classify` looks through all ranks for each of them.
+    Blocks are large, n K up to 2**22, since `Rankings.classify` looks through all ranks for each of them.
     """
     num, size = communities.shape
     together = max(1, BLOCK_VALUES // size**2)
@@ -110,9 +117,9 @@ def _member_scores(
         targets = distinct.of_row[block]
         order = np.argsort(targets, axis=1, kind="stable")
         ordered = np.take_along_axis(targets, order, axis=1)
-        fresh = np.empty(block.shape, dtype=bool)
+        is_first = np.empty(block.shape, dtype=bool)
         new = np.concatenate([np.ones((len(block), 1), bool), ordered[:, 1:] != ordered[:, :-1]], axis=1)
-        np.put_along_axis(fresh, order, new, axis=1)
+        np.put_along_axis(is_first, order, new, axis=1)
         for low in range(0, size, step):
             rows = block[:, low : low + step]
             repeat = rows.shape[1]
@@ -120,7 +127,7 @@ def _member_scores(
                 rows.ravel(),
                 np.repeat(block, repeat, axis=0),
                 _products(queries, distinct.vectors, rows, targets).reshape(-1, size),
-                np.repeat(fresh, repeat, axis=0),
+                np.repeat(is_first, repeat, axis=0),
             )
 
 
@@ -136,73 +143,86 @@ def _products(queries: np.ndarray, vectors: np.ndarray, rows: np.ndarray, target
 
 
 def make_report(
-    queries: np.ndarray,
-    ranks: Ranks,
-    distinct: DistinctTargets,
-    communities: np.ndarray,
-    seed: int,
-    *,
-    negatives: np.ndarray | None = None,
-    partitioner: str = "anneal",
-    budget: int | None = None,
-    compare_paper: bool = True,
+    problem: Problem, communities: np.ndarray, negatives: np.ndarray | None = None, compare: bool = False
 ) -> dict[str, Any]:
     """The measured part of report.json.
 
     Args:
-        queries: (N, D) float32 unit vectors on the grid.
-        ranks, distinct: their ranking and the targets.
+        problem: that was cut.
         communities: (C, K) of the plan.
-        seed: of the plan; the comparisons are drawn from it.
         negatives: (N, h) hard negatives of the plan, -1 for none.
-        partitioner: that of the plan; a plan that is itself random or the paper's is not made again to compare.
-        budget: edges a row in the paper's graph (`b3.mining.graph.window_rows`); default m.
-        compare_paper: also measure the paper's recipe; never done above 2,000,000 rows.
+        compare: also measure the paper's recipe.
 
     Of `quality`, numbers without prefix are the plan's; `random_` ones are expected values for the first three counts
-    and measured on one draw otherwise; `paper_` ones are measured.
+    and measured on one draw otherwise; `paper_` ones are measured. A plan that is itself random or the paper's is not
+    made again to compare.
     """
-    found = {"community": quality(queries, ranks, distinct, communities)}
-    size, mined = communities.shape[1], found["community"]
-    found["random"] = mined
-    if partitioner != "random":
-        found["random"] = quality(queries, ranks, distinct, random_communities(len(queries), size, seed + 1))
-    if partitioner == "paper":
-        found["paper"] = mined
-    elif compare_paper and len(queries) <= PAPER_ROWS:
-        paper = paper_communities(ranks, distinct, size, ranks.m if budget is None else budget, seed)
-        found["paper"] = quality(queries, ranks, distinct, paper)
+    queries, rankings, distinct, options = problem.queries, problem.rankings, problem.distinct, problem.options
+    of_plan = quality(queries, rankings, distinct, communities)
+    measured = {"community": of_plan, "random": of_plan}
+    if options.partitioner != "random":
+        changed = {"partitioner": "random", "seed": options.seed + 1}
+        measured["random"] = quality(queries, rankings, distinct, _others(problem, changed))
+    if options.partitioner == "paper":
+        measured["paper"] = of_plan
+    elif compare:
+        changed = {"partitioner": "paper", "edges": "mutual"}
+        measured["paper"] = quality(queries, rankings, distinct, _others(problem, changed))
+    size = options.community_size
     return {
         "n": len(queries),
         "community_size": size,
         "num_communities": len(communities),
         "num_remainder": len(queries) - communities.size,
         "num_distinct_targets": len(distinct),
-        "window": [ranks.p, ranks.p + ranks.m],
-        **_numbers(found, random_expectation(ranks, distinct, size)),
+        "window": [rankings.p, rankings.p + rankings.m],
+        **_numbers(measured, random_expectation(rankings, distinct, size)),
         "size_min": size,
         "size_max": size,
-        **_histograms(found, ranks.positive[np.sort(communities.ravel())]),
-        **community_examples(communities, mined["hits"]),
-        "likely_false_negatives": likely_false_negatives(queries, ranks, mined["excess"], mined["nearest"]),
+        **_histograms(measured, rankings.positive[np.sort(communities.ravel())]),
+        **community_examples(communities, of_plan["hits"]),
+        "likely_false_negatives": likely_false_negatives(queries, rankings, of_plan["excess"], of_plan["nearest"]),
         "duplicate_examples": duplicate_examples(communities, distinct),
-        "hubs": hubs(ranks, distinct, negatives),
+        "hubs": hubs(rankings, distinct, negatives),
     }
 
 
-def _numbers(found: dict[str, dict[str, Any]], expected: dict[str, float]) -> dict[str, float]:
+def _others(problem: Problem, changed: dict[str, Any]) -> np.ndarray:
+    """(C, K) communities of the same rows under changed options."""
+    options = problem.options.model_copy(update={"piece_rows": None, **changed})
+    clock = Clock()
+    return find_communities(replace(problem, options=options, clock=clock, facts={}), clock)[0]
+
+
+def random_expectation(rankings: Rankings, distinct: DistinctTargets, community_size: int) -> dict[str, float]:
+    """Expected counts for communities drawn at random from all N rows: (K - 1) / (N - 1) of what exists."""
+    counts, num = distinct.counts, len(rankings.own)
+    share = (community_size - 1) / max(1, num - 1)
+    totals = np.zeros(2)
+    for start in range(0, num, 8192):
+        rows = slice(start, start + 8192)
+        for side, targets in enumerate((rankings.window(rows), rankings.skipped(rows))):
+            totals[side] += counts[targets][targets != rankings.own[rows, None]].sum()
+    return {
+        "mined_negatives_per_query": float(totals[0] / num * share),
+        "skipped_ranks_per_query": float(totals[1] / num * share),
+        "duplicate_targets_in_community": float((counts[rankings.own] - 1).mean() * share),
+    }
+
+
+def _numbers(measured: dict[str, dict[str, Any]], expected: dict[str, float]) -> dict[str, float]:
     """The means of `quality`, with the prefix of what they were measured on; `expected` goes before a random draw."""
     numbers: dict[str, float] = {}
-    for name, values in found.items():
+    for name, values in measured.items():
         prefix = "" if name == "community" else f"{name}_"
         numbers |= {prefix + key: value for key, value in values.items() if isinstance(value, float)}
     return numbers | {f"random_{key}": value for key, value in expected.items()}
 
 
-def _histograms(found: dict[str, dict[str, Any]], positive: np.ndarray) -> dict[str, Any]:
+def _histograms(measured: dict[str, dict[str, Any]], positive: np.ndarray) -> dict[str, Any]:
     """Histograms of similarities and of teacher mass; `positive`: scores of the own targets."""
-    scores = {name: values["histogram"].tolist() for name, values in found.items()}
-    masses = {name: values["mass_histogram"].tolist() for name, values in found.items()}
+    scores = {name: values["histogram"].tolist() for name, values in measured.items()}
+    masses = {name: values["mass_histogram"].tolist() for name, values in measured.items()}
     masses = {"mined": masses.pop("community"), **masses}
     return {
         "histogram": {"from": -1.0, "bin": BIN, "positive": bins(positive).tolist(), **scores},

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from b3.mining.rankings import Ranks
+from b3.mining.rankings import Rankings
 from b3.mining.vectors import DistinctTargets
 
 PERCENTILES = (10, 50, 90)
@@ -39,13 +39,13 @@ def community_examples(communities: np.ndarray, hits: np.ndarray) -> dict[str, A
 
 
 def likely_false_negatives(
-    queries: np.ndarray, ranks: Ranks, excess: np.ndarray, nearest: np.ndarray
+    queries: np.ndarray, rankings: Rankings, excess: np.ndarray, nearest: np.ndarray
 ) -> list[dict[str, Any]]:
     """The members that the teacher scores furthest above a query's own target, at most 12, the furthest first.
 
     Args:
         queries: (N, D) unit vectors.
-        ranks: their ranking.
+        rankings: their ranking.
         excess: (N,) score of the best-scored other member minus that of the own target; ties by row.
         nearest: (N,) row of that member.
 
@@ -60,23 +60,23 @@ def likely_false_negatives(
         if any(np.array_equal(queries[row], queries[shown["row"]]) for shown in chosen):
             left = left[1:]
             continue
-        pair = ranks.own[[row, other]]
+        pair = rankings.own[[row, other]]
         chosen.append(
             {
                 "row": row,
                 "other_row": other,
-                "positive_score": float(ranks.positive[row]),
-                "negative_score": float(ranks.positive[row] + excess[row]),
-                "positive_rank": _rank(ranks, row, int(pair[0])),
-                "negative_rank": _rank(ranks, row, int(pair[1])),
+                "positive_score": float(rankings.positive[row]),
+                "negative_score": float(rankings.positive[row] + excess[row]),
+                "positive_rank": _rank(rankings, row, int(pair[0])),
+                "negative_rank": _rank(rankings, row, int(pair[1])),
             }
         )
-        left = left[~(np.isin(ranks.own[left], pair) | np.isin(ranks.own[nearest[left]], pair))]
+        left = left[~(np.isin(rankings.own[left], pair) | np.isin(rankings.own[nearest[left]], pair))]
     return chosen
 
 
-def _rank(ranks: Ranks, row: int, target: int) -> int | None:
-    at = np.flatnonzero(ranks.order[row] == target)
+def _rank(rankings: Rankings, row: int, target: int) -> int | None:
+    at = np.flatnonzero(rankings.order[row] == target)
     return int(at[0]) if at.size else None
 
 
@@ -98,7 +98,7 @@ def duplicate_examples(communities: np.ndarray, distinct: DistinctTargets) -> li
     return [{"rows": rows[first[i] : first[i] + 2].tolist(), "members": int(counts[i])} for i in top]
 
 
-def hubs(ranks: Ranks, distinct: DistinctTargets, negatives: np.ndarray | None) -> dict[str, Any]:
+def hubs(rankings: Rankings, distinct: DistinctTargets, negatives: np.ndarray | None) -> dict[str, Any]:
     """Targets that are in the windows of many queries.
 
     A target's count is the number of queries that have it in their window and do not own it. Of these counts: mean,
@@ -109,9 +109,9 @@ def hubs(ranks: Ranks, distinct: DistinctTargets, negatives: np.ndarray | None) 
     is drawn (None without `negatives`).
     """
     counts = np.zeros(len(distinct), dtype=np.int64)
-    for start in range(0, len(ranks.own), WINDOW_ROWS):
-        window = ranks.window(slice(start, start + WINDOW_ROWS))
-        mine = window == ranks.own[start : start + WINDOW_ROWS, None]
+    for start in range(0, len(rankings.own), WINDOW_ROWS):
+        window = rankings.window(slice(start, start + WINDOW_ROWS))
+        mine = window == rankings.own[start : start + WINDOW_ROWS, None]
         counts += np.bincount(window[~mine], minlength=len(counts))
     order = np.argsort(-counts, kind="stable")
     top = order[: -(-len(order) // HUB_SHARE)]

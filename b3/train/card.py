@@ -22,7 +22,7 @@ def data_rows(datasets: list[PairDataset], plans: list[BatchPlan]) -> list[list[
         cells = [dataset.name, f"{len(dataset):,}", dataset.fingerprint()[:16]]
         if plans:
             plan = plans[index]
-            window = ", ".join(str(plan.manifest.get(key)) for key in ("K", "p", "m"))
+            window = ", ".join(str(plan.manifest.get(key)) for key in ("community_size", "p", "m"))
             mined = f"{plan.report['mined_negatives_per_query']:.2f}" if plan.measured else "imported"
             cells += [window, str(plan.manifest.get("teacher")), plan_digest(plan)[:16], mined]
         rows.append(cells)

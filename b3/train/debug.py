@@ -58,8 +58,9 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         tree["mining"] |= {"teacher": "embedded"}
         if config.negatives.source == "data":  # which the embedded rows do not bring along
             tree["negatives"] |= {"source": "mined"}
-    tree["mining"] |= _small_windows(config.mining.model_dump(include={"p", "m", "k"}), config.negatives.per_query)
-    step = math.lcm(ranks, _small_k(config.mining.k))
+    keys = config.mining.model_dump(include={"p", "m", "community_size"})
+    tree["mining"] |= _small_windows(keys, config.negatives.per_query)
+    step = math.lcm(ranks, _small_k(config.mining.community_size))
     tree["batch"] |= {"size": step * math.ceil(min(config.batch.size, SIZE) / step)}
     tree["train"] |= {
         "steps": STEPS,
@@ -86,12 +87,12 @@ def _small_k(k: int) -> int:
 
 
 def _small_windows(mining: dict[str, Any], h: int) -> dict[str, Any]:
-    """The keys p, m and k for so few rows; wide enough for `h` hard negatives."""
+    """The keys p, m and community_size for so few rows; wide enough for `h` hard negatives."""
     p = mining["p"]
     return {
         "p": {f: math.ceil(n / SHRINK) for f, n in p.items()} if isinstance(p, dict) else math.ceil(p / SHRINK),
         "m": max(math.ceil(mining["m"] / SHRINK), 2 * h, 5),
-        "k": _small_k(mining["k"]),
+        "community_size": _small_k(mining["community_size"]),
     }
 
 

@@ -16,7 +16,7 @@ from enum import IntEnum
 import numpy as np
 
 from b3.errors import InputError
-from b3.mining.hashing import mix64
+from b3.mining.vectors import mix64
 
 
 class _Choice(IntEnum):

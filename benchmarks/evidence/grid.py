@@ -38,7 +38,7 @@ class Run:
 
         file = HERE.parents[1] / self.recipe
         moved = [o.replace(ROOT, self.root) for o in [*_places(yaml.safe_load(file.read_text())), *self.overrides]]
-        return load_config(file, [*moved, f"seed={self.seed}", *more])
+        return load_config(file, [*moved, f"seed={self.seed}", f"mining.seed={self.seed}", *more])
 
     @property
     def key(self) -> str:
@@ -46,6 +46,10 @@ class Run:
         tree = self._load().model_dump(mode="json", exclude_unset=True)
         for section, name in ((tree, "name"), (tree, "output_dir"), (tree["mining"], "dir")):
             section.pop(name)
+        # As when the runs were recorded: mining had no seed of its own, and community_size was called k.
+        tree["mining"].pop("seed")
+        if "community_size" in tree["mining"]:
+            tree["mining"]["k"] = tree["mining"].pop("community_size")
         return _digest(tree)
 
     @property
@@ -54,7 +58,7 @@ class Run:
         config = self._load()
         if not config.needs_plan:
             return None
-        wanted = {"mining", "data", "negatives", "seed"}
+        wanted = {"mining", "data", "negatives"}
         tree = config.model_dump(mode="json", include=wanted, exclude_unset=True)
         tree["mining"].pop("dir")
         return _digest(tree)

@@ -108,7 +108,10 @@ class Results:
 
 
 def collect(root: Path, questions: Mapping[str, list[Run]], file: Path, machine: str) -> int:
-    """Write the two files from the results below `root`; returns how many runs of the grid have none."""
+    """Write the two files from the results below `root`; returns how many runs of the grid have none.
+
+    Rows that an existing file has of settings that the grid no longer has (options that are gone) stay in it.
+    """
     runs: dict[str, Any] = {}
     ranks: dict[str, np.ndarray] = {}
     places: dict[str, list[Any]] = {}
@@ -126,6 +129,8 @@ def collect(root: Path, questions: Mapping[str, list[Run]], file: Path, machine:
                 ranks[key] = np.concatenate([arrays[part] for part in arrays.files])
                 runs[key] = {**_rounded(json.loads(found.read_text())), "queries": {p: len(arrays[p]) for p in arrays}}
             places[name].append([dict(run.labels), run.seed, key])
+    if file.exists():
+        _keep_recorded(file, questions, runs, ranks, places)
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"  {json.dumps(key)}: {json.dumps(runs[key])}" for key in sorted(runs)]
     listing = [
@@ -141,6 +146,25 @@ def collect(root: Path, questions: Mapping[str, list[Run]], file: Path, machine:
     )
     np.savez_compressed(file.with_suffix(".npz"), **{key: ranks[key] for key in sorted(ranks)})
     return missing
+
+
+def _keep_recorded(
+    file: Path,
+    questions: Mapping[str, list[Run]],
+    runs: dict[str, Any],
+    ranks: dict[str, np.ndarray],
+    places: dict[str, list[Any]],
+) -> None:
+    """Add to runs, ranks and places what `file` has of settings that are not in the grid."""
+    recorded = json.loads(file.read_text())
+    arrays = np.load(file.with_suffix(".npz"))
+    for name, rows in recorded["questions"].items():
+        present = [(dict(run.labels), run.seed) for run in questions.get(name, [])]
+        for labels, seed, key in rows:
+            if name in places and (labels, seed) not in present:
+                places[name].append([labels, seed, key])
+                runs.setdefault(key, recorded["runs"][key])
+                ranks.setdefault(key, arrays[key])
 
 
 def _rounded(record: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import pytest
 from b3.mining import BatchPlan, mine
 from b3.mining.graph import Graph, build_graph
 from b3.mining.miners.anneal import DUPLICATE_COST, objective, refine
-from b3.mining.partition import random_labels
-from b3.mining.rankings import Ranks, rank_targets
+from b3.mining.miners.random import random_groups
+from b3.mining.rankings import Rankings, rank_targets
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
 KINDS = [("signs", True), ("signs", False), ("gauss", True), ("gauss", False)]
@@ -84,7 +84,9 @@ def weights(found: Plain, edges: str, veto: bool) -> np.ndarray:
     return union * ~(found.top | found.top.T) if veto else union
 
 
-def ranked(queries: np.ndarray, targets: np.ndarray, p: int, m: int, terms: int = 7) -> tuple[Ranks, DistinctTargets]:
+def ranked(
+    queries: np.ndarray, targets: np.ndarray, p: int, m: int, terms: int = 7
+) -> tuple[Rankings, DistinctTargets]:
     distinct = distinct_targets(unit_rows(targets, "targets"))
     return rank_targets(unit_rows(queries, "queries"), distinct, p, min(m, len(distinct) - p), terms), distinct
 
@@ -246,7 +248,7 @@ def test_refinement_counts_its_gains_right(kind: str, distinct: bool, edges: str
         return sum(int(dense[i, j]) - DUPLICATE_COST * int(not expected.other[i, j]) for i, j in pairs)
 
     graph = build_graph(*ranked(queries, targets, 3, 10), edges, veto, budget=10**6, seed=0)
-    start = random_labels(60, 6, 0)
+    start = random_groups(60, 6, 0)
     assert objective(graph, start, expected.number) == value(start)
     for passes in range(4):
         labels, gains = refine(graph, start, expected.number, 6, passes, seed=5)

@@ -92,7 +92,6 @@ def test_pieces_keep_sizes_exact_and_cost_some_quality() -> None:
     ("options", "message"),
     [
         ({"piece_rows": 9}, "piece_rows is 9; give an integer of at least 16"),
-        ({"piece_rows": 64, "partitioner": "random"}, "piece_rows has no effect with partitioner random"),
         ({"search": "hnsw"}, "search is 'hnsw'; choose from exact, ivf"),
     ],
 )
@@ -122,7 +121,7 @@ def test_a_finished_ranking_is_not_done_again(tmp_path: Path, monkeypatch: pytes
         mine(queries, targets, **OPTIONS | changed, stages=stages)
     mine(queries * 2 + 1, targets, **OPTIONS, stages=stages)
     assert len(calls) == 3
-    file = tmp_path / "stages" / "ranks.npz"
+    file = tmp_path / "stages" / "rankings.npz"
     file.write_bytes(file.read_bytes()[:-200])  # torn
     mine(queries * 2 + 1, targets, **OPTIONS, stages=stages)
     assert len(calls) == 4

@@ -6,17 +6,18 @@ import numpy as np
 import pytest
 from mining import reference
 
-from b3.mining.graph import build_graph, places, rows_of_targets
-from b3.mining.rankings import Ranks, rank_targets
+from b3.mining.graph import build_graph, places
+from b3.mining.graph import window_rows as directed_edges
+from b3.mining.rankings import Rankings, rank_targets
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
 
-def window_rows(ranks: Ranks, distinct: DistinctTargets, budget: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def window_rows(ranks: Rankings, distinct: DistinctTargets, budget: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     everyone = np.arange(len(ranks.own))
-    return rows_of_targets(ranks.window, ranks, distinct, budget, seed, places(everyone, len(everyone)))
+    return directed_edges(ranks, distinct, budget, seed, places(everyone, len(everyone)))
 
 
-def prepare(queries: np.ndarray, targets: np.ndarray, p: int, m: int) -> tuple[Ranks, DistinctTargets]:
+def prepare(queries: np.ndarray, targets: np.ndarray, p: int, m: int) -> tuple[Rankings, DistinctTargets]:
     distinct = distinct_targets(unit_rows(targets, "targets"))
     return rank_targets(unit_rows(queries, "queries"), distinct, p, m, 3), distinct
 

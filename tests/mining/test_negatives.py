@@ -84,7 +84,7 @@ def test_probability_grows_with_the_score() -> None:
 
 
 def drawn_for(members: np.ndarray, ranks: object, seed: int) -> np.ndarray:
-    from b3.mining.negatives import NegativeRules, _draw
+    from b3.mining.negatives import _draw
 
     distinct = distinct_targets(unit_rows(reference.clustered(90)[1], "targets"))
-    return _draw(ranks, distinct, members, 1, seed, NegativeRules())[:2, 0]  # type: ignore[arg-type]
+    return _draw(ranks, distinct, members, 1, seed)[:2, 0]  # type: ignore[arg-type]

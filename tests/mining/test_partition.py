@@ -8,15 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mining import reference
 
-from b3.mining.graph import Graph
+from b3.mining.communities import members_of
+from b3.mining.graph import Graph, kept_rows
 from b3.mining.miners.anneal import DUPLICATE_COST, objective, refine
-from b3.mining.partition import (
-    choose_remainder,
-    communities_of,
-    metis_labels,
-    random_labels,
-    reference_repair,
-)
+from b3.mining.miners.paper import authors_repair, metis_parts
+from b3.mining.miners.random import random_groups
 
 
 def random_graph(rows: int, edges: int, seed: int) -> Graph:
@@ -53,7 +49,7 @@ def test_refinement_keeps_sizes_and_never_lowers_the_objective(
     rows = parts * size
     graph = random_graph(rows, edges, seed)
     targets = np.random.default_rng(seed).integers(0, num_targets, rows)
-    before = random_labels(rows, size, seed)
+    before = random_groups(rows, size, seed)
     start = before.copy()
     after, gains = refine(graph, before, targets, size, 5, seed)
     assert np.array_equal(start, before)
@@ -66,7 +62,7 @@ def test_refinement_keeps_sizes_and_never_lowers_the_objective(
 def test_refinement_ends_where_no_swap_gains() -> None:
     graph = random_graph(24, 90, 3)
     targets = np.arange(24)
-    labels, gains = refine(graph, random_labels(24, 6, 0), targets, 6, 50, 0)
+    labels, gains = refine(graph, random_groups(24, 6, 0), targets, 6, 50, 0)
     assert gains[-1] == 0
     best = plain_objective(graph, labels, targets)
     for i in range(24):
@@ -88,32 +84,32 @@ def test_refinement_separates_equal_targets() -> None:
 def test_the_repair_gives_exact_sizes(shape: tuple[int, int], seed: int) -> None:
     parts, size = shape
     labels = np.random.default_rng(seed).integers(0, parts, parts * size)
-    for repaired in (reference_repair(labels, parts, size),):
-        assert (np.bincount(repaired, minlength=parts) == size).all()
-        full = np.bincount(labels, minlength=parts) <= size
-        assert (repaired[full[labels]] == labels[full[labels]]).all()  # only over-full parts give up rows
+    repaired = authors_repair(labels, parts, size)
+    assert (np.bincount(repaired, minlength=parts) == size).all()
+    full = np.bincount(labels, minlength=parts) <= size
+    assert (repaired[full[labels]] == labels[full[labels]]).all()  # only over-full parts give up rows
 
 
 @pytest.mark.parametrize("edges", [0, 3, 200])
 @pytest.mark.parametrize(("parts", "size"), [(1, 12), (12, 1), (2, 2), (6, 5), (20, 4)])
 def test_metis_takes_any_graph(parts: int, size: int, edges: int) -> None:
     graph = random_graph(parts * size, edges, 1)
-    labels = metis_labels(graph, parts, 7)
+    labels = metis_parts(graph, parts, 7)
     assert labels.shape == (parts * size,) and labels.min() >= 0 and labels.max() < parts
-    assert np.array_equal(labels, metis_labels(graph, parts, 7))
+    assert np.array_equal(labels, metis_parts(graph, parts, 7))
 
 
 def test_the_remainder_is_the_least_connected_rows() -> None:
     graph = random_graph(23, 60, 0)
-    left = choose_remainder(graph, 23, 5, 0)
-    assert left.shape == (3,) and (np.diff(left) > 0).all()
-    rest = np.setdiff1d(np.arange(23), left)
+    rest = kept_rows(graph, 23, 5, 0)
+    left = np.setdiff1d(np.arange(23), rest)
+    assert left.shape == (3,) and (np.diff(rest) > 0).all()
     assert graph.degrees()[left].max() <= graph.degrees()[rest].min()
-    assert choose_remainder(None, 20, 5, 0).shape == (0,)
+    assert kept_rows(None, 20, 5, 0).shape == (20,)
 
 
 def test_communities_are_canonical() -> None:
     rows = np.array([2, 3, 5, 7, 8, 9])
-    assert communities_of(np.array([1, 0, 1, 0, 2, 2]), rows, 2).tolist() == [[2, 5], [3, 7], [8, 9]]
+    assert members_of(np.array([1, 0, 1, 0, 2, 2]), rows, 2).tolist() == [[2, 5], [3, 7], [8, 9]]
     with pytest.raises(AssertionError, match="communities of 1 to 3 rows"):
-        communities_of(np.array([0, 0, 0, 1, 2, 2]), rows, 2)
+        members_of(np.array([0, 0, 0, 1, 2, 2]), rows, 2)

@@ -11,16 +11,18 @@ from mining import reference
 
 import b3.mining.rankings as rank
 import b3.mining.search as search
-from b3.mining.rankings import NONE, TOP, WINDOW, Ranks, join_ranks, rank_targets
+from b3.mining.rankings import NONE, TOP, WINDOW, Rankings, join_rankings, rank_targets
 from b3.mining.vectors import distinct_targets, unit_rows
 
 
-def ranks_of(queries: np.ndarray, targets: np.ndarray, p: int, m: int, terms: int = 3, **options: int | None) -> Ranks:
+def ranks_of(
+    queries: np.ndarray, targets: np.ndarray, p: int, m: int, terms: int = 3, **options: int | None
+) -> Rankings:
     distinct = distinct_targets(unit_rows(targets, "targets"))
     return rank_targets(unit_rows(queries, "queries"), distinct, p, m, terms, **options)  # type: ignore[arg-type]
 
 
-def equal(a: Ranks, b: Ranks) -> bool:
+def equal(a: Rankings, b: Rankings) -> bool:
     return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("order", "own", "positive", "best", "mass"))
 
 
@@ -93,7 +95,7 @@ def test_any_search_of_a_grid_of_ties_is_exact(seed: int, rows: int, dim: int, m
 
 def test_the_inverted_file_ranks_what_it_finds_exactly() -> None:
     pytest.importorskip("faiss")
-    from b3.mining.search_ivf import CellSearch
+    from b3.mining.search import CellSearch
 
     queries, targets = (unit_rows(a, "rows") for a in reference.clustered(3000))
     ids, scores = CellSearch(targets, 40)(queries[:200])
@@ -111,7 +113,7 @@ def test_parts_of_the_rows_join_to_the_whole() -> None:
     whole = rank_targets(units, distinct, 3, 9, 4)
     for parts in (1, 2, 3, 7):
         shares = [rank_targets(units, distinct, 3, 9, 4, share=(k, parts)) for k in range(parts)]
-        assert equal(whole, join_ranks(shares))
+        assert equal(whole, join_rankings(shares))
 
 
 @pytest.mark.parametrize("small", [0, 6000])

@@ -54,11 +54,11 @@ def test_a_recipe_is_mined_once(root: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("mining.p=3", "p is 2, the recipe says 3"),
-        ("mining.k=6", "K is 4, the recipe says 6"),
-        ("negatives.per_query=3", "h is 2, the recipe says 3"),
-        ("seed=1", "seed is 0, the recipe says 1"),
-        ("data.datasets.0.max_rows=50", "data_fingerprint is"),
+        ("mining.p=3", "p was 2, now 3"),
+        ("mining.k=6", "community_size was 4, now 6"),
+        ("negatives.per_query=3", "hard_negatives was 2, now 3"),
+        ("mining.seed=1", "seed was 0, now 1"),
+        ("data.datasets.0.max_rows=50", "data_fingerprint was"),
     ],
 )
 def test_a_plan_of_other_parameters_or_data_is_refused(root: Path, override: str, message: str) -> None:
@@ -66,6 +66,12 @@ def test_a_plan_of_other_parameters_or_data_is_refused(root: Path, override: str
     config = load_config(root / "recipe.yaml", [override])
     with pytest.raises(InputError, match=message):
         load_plan(config, config.data.datasets[0], load_datasets(config)[0])
+
+
+def test_one_plan_serves_many_training_seeds(root: Path) -> None:
+    mine_recipe(load_config(root / "recipe.yaml"))
+    config = load_config(root / "recipe.yaml", ["seed=7"])
+    assert load_plan(config, config.data.datasets[0], load_datasets(config)[0]).manifest["seed"] == 0
 
 
 def test_fewer_hard_negatives_than_mined_are_fine(root: Path) -> None:
@@ -148,7 +154,7 @@ def test_one_two_and_three_ranks_give_the_same_bytes(root: Path) -> None:
     for ranks in (1, 2, 3):
         done = mine_with(root, ranks, f"mining-{ranks}", teacher)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("mined negatives a query") == 2, "one rank prints"
+        assert done.stdout.count("mined negatives per query") == 2, "one rank prints"
         found.append(plan_files(root / f"mining-{ranks}"))
         assert (root / f"mining-{ranks}" / "report.html").exists()
         assert not list((root / f"mining-{ranks}").glob(".*")), "stages are removed when the plan is saved"
@@ -162,7 +168,7 @@ def test_an_interrupted_recipe_continues_after_the_ranking(root: Path, monkeypat
     monkeypatch.setattr(mining, "find_communities", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         mine_recipe(config)
-    assert (root / "mining" / ".pictures.stages" / "ranks.npz").exists()
+    assert (root / "mining" / ".pictures.stages" / "rankings.npz").exists()
     monkeypatch.setattr(mining, "find_communities", original)
     ranked: list[int] = []
     rank_targets = mining.rank_targets

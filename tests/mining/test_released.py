@@ -17,11 +17,10 @@ from b3.data.prompts import ANSWER_PREFIX
 from b3.errors import DataError
 from b3.mining import BatchPlan
 from b3.mining.recipe import load_plan, mine_recipe
-from b3.mining.released import import_released, read_released
 from b3.train.announce import describe
 from b3.train.batches import build_sampler, load_plans
 from scripts import import_plan, mine
-from scripts.import_plan import main
+from scripts.import_plan import import_released, main, read_released
 
 K, ROWS, H = 8, 61, 3
 SUBSET = "OK-VQA"  # one with a prefix
@@ -124,7 +123,7 @@ def test_files_with_other_negatives(root: Path, how: str) -> None:
     if how == "strings":
         assert plan.hard_negatives is not None and plan.hard_negatives.shape == (ROWS, 1)
     else:
-        assert plan.hard_negatives is None and plan.manifest["h"] == 0
+        assert plan.hard_negatives is None and plan.manifest["hard_negatives"] == 0
 
 
 def test_the_command_writes_a_plan_that_training_takes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +147,10 @@ def test_the_command_writes_a_plan_that_training_takes(root: Path, capsys: pytes
     assert "imported mined negatives" in describe(config, datasets, sampler, plans)
     assert not mine_recipe(config)[SUBSET].measured, "what was imported is not mined again"
     assert mine.main([str(recipe)]) == 0
-    for override, message in (("mining.k=4", "K is 8"), ("negatives.per_query=4", "h is 3")):
+    for override, message in (
+        ("mining.k=4", "community_size was 8"),
+        ("negatives.per_query=4", "hard_negatives was 3"),
+    ):
         other = load_config(recipe, [override])
         with pytest.raises(Exception, match=message):
             load_plan(other, other.data.datasets[0], datasets[0])

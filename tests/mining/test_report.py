@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 from mining import reference
 
+from b3.errors import RunError
 from b3.mining import BatchPlan, mine
-from b3.mining import report as report_module
-from b3.mining.rankings import Ranks, rank_targets
-from b3.mining.report import make_report, quality
+from b3.mining.rankings import Rankings, rank_targets
+from b3.mining.report import quality
 from b3.mining.report_examples import duplicate_examples, hubs, likely_false_negatives
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
@@ -31,7 +32,7 @@ class Toy:
     targets: np.ndarray
     units: np.ndarray
     distinct: DistinctTargets
-    ranks: Ranks
+    ranks: Rankings
     number: np.ndarray
     score: np.ndarray
     order: np.ndarray
@@ -61,7 +62,7 @@ def toy(kind: str) -> Toy:
 @cache
 def mined(kind: str, partitioner: str = "anneal", h: int = 2) -> BatchPlan:
     data = toy(kind)
-    return mine(data.queries, data.targets, P, M, SIZE, h, partitioner=partitioner)
+    return mine(data.queries, data.targets, P, M, SIZE, h, partitioner=partitioner, compare=True)
 
 
 def counted(data: Toy, communities: np.ndarray) -> dict[str, Any]:
@@ -144,20 +145,26 @@ def test_a_random_plan_is_its_own_comparison_but_for_expected_counts() -> None:
     assert report["random_mined_negatives_per_query"] != report["mined_negatives_per_query"]
 
 
-def test_the_papers_recipe_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, plan = toy("distinct"), mined("distinct")
-    arguments = (data.units, data.ranks, data.distinct, plan.communities, 0)
+def test_the_papers_recipe_is_measured_on_request_only() -> None:
+    data = toy("distinct")
 
     def compared(**options: Any) -> bool:
-        report = make_report(*arguments, **options)
-        found = {"paper" in report["histogram"], "paper" in report["teacher_mass_histogram"]}
-        assert found == {any(key.startswith("paper_") for key in report)}
-        return found.pop()
+        report = mine(data.queries, data.targets, P, M, SIZE, 0, **options).report
+        places = {"paper" in report["histogram"], "paper" in report["teacher_mass_histogram"]}
+        assert places == {any(key.startswith("paper_") for key in report)}
+        return places.pop()
 
-    assert compared() and not compared(compare_paper=False)
-    assert compared(compare_paper=False, partitioner="paper"), "it is at hand"
-    monkeypatch.setattr(report_module, "PAPER_ROWS", ROWS - 1)
-    assert not compared()
+    assert compared(compare=True) and not compared()
+    assert compared(partitioner="paper"), "it is at hand"
+
+
+def test_a_default_plan_needs_no_metis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pymetis", None)  # as if it were not installed
+    data = toy("distinct")
+    mine(data.queries, data.targets, P, M, SIZE, 0)
+    for options in ({"partitioner": "paper"}, {"compare": True}):
+        with pytest.raises(RunError, match=r"needs METIS; pip install 'b3\[paper\]'"):
+            mine(data.queries, data.targets, P, M, SIZE, 0, **options)  # type: ignore[arg-type]
 
 
 @everywhere
@@ -245,20 +252,10 @@ def test_one_percent_of_many_targets_are_several() -> None:
     assert found["top_share"] == pytest.approx(sum(sorted(count)[-3:]) / sum(count))
 
 
-def test_blocks_do_not_change_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, plan = toy("ties"), mined("ties")
-    arguments = (data.units, data.ranks, data.distinct, plan.communities, 0)
-    whole = json.dumps(make_report(*arguments))
-    for values in (1, 100, 2000):
-        monkeypatch.setattr("b3.mining.report.BLOCK_VALUES", values)
-        monkeypatch.setattr("b3.mining.report_examples.WINDOW_ROWS", 7)
-        assert json.dumps(make_report(*arguments)) == whole
-
-
 def test_communities_of_one_and_of_everybody() -> None:
     data = toy("labels")
     for size in (1, ROWS):
-        report = mine(data.queries, data.targets, P, M, size, 0).report
+        report = mine(data.queries, data.targets, P, M, size, 0, compare=True).report
         json.dumps(report, allow_nan=False)
         if size == 1:
             assert report["likely_false_negatives"] == report["duplicate_examples"] == []

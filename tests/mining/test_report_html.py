@@ -49,7 +49,7 @@ def section(plan: BatchPlan, records: Any = None, name: str | None = None) -> Se
 @pytest.fixture(scope="module")
 def plan() -> BatchPlan:
     queries, targets = reference.clustered(60)
-    return mine(queries, targets, p=2, m=10, community_size=10, teacher="toy & co")
+    return mine(queries, targets, p=2, m=10, community_size=10, teacher="toy & co", compare=True)
 
 
 def test_the_page_is_self_contained_and_escaped(plan: BatchPlan, tmp_path: Path) -> None:

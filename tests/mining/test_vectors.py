@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from b3.errors import InputError
-from b3.mining.hashing import mix64, seeded_order, uniform
 from b3.mining.rankings import pair_scores
-from b3.mining.vectors import GRID, distinct_targets, embeddings_fingerprint, unit_rows
+from b3.mining.vectors import GRID, distinct_targets, embeddings_fingerprint, mix64, seeded_order, uniform, unit_rows
 
 
 def test_unit_rows_are_unit_float32_on_the_grid() -> None:

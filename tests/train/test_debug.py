@@ -49,7 +49,7 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
 def test_what_a_recipe_is_about_stays() -> None:
     config = load_config(ROOT / "configs" / "b3pp_qwen2vl_2b.yaml")
     small = debug_config(config, ranks=3)
-    assert small.batch.size % small.mining.k == 0 and small.batch.size % 3 == 0
+    assert small.batch.size % small.mining.community_size == 0 and small.batch.size % 3 == 0
     assert {d.family for d in small.data.datasets} == {d.family for d in config.data.datasets}
     for kept in ("adapter", "negatives"):
         assert getattr(small, kept) == getattr(config, kept)

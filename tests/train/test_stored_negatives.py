@@ -91,7 +91,6 @@ def test_rows_without_negatives_are_refused(root: Path) -> None:
     ("changes", "message"),
     [
         ({"negatives": {"per_query": 0}}, "needs negatives.per_query"),
-        ({"negatives": {"scope": "batch"}}, "negatives.scope is a rule of mining"),
         ({"train": {"mask_teacher_margin": 0.1}}, "negatives.source data brings; leave one out"),
     ],
 )

@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from b3.mining.graph import Graph
-from b3.mining.hashing import mix64, seeded_order
+from b3.config.schema_mining import MiningOptions
+from b3.console import Clock
+from b3.mining.graph import Graph, Problem, kept_rows
+from b3.mining.miners.random import random_groups
+from b3.mining.vectors import mix64, seeded_order
 
 # Four times the best edge: rows with equal targets stay apart wherever a swap allows. At 4, labels of the embedded data
 # met more often than by chance (0.144 against about 0.07 a query at K = 8); at 8, 0.032, for 5 % fewer hard negatives.
@@ -27,14 +30,29 @@ COLD_PASSES = 3
 NOTHING = np.int32(-(1 << 30))
 
 
-def objective(graph: Graph, labels: np.ndarray, targets: np.ndarray) -> int:
-    """Weight of the edges inside communities, less `DUPLICATE_COST` a pair of members with equal targets.
+def cut(problem: Problem, options: MiningOptions, clock: Clock) -> np.ndarray:
+    """(n,) int64 community of each row, -1 for the n mod K rows in none; every community has exactly K rows."""
+    size, seed = options.community_size, options.seed
+    positions = kept_rows(problem.graph, len(problem), size, seed)
+    graph, targets = problem.graph.restrict(positions), problem.targets[positions]
+    with clock.stage("partition"):
+        groups = random_groups(len(positions), size, seed)
+    if options.refine_passes:
+        with clock.stage("refine"):
+            before = objective(graph, groups, targets)
+            groups, gains = refine(graph, groups, targets, size, options.refine_passes, seed, clock.progress)
+            problem.facts |= {"objective_before_refinement": before, "refinement_gains": gains}
+    return problem.place(positions, groups)
+
+
+def objective(graph: Graph, groups: np.ndarray, targets: np.ndarray) -> int:
+    """Weight of the edges inside communities, minus `DUPLICATE_COST` a pair of members with equal targets.
 
     For the union graph of distinct targets this is the number of window hits inside communities (eq. 6 of the paper
-    asks to maximise the hard negatives that share a batch), less what the veto dropped.
+    asks to maximise the hard negatives that share a batch), minus what the veto dropped.
     """
-    inside = int(graph.weights[labels[graph.sources()] == labels[graph.indices]].sum(dtype=np.int64)) // 2
-    _, copies = np.unique(labels * (int(targets.max()) + 1) + targets, return_counts=True)
+    inside = int(graph.weights[groups[graph.sources()] == groups[graph.indices]].sum(dtype=np.int64)) // 2
+    _, copies = np.unique(groups * (int(targets.max()) + 1) + targets, return_counts=True)
     return inside - DUPLICATE_COST * int((copies * (copies - 1) // 2).sum())
 
 
@@ -48,7 +66,7 @@ def temperatures(passes: int) -> list[float]:
 
 def refine(
     graph: Graph,
-    labels: np.ndarray,
+    groups: np.ndarray,
     targets: np.ndarray,
     community_size: int,
     passes: int,
@@ -59,17 +77,17 @@ def refine(
 
     Args:
         graph: over N rows.
-        labels: (N,) int64, community of each row; all of size K.
+        groups: (N,) int64, community of each row; all of size K.
         targets: (N,) int64, distinct target of each row.
         progress: called as ``progress("refine", passes done, passes)``.
 
-    Returns (labels (N,) int64, gain of each pass); (the given labels, []) if nothing better was found.
+    Returns (groups (N,) int64, gain of each pass); (the given groups, []) if nothing better was found.
     """
-    num_parts = len(labels) // community_size
+    num_parts = len(groups) // community_size
     gains: list[int] = []
     if num_parts < 2 or community_size < 2 or passes == 0:
-        return labels, gains
-    state = _start(graph, labels, targets, num_parts)
+        return groups, gains
+    state = _start(graph, groups, targets, num_parts)
     for number, temperature in enumerate(temperatures(passes)):
         stream = mix64(seed, 7, number)[:1].copy()
         gains.append(int(_pass(state, seeded_order(seed + number, num_parts), temperature, DUPLICATE_COST, stream)))
@@ -78,8 +96,8 @@ def refine(
         if temperature == 0 and gains[-1] == 0:
             break
     if sum(gains) <= 0:
-        return labels, []
-    return state.labels.astype(np.int64), gains
+        return groups, []
+    return state.groups.astype(np.int64), gains
 
 
 class _State(NamedTuple):
@@ -89,10 +107,10 @@ class _State(NamedTuple):
     indices: np.ndarray
     weights: np.ndarray  # int8
     targets: np.ndarray  # (N,)
-    labels: np.ndarray  # (N,) community of each row
+    groups: np.ndarray  # (N,) community of each row
     members: np.ndarray  # (C, K)
     copies: np.ndarray  # (N,) other members of the own community with the same target
-    stay: np.ndarray  # (N,) what the row contributes where it is: weight to its community less the cost of copies
+    stay: np.ndarray  # (N,) what the row contributes where it is: weight to its community minus the cost of copies
     least: np.ndarray  # (C,) smallest `stay` of the members, or less
     to_home: np.ndarray  # (N,) weight of each row to the visited community, 0 outside a visit
     pull: np.ndarray  # (C,) largest `to_home - stay` of the members with an edge to the visited community, or more
@@ -104,18 +122,18 @@ class _State(NamedTuple):
     crowded: bool  # whether any target occurs twice
 
 
-def _start(graph: Graph, labels: np.ndarray, targets: np.ndarray, num_parts: int) -> _State:
-    count = len(labels)
-    members = np.argsort(labels, kind="stable").reshape(num_parts, -1).astype(np.int32)
+def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int) -> _State:
+    count = len(groups)
+    members = np.argsort(groups, kind="stable").reshape(num_parts, -1).astype(np.int32)
     sources = graph.sources()
-    same = labels[sources] == labels[graph.indices]
+    same = groups[sources] == groups[graph.indices]
     inside = np.bincount(sources[same], weights=graph.weights[same], minlength=count).astype(np.int32)
-    _, group, sizes = np.unique(labels * (int(targets.max()) + 1) + targets, return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(groups * (int(targets.max()) + 1) + targets, return_inverse=True, return_counts=True)
     copies = (sizes[group.ravel()] - 1).astype(np.int32)
     stay = inside - DUPLICATE_COST * copies
     parts = np.zeros(num_parts, np.int32)
     return _State(
-        graph.indptr, graph.indices, graph.weights, targets.astype(np.int32), labels.astype(np.int32), members, copies,
+        graph.indptr, graph.indices, graph.weights, targets.astype(np.int32), groups.astype(np.int32), members, copies,
         stay, stay[members].min(axis=1), np.zeros(count, np.int32), np.full(num_parts, NOTHING), parts.copy(),
         np.zeros(num_parts, np.bool_), np.zeros(int(targets.max()) + 1, np.int32), parts.copy(), parts.copy(),
         bool((np.bincount(targets) > 1).any()),
@@ -162,10 +180,10 @@ def _copies(targets, members, row):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _offers(labels, to_home, stay, pull, touched, rows, num):  # type: ignore[no-untyped-def]
+def _offers(groups, to_home, stay, pull, touched, rows, num):  # type: ignore[no-untyped-def]
     """Raise `pull` of the communities of `rows` to what these offer; returns the number of communities touched."""
     for v in rows:
-        part, offer = labels[v], to_home[v] - stay[v]
+        part, offer = groups[v], to_home[v] - stay[v]
         if offer > pull[part]:
             if pull[part] == NOTHING:
                 touched[num] = part
@@ -178,7 +196,7 @@ def _offers(labels, to_home, stay, pull, touched, rows, num):  # type: ignore[no
 def _raise_pull(state, row, num):  # type: ignore[no-untyped-def]
     """`_offers` of the neighbours of a row."""
     neighbours = state.indices[state.indptr[row] : state.indptr[row + 1]]
-    return _offers(state.labels, state.to_home, state.stay, state.pull, state.touched, neighbours, num)
+    return _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, neighbours, num)
 
 
 @_jit
@@ -213,7 +231,7 @@ def _find_candidates(state, order, turn, row):  # type: ignore[no-untyped-def]
     """Fill `linked`, `seen`, `candidates` for a row; returns the number of candidates, the own community included."""
     num = 0
     for e in range(state.indptr[row], state.indptr[row + 1]):
-        part = state.labels[state.indices[e]]
+        part = state.groups[state.indices[e]]
         if not state.seen[part]:
             state.seen[part] = True
             state.linked[part] = 0
@@ -263,9 +281,9 @@ def _move(state, row, other, home, away):  # type: ignore[no-untyped-def]
     for e in range(state.indptr[row], state.indptr[row + 1]):
         v, w = state.indices[e], state.weights[e]
         if v != other:
-            if state.labels[v] == home:
+            if state.groups[v] == home:
                 state.stay[v] -= w
-            elif state.labels[v] == away:
+            elif state.groups[v] == away:
                 state.stay[v] += w
 
 
@@ -281,7 +299,7 @@ def _recount(state, part, cost):  # type: ignore[no-untyped-def]
 @_jit
 def _swap(state, i, j, home, slot, cost, num):  # type: ignore[no-untyped-def]
     """Exchange row i of the visited community (at `slot`) with row j of another; returns the communities touched."""
-    away, between = state.labels[j], _weight(state.indptr, state.indices, state.weights, i, j)
+    away, between = state.groups[j], _weight(state.indptr, state.indices, state.weights, i, j)
     inside_i, inside_j = state.linked[away] - between, state.to_home[j] - between
     _move(state, i, j, home, away)
     _move(state, j, i, away, home)
@@ -293,7 +311,7 @@ def _swap(state, i, j, home, slot, cost, num):  # type: ignore[no-untyped-def]
         state.to_home[state.indices[e]] += state.weights[e]
     state.in_home[state.targets[i]] -= 1
     state.in_home[state.targets[j]] += 1
-    state.labels[i], state.labels[j] = away, home
+    state.groups[i], state.groups[j] = away, home
     state.members[home, slot] = j
     for q in range(state.members.shape[1]):
         if state.members[away, q] == j:
@@ -302,7 +320,7 @@ def _swap(state, i, j, home, slot, cost, num):  # type: ignore[no-untyped-def]
         _recount(state, home, cost)
         _recount(state, away, cost)
     num = _raise_pull(state, j, num)
-    num = _offers(state.labels, state.to_home, state.stay, state.pull, state.touched, state.members[away], num)
+    num = _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, state.members[away], num)
     least = state.stay[i]
     for v in state.members[away]:
         least = min(least, state.stay[v])

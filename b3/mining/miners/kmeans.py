@@ -13,10 +13,22 @@ from typing import Any
 import numba
 import numpy as np
 
-from b3.mining.hashing import mix64
-from b3.mining.vectors import BLOCK_ROWS, GRID, DistinctTargets
+from b3.config.schema_mining import MiningOptions
+from b3.console import Clock
+from b3.mining.graph import Problem, kept_rows
+from b3.mining.vectors import BLOCK_ROWS, GRID, DistinctTargets, mix64
 
 ITERATIONS = 8
+
+
+def cut(problem: Problem, options: MiningOptions, clock: Clock) -> np.ndarray:
+    """(n,) int64 community of each row, -1 for the n mod K rows in none; every community has exactly K rows."""
+    size, seed = options.community_size, options.seed
+    positions = kept_rows(None, len(problem), size, seed)
+    with clock.stage("partition"):
+        vectors = pair_vectors(problem.queries, problem.distinct)
+        communities = balanced_kmeans(vectors, problem.rows[positions], len(positions) // size, size, seed)
+    return problem.place(positions, communities)
 
 
 def pair_vectors(queries: np.ndarray, distinct: DistinctTargets) -> np.ndarray:
