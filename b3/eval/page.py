@@ -11,7 +11,7 @@ from b3 import html
 from b3.data.datasets import EvalDataset
 from b3.data.items import Item
 from b3.errors import InputError
-from b3.eval.intervals import bootstrap_interval
+from b3.eval.report import bootstrap_interval
 from b3.eval.score import SubsetScore
 from b3.files import write_text
 from b3.html import image_tag, plain_text, shorten

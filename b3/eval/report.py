@@ -11,13 +11,12 @@ import numpy as np
 from b3.data.datasets import EvalDataset
 from b3.errors import InputError
 from b3.eval.benchmark import benchmarks, family_of, family_order, task_of
-from b3.eval.intervals import bootstrap_interval, bootstrap_mean
 from b3.eval.score import METRICS, SubsetScore
 from b3.files import write_json, write_text
 
 
 def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore, skipped: dict[str, str]) -> None:
-    """`<subset>_pred.txt` (a line a row: the predicted candidate) and, last, `<subset>_score.json`.
+    """`<subset>_pred.txt` (a line per row: the predicted candidate) and, last, `<subset>_score.json`.
 
     `skipped` says which items could not be read and why; the score file then has `num_incomplete` and `skipped` too.
     """
@@ -84,8 +83,49 @@ def intervals(correct: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
+# How far a precision@1 could move with other rows of the same kind: percentile bootstrap over rows. Drawing n rows with
+# replacement from n rows of which k are right gives a binomial number of right ones, so that each draw is one binomial
+# number and no row is copied. The interval covers the choice of rows, not that of the training run. Where all rows (or
+# none) are right it has no width.
+
+
+def _draws(correct: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """(draws,) float64 means of resampled rows."""
+    assert correct.ndim == 1 and len(correct) > 0, "one value per row, at least one row"
+    right = int(np.count_nonzero(correct))
+    return rng.binomial(len(correct), right / len(correct), size=draws) / len(correct)
+
+
+def _percentiles(means: np.ndarray, level: float) -> tuple[float, float]:
+    assert 0 < level < 1, "level is a share such as 0.95"
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_interval(
+    correct: np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of the mean of `correct` ((rows,) bool): the precision@1 of one subset."""
+    return _percentiles(_draws(correct, draws, np.random.default_rng(seed)), level)
+
+
+def bootstrap_mean(
+    correct_by_subset: dict[str, np.ndarray], level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """(low, high) of the plain mean over subsets; rows are drawn within each subset.
+
+    The order of the subsets does not matter.
+    """
+    assert correct_by_subset, "at least one subset"
+    rng = np.random.default_rng(seed)
+    total = np.zeros(draws)
+    for name in sorted(correct_by_subset):
+        total += _draws(correct_by_subset[name], draws, rng)
+    return _percentiles(total / len(correct_by_subset), level)
+
+
 def markdown_table(columns: dict[str, dict[str, Any]]) -> str:
-    """Precision@1 in percent, a row a subset, then families and mean; a column for each summary."""
+    """Precision@1 in percent, a row per subset, then families and mean; a column for each summary."""
     names = list(columns)
     subsets = list(next(iter(columns.values()))["subsets"])
     order = family_order()

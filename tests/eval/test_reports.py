@@ -15,10 +15,9 @@ from b3.data.images import FolderImages
 from b3.errors import InputError
 from b3.eval.benchmarks.emoji import EMOJI
 from b3.eval.benchmarks.mmeb import MMEB, family_means, leaderboard_json, load_baselines
-from b3.eval.intervals import bootstrap_interval, bootstrap_mean
 from b3.eval.page import margin, sample_errors, write_explanations
 from b3.eval.plots import DEFAULT_BASELINES, plot_families
-from b3.eval.report import summarise
+from b3.eval.report import bootstrap_interval, bootstrap_mean, summarise
 from b3.eval.score import SubsetScore
 
 # Cls, VQA, Ret, VG, IND, OOD, all: percent, computed apart from the same score files.
