@@ -8,8 +8,11 @@ model. 4. With a cache, finished batches are kept on disk and an interrupted run
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 
 # Tokens of one forward pass: enough to fill a GPU; on a CPU, more than fits its caches is slower.
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
+FORWARDS_AT_ONCE = 4  # on a CPU; each holds the activations of a batch
+
+Prepared = tuple[np.ndarray, "Batch | None", list[tuple[int, str]]]  # (rows, their inputs, (row, problem) of others)
 
 
 def unique_items(items: Iterable[Item]) -> tuple[list[Item], np.ndarray]:
@@ -59,7 +65,6 @@ class Measured:
 
 def measure(processor: Processor, items: Sequence[Item]) -> Measured:
     """Measure items in threads (reading and hashing files release the interpreter); problems are noted, not raised."""
-    from concurrent.futures import ThreadPoolExecutor
 
     def one(item: Item) -> tuple[bytes, int, str | None]:
         try:
@@ -208,27 +213,64 @@ class Encoder:
                 self.cache.flush()  # also when interrupted
         return np.concatenate(done), problems
 
-    def _forward(self, items: list[Item], batches: list[np.ndarray]) -> Iterable[tuple[np.ndarray, np.ndarray, list]]:
+    def _forward(self, items: list[Item], batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, list]]:
         """(rows, raw vectors, problems) of each batch in turn."""
         import torch
 
         embedder = self.embedder
+
+        def vectors_of(inputs: Batch | None) -> np.ndarray:
+            if inputs is None:
+                return np.empty((0, embedder.dim), dtype=np.float32)
+            with torch.inference_mode():
+                vectors: np.ndarray = embedder(inputs.to(embedder.device), normalize=False).cpu().numpy()
+            return vectors
+
+        tasks = ((rows, [items[row] for row in rows]) for rows in batches)
+        prepared = run_ahead(self._prepare, tasks, self.workers, _describe)
         was_training = embedder.training
         embedder.eval()
         try:
-            with torch.inference_mode():
-                tasks = ((rows, [items[row] for row in rows]) for rows in batches)
-                for rows, inputs, problems in run_ahead(self._prepare, tasks, self.workers, _describe):
-                    if inputs is None:
-                        yield rows, np.empty((0, embedder.dim), dtype=np.float32), problems
-                        continue
-                    output = embedder(inputs.to(embedder.device), normalize=False)
-                    yield rows, output.cpu().numpy(), problems
+            with forwards_at_once(embedder.device.type, len(batches)) as several:
+                for (rows, _, problems), vectors in several(lambda batch: vectors_of(batch[1]), prepared):
+                    yield rows, vectors, problems
         finally:
             embedder.train(was_training)
 
 
-Prepared = tuple[np.ndarray, "Batch | None", list[tuple[int, str]]]
+@contextlib.contextmanager
+def forwards_at_once(device: str, num_batches: int) -> Iterator[Callable[..., Iterator[tuple[Prepared, np.ndarray]]]]:
+    """A map over batches, giving (batch, result) in order; on a CPU with several threads, several batches at once.
+
+    A forward pass has thousands of short operations, and a team of threads ends each of them together. Beside other
+    work one thread of the team is often off its core, and the others wait for it every time. So the threads share
+    batches, not operations: each takes whole batches and waits for nobody.
+    """
+    import torch
+
+    num_threads = torch.get_num_threads()
+    at_once = 1 if device != "cpu" else min(num_threads, num_batches, FORWARDS_AT_ONCE)
+    if at_once < 2:
+        yield lambda function, batches: ((batch, function(batch)) for batch in batches)
+        return
+    torch.set_num_threads(num_threads // at_once)
+    try:
+        with ThreadPoolExecutor(at_once) as pool:
+
+            def several(
+                function: Callable[[Prepared], np.ndarray], batches: Iterable[Prepared]
+            ) -> Iterator[tuple[Prepared, np.ndarray]]:
+                waiting: deque[tuple[Prepared, Future[np.ndarray]]] = deque()
+                for batch in batches:
+                    waiting.append((batch, pool.submit(function, batch)))
+                    if len(waiting) > at_once:
+                        yield waiting[0][0], waiting.popleft()[1].result()
+                while waiting:
+                    yield waiting[0][0], waiting.popleft()[1].result()
+
+            yield several
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 @dataclass(frozen=True)
