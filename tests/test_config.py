@@ -97,3 +97,9 @@ def test_a_written_recipe_loads_again(path: Path, tmp_path: Path) -> None:
     config = load_config(path)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_key_that_changes_nothing_is_no_error() -> None:
+    config = load_config("configs/demo.yaml", ["model.train=full", "train.save_merged=true"])
+    assert config.model.train == "full"
+    assert load_config("configs/demo.yaml", ["data.max_bad_images=5"]).data.max_bad_images == 5

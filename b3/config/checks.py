@@ -1,15 +1,26 @@
-"""Whether the keys of a recipe that decide over batches fit together."""
+"""What contradicts itself between the sections of a recipe: all that would silently change a result."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from b3.config import Config
+from b3.config.recipe import Config
 
 
-def check_batches(config: Config) -> None:
-    """Raise `ValueError` with one line on the first contradiction between batch, mining, data and train."""
+def check(config: Config) -> None:
+    """Raise `ValueError` with one line on the first contradiction."""
+    model, train = config.model, config.train
+    if model.shard and config.eval is not None and config.eval.every is not None:
+        raise ValueError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
+    if config.negatives.source == "data" and train.mask_teacher_margin is not None:
+        raise ValueError(
+            "train.mask_teacher_margin needs the teacher's vectors of all targets, and there are none of those that"
+            " negatives.source data brings; leave one out"
+        )
+    if model.train == "full" and model.shard:
+        raise ValueError("model.shard spreads frozen weights, and model.train full has none; leave one out")
+    if config.model.min_pixels > config.model.max_pixels:
+        raise ValueError(
+            f"model.min_pixels {config.model.min_pixels} exceeds model.max_pixels {config.model.max_pixels}"
+        )
     _check_policy(config)
     if config.batch.mined:
         _check_size(config)

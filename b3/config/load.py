@@ -1,4 +1,4 @@
-"""The typed tree that a YAML file fills.
+"""How a YAML file fills the typed tree of a recipe.
 
     config = load_config("configs/demo.yaml", ["train.steps=20", "batch.policy=random"])
 
@@ -11,77 +11,88 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Any, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
-from b3.config.checks import check_batches
-from b3.config.schema import (
-    AdapterConfig,
-    BatchConfig,
-    DataConfig,
-    DatasetConfig,
-    EvalConfig,
-    ModelConfig,
-    Section,
-    TrainConfig,
-)
-from b3.config.schema_mining import MiningConfig, NegativesConfig, ReportConfig
-from b3.config.yaml_tree import apply_override, locate, merge, read_yaml
+from b3.config.checks import check
+from b3.config.recipe import Config
+from b3.config.schema import Section
 from b3.errors import ConfigError
 
-__all__ = ["Config", "DatasetConfig", "MiningConfig", "describe_keys", "dump_config", "load_config", "merge"]
+
+def locate(node: yaml.Node | None, path: tuple[Any, ...]) -> int | None:
+    """Line (from 1) of the key at `path` in a composed YAML file, or of its nearest known parent."""
+    line = None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(k, v) for k, v in node.value if k.value == str(part)]
+            if not pairs:
+                return line
+            line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
 
 
-class Config(Section):
-    """One recipe."""
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as a dictionary, laid over its ``base`` file if it names one."""
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, found {type(loaded).__name__}")
+    base = loaded.pop("base", None)
+    if base is None:
+        return loaded
+    parent = (path.parent / str(base)).resolve()
+    if parent in seen:
+        raise ConfigError(f"{path}: base files form a circle")
+    return merge(read_yaml(parent, (*seen, path.resolve())), loaded)
 
-    name: str = Field(description="name of the recipe, used in reports")
-    seed: int = Field(0, ge=0, description="every random choice derives from it")
-    output_dir: str = Field(description="run directory")
-    resume: Literal["auto", "never"] = Field(
-        "auto",
-        description="auto: continue from the newest complete checkpoint of output_dir; never: refuse a used folder",
-    )
-    model: ModelConfig
-    adapter: AdapterConfig = AdapterConfig()
-    data: DataConfig
-    mining: MiningConfig
-    negatives: NegativesConfig = NegativesConfig()
-    report: ReportConfig = ReportConfig()
-    batch: BatchConfig
-    train: TrainConfig
-    eval: EvalConfig | None = None
 
-    @model_validator(mode="after")
-    def _across(self) -> Config:
-        if self.model.shard and self.eval is not None and self.eval.every is not None:
-            raise ValueError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
-        if self.negatives.source == "data" and self.train.mask_teacher_margin is not None:
-            raise ValueError(
-                "train.mask_teacher_margin needs the teacher's vectors of all targets, and there are none of those that"
-                " negatives.source data brings; leave one out"
-            )
-        if self.model.train == "full" and self.train.save_merged:
-            raise ValueError("train.save_merged has no effect with model.train full, without adapter; leave it out")
-        changed = self.adapter.changed()
-        if self.model.train == "full" and changed:
-            key = changed[0]
-            raise ValueError(f"adapter.{key} has no effect with model.train full; remove the section adapter")
-        if self.model.train == "full" and self.model.shard:
-            raise ValueError("model.shard spreads frozen weights, and model.train full has none; leave one out")
-        if self.model.min_pixels > self.model.max_pixels:
-            raise ValueError(
-                f"model.min_pixels {self.model.min_pixels} exceeds model.max_pixels {self.model.max_pixels}"
-            )
-        check_batches(self)
-        return self
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, section by section; lists and values are replaced whole."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
 
-    @property
-    def needs_plan(self) -> bool:
-        """Whether training reads a batch plan."""
-        return self.batch.mined or self.negatives.mined > 0
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one ``section.key=value`` in place; the value is read as YAML. Raises `ConfigError` on a malformed one."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise ConfigError(f"override '{override}' is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{override}': the value is not valid YAML") from None
+    node: Any = tree
+    *parents, last = dotted.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"override '{override}': there is no element {part}; the list has {len(node)}")
+            node = node[int(part)]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            raise ConfigError(f"override '{override}': there is no element {last}; the list has {len(node)}")
+        node[int(last)] = value
+    else:
+        node[last] = value
 
 
 def _known_keys(path: tuple[Any, ...]) -> list[str]:
@@ -165,9 +176,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     for override in overrides:
         apply_override(tree, override)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(error, path, overrides)) from None
+    try:
+        check(config)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
 
 
 def describe_keys() -> str:

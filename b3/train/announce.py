@@ -20,6 +20,8 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
     if config.batch.mined:
         pool = sampler.pools[0]
         lines[0] += f" ({pool.group} {'community' if pool.group == 1 else 'communities'} of {pool.width})"
+    if config.model.train == "full" and config.adapter.changed():
+        lines.append("  all weights are trained (model.train full): the section adapter is not used")
     batches = {part.number: pool.num_batches for pool in sampler.pools for part in pool.parts if len(pool.parts) == 1}
     for index, (entry, dataset) in enumerate(zip(config.data.datasets, datasets, strict=True)):
         parts = [f"{len(dataset):,} rows"]

@@ -53,8 +53,6 @@ def build_embedder(config: Config) -> Embedder:
 def _check_text_only(config: Config) -> None:
     """Raise `RunError` for a key that a model of texts has no use for (beside those that loading refuses)."""
     name = config.model.name
-    if "vision_cache_mib" in config.train.changed():
-        raise RunError(f"train.vision_cache_mib has no effect with {name}, which reads no pictures; leave it out")
     if config.model.shard:
         raise RunError(f"model.shard spreads decoder layers, and {name} has none; leave it out")
 

@@ -24,7 +24,7 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: lis
 
     folder = Path(config.output_dir)
     save_adapter(trainer.embedder, folder)
-    if config.train.save_merged:
+    if config.train.save_merged and config.model.train == "adapter":  # a full run's folder is a whole model already
         from b3.train.merge import save_merged
 
         save_merged(config, folder, trainer.embedder.dtype)

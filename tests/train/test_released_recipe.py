@@ -98,8 +98,6 @@ def test_the_released_recipe_starts_and_prints_its_plan(layout: Path, mined: Con
         (["model.init_adapter=/nowhere/adapter"], "/nowhere/adapter does not exist"),
         (["train.trackers=[trackio]"], "trackio is not installed; pip install 'b3[trackers]'"),
         (["train.trackers=[tensorbord]"], "'tensorboard'"),
-        (["data.max_bad_images=5"], "data.max_bad_images 5 has no effect without data.bad_images replace"),
-        (["eval.max_rows=5"], "eval.max_rows 5 has no effect without eval.every"),
         (["eval.every=1", "eval.source=parquet:/nowhere"], "in parquet:/nowhere"),
         (["output_dir={layout}/images"], "and no run of b3; choose another output_dir"),
         (["batch.size=100"], "not a multiple of mining.k 8; use 96 or 104"),

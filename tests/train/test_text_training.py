@@ -104,6 +104,17 @@ def test_the_cached_step_has_the_plain_gradient(root: Path, kind: str, pooling: 
         assert (cached[name] - value).norm() < 1e-4 * value.norm() + 1e-6 * largest, name
 
 
+def test_an_adapter_section_is_no_error_where_all_weights_are_trained(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = recipe(root, False, output_dir=str(tmp_path / "run"), train={"steps": 1, "save_merged": True})
+    tree["model"]["train"] = "full"
+    tree["adapter"] = {"r": 4}
+    train(Config.model_validate(tree))
+    assert "all weights are trained (model.train full): the section adapter is not used" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["adapter", "full"])
 def test_a_run_reloads_and_resumes(root: Path, tmp_path: Path, full: bool) -> None:
     """With dropout in the backbone: a resumed run draws the same masks and ends with the same vectors."""
@@ -168,7 +179,6 @@ def test_equal_texts_share_a_pass_only_without_dropout(root: Path) -> None:
         ("model", "positions", "mrope", "positions mrope has no meaning"),
         ("model", "pooling", "last", "pooling 'last' is not for text encoders"),
         ("model", "shard", True, "model.shard spreads decoder layers"),
-        ("train", "vision_cache_mib", 0, "train.vision_cache_mib has no effect"),
     ],
 )
 def test_keys_without_meaning(root: Path, section: str, key: str, value: Any, message: str) -> None:
