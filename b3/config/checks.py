@@ -28,6 +28,8 @@ def check(config: Config) -> None:
 
 def _check_policy(config: Config) -> None:
     batch, entries = config.batch, config.data.datasets
+    if batch.policy != "random" and batch.random_steps > config.train.steps:
+        raise ValueError(f"batch.random_steps {batch.random_steps} exceeds train.steps {config.train.steps}")
     labelled = sum(entry.family == "classification" for entry in entries)
     if batch.policy == "b3_merged" and labelled < 2:
         raise ValueError(

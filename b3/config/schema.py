@@ -116,6 +116,10 @@ class BatchConfig(Section):
         "epoch", description="frozen: batches of the first epoch throughout, in a new order, as the authors' sampler"
     )
 
+    random_steps: int = Field(
+        0, ge=0, description="so many steps at the start draw random batches of one data set, as policy random"
+    )
+
     @property
     def mined(self) -> bool:
         """Whether batches are made of mined communities."""

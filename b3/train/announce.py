@@ -41,6 +41,8 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
         f"  {sampler.batches_per_epoch} batches an epoch, {size * (1 + h) - 1:,} negatives a query"
         + (f" ({h} hard negatives a row)" if h else "")
     )
+    if sampler.random_steps:
+        lines.append(f"  steps 1 to {sampler.random_steps}: random batches of one data set")
     if sampler.start:
         lines.append(f"  continuing at step {sampler.start}")
     return "\n".join(lines)

@@ -55,6 +55,7 @@ def build_sampler(
         weights=[entry.weight for entry in entries],
         pools=pool_numbers(config),
         frozen=batch.remix == "frozen",
+        random_steps=0 if batch.policy == "random" else batch.random_steps,
     )
 
 

@@ -61,7 +61,10 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
     keys = config.mining.model_dump(include={"p", "m", "community_size"})
     tree["mining"] |= _small_windows(keys, config.negatives.per_query)
     step = math.lcm(ranks, _small_k(config.mining.community_size))
-    tree["batch"] |= {"size": step * math.ceil(min(config.batch.size, SIZE) / step)}
+    tree["batch"] |= {
+        "size": step * math.ceil(min(config.batch.size, SIZE) / step),
+        "random_steps": min(config.batch.random_steps, 1),
+    }
     tree["train"] |= {
         "steps": STEPS,
         "warmup_steps": min(config.train.warmup_steps, 1),

@@ -37,6 +37,8 @@ class BatchPlanSampler(Sampler[list[Any]]):
         weights: how often the rows of each data set are seen, against 1; at most 1: no row twice in an epoch.
         pools: number of the pool of each data set; data sets of one pool share batches. Default: a pool each.
         frozen: every epoch has the batches of the first one in a new order.
+        random_steps: so many steps at the start draw random rows of one data set, as plans of `random_rows` without
+            `pools` would; the step after them has the first batch of the plans.
 
     Raises:
         InputError: |B| does not fit K, the ranks, the rows of a data set or the weights.
@@ -56,6 +58,7 @@ class BatchPlanSampler(Sampler[list[Any]]):
         weights: Sequence[float] | None = None,
         pools: Sequence[int] | None = None,
         frozen: bool = False,
+        random_steps: int = 0,
     ) -> None:
         if batch_size % world_size:
             raise InputError(f"batch size {batch_size} does not divide over {world_size} ranks")
@@ -69,13 +72,15 @@ class BatchPlanSampler(Sampler[list[Any]]):
         pool_of = list(pools) if pools is not None else list(range(count))
         weights = list(weights) if weights is not None else [1.0] * count
         self.epochs = Epochs(self._pools(plans, weights, pool_of), seed, frozen)
+        self.random_steps, self.random_epochs = random_steps, self.epochs
+        if random_steps:
+            rows = [np.sort(np.concatenate([_communities(p).ravel(), _remainder(p)]))[:, None] for p in plans]
+            self.random_epochs = Epochs(self._pools(rows, weights, range(count)), seed, frozen)
 
     def _pools(self, plans: Sequence[Any], weights: Sequence[float], pool_of: Sequence[int]) -> list[Pool]:
         parts: dict[int, list[Part]] = {}
         for number, plan in enumerate(plans):
-            communities = np.asarray(getattr(plan, "communities", plan), dtype=np.int64)
-            remainder = np.asarray(getattr(plan, "remainder", ()), dtype=np.int64)
-            part = Part(self.names[number], number, communities, remainder, weights[number], self.seed)
+            part = Part(self.names[number], number, _communities(plan), _remainder(plan), weights[number], self.seed)
             parts.setdefault(pool_of[number], []).append(part)
         return [Pool(parts[number], number, self.batch_size) for number in sorted(parts)]
 
@@ -94,7 +99,9 @@ class BatchPlanSampler(Sampler[list[Any]]):
 
     def batch(self, step: int) -> np.ndarray:
         """The whole batch of a step counted from the beginning of training: (|B|, 2) int64, data set and row."""
-        return self.epochs.batch(step)
+        if step < self.random_steps:
+            return self.random_epochs.batch(step)
+        return self.epochs.batch(step - self.random_steps)
 
     def __len__(self) -> int:
         return self.batches_per_epoch if self.steps is None else max(0, self.steps - self.start)
@@ -106,6 +113,14 @@ class BatchPlanSampler(Sampler[list[Any]]):
         for step in range(first, first + len(self)):
             pairs = self.batch(step)[of_rank]
             yield [(dataset, row) for dataset, row in pairs.tolist()] if self.has_pairs else pairs[:, 1].tolist()
+
+
+def _communities(plan: Any) -> np.ndarray:
+    return np.asarray(getattr(plan, "communities", plan), dtype=np.int64)
+
+
+def _remainder(plan: Any) -> np.ndarray:
+    return np.asarray(getattr(plan, "remainder", ()), dtype=np.int64)
 
 
 def random_rows(num_rows: int) -> np.ndarray:

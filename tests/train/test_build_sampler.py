@@ -66,6 +66,24 @@ def test_the_description_names_what_was_chosen(root: Path) -> None:
     assert "words: 50 rows, 4 batches an epoch" in said
 
 
+def test_random_steps_come_before_the_mined_ones(root: Path) -> None:
+    policies = {
+        "random": {"policy": "random", "random_steps": 3},
+        "b3": {"policy": "b3"},
+        "both": {"policy": "b3", "random_steps": 3},
+    }
+    drawn, told = {}, {}
+    for name, batch in policies.items():
+        config = recipe(root, batch=batch)
+        datasets = load_datasets(config)
+        plans = load_plans(config, datasets)
+        sampler = build_sampler(config, datasets, plans)
+        drawn[name] = [sampler.batch(step).tolist() for step in range(6)]
+        told[name] = "steps 1 to 3: random batches of one data set" in describe(config, datasets, sampler, plans)
+    assert drawn["both"] == drawn["random"][:3] + drawn["b3"][:3]
+    assert told == {"random": False, "b3": False, "both": True}
+
+
 def test_only_classification_sets_are_merged(root: Path) -> None:
     families = ("retrieval", "classification", "vqa", "classification")
     entries = [{"subset": f"set{i}", "family": family} for i, family in enumerate(families)]

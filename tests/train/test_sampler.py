@@ -67,6 +67,24 @@ def test_one_plan_gives_row_numbers_and_a_list_of_plans_pairs() -> None:
     assert [[(0, row) for row in batch] for batch in BatchPlanSampler(plan, 8)] == list(BatchPlanSampler([plan], 8))
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_random_steps_are_the_fair_control_and_then_the_plans_begin(ranks: int) -> None:
+    plans, pools = [communities(9, 4, 0), communities(7, 4, 1)], [0, 0]
+    control = BatchPlanSampler([random_rows(36), random_rows(28)], 8, seed=5)
+    mined = BatchPlanSampler(plans, 8, seed=5, pools=pools)
+
+    def parts(start: int) -> list[list]:
+        options = {"seed": 5, "pools": pools, "random_steps": 10, "steps": 30, "start": start, "world_size": ranks}
+        slices = [list(BatchPlanSampler(plans, 8, rank=rank, **options)) for rank in range(ranks)]  # type: ignore[arg-type]
+        return [[place for part in batch for place in part] for batch in zip(*slices, strict=True)]
+
+    whole = parts(0)
+    expected = [control.batch(step) for step in range(10)] + [mined.batch(step) for step in range(20)]
+    assert whole == [[tuple(place) for place in batch] for batch in (b.tolist() for b in expected)]
+    for start in (1, 9, 10, 11, 30):
+        assert parts(start) == whole[start:]
+
+
 def test_set_epoch_serves_as_an_ordinary_batch_sampler() -> None:
     sampler = BatchPlanSampler(random_rows(32), 8, seed=3)
     first = list(sampler)
