@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from b3 import registry
 from b3.config import Config
 from b3.errors import RunError
-from b3.train.batches import build_sampler
 from b3.train.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -18,6 +17,29 @@ if TYPE_CHECKING:
     from b3.mining.plan import BatchPlan
     from b3.model.embedder import Embedder
     from b3.train.loop import Trainer
+    from b3.train.sampler import BatchPlanSampler
+
+
+def check_stored_negatives(config: Config, datasets: list[PairDataset]) -> None:
+    """Raise `RunError` naming a data set whose rows bring no negatives along although the recipe trains with them."""
+    for dataset in datasets:
+        if config.negatives.source == "data" and not dataset.has_negatives:
+            raise RunError(
+                f"negatives.source data: {dataset.name} has no columns neg_text and neg_image_path; add them, or mine"
+                " hard negatives with negatives.source mined"
+            )
+
+
+def load_plans(config: Config, datasets: list[PairDataset]) -> list[BatchPlan]:
+    """The mined plan of each data set, checked against its rows; empty if the run reads none.
+
+    Raises `RunError` naming the command that mines.
+    """
+    from b3.mining.recipe import load_plan
+
+    if not config.needs_plan:
+        return []
+    return [load_plan(config, *pair) for pair in zip(config.data.datasets, datasets, strict=True)]
 
 
 def build_embedder(config: Config) -> Embedder:
@@ -87,19 +109,16 @@ def build_trainer(
     config: Config,
     datasets: list[PairDataset],
     plans: list[BatchPlan],
-    checkpoint: Path | None,
+    sampler: BatchPlanSampler,
     request: StopRequest,
 ) -> Trainer:
-    """The parts of a run around its model; `checkpoint` says at which step the batches start."""
+    """The parts of a run around its model; `sampler` says at which step it starts."""
     from transformers import set_seed
 
-    from b3.train.checkpoint import checkpoint_step
     from b3.train.collate import StepCollator
     from b3.train.evaluation import Evaluator
     from b3.train.loop import Trainer
 
-    start = 0 if checkpoint is None else checkpoint_step(checkpoint)
-    sampler = build_sampler(config, datasets, plans, start)
     loss = registry.load("loss", config.train.loss).from_config(config)
     teachers = open_teachers(config, datasets) if loss.reads_teacher else None
     embedder = build_embedder(config)

@@ -19,19 +19,6 @@ from b3.train.inputs import Pictures, StepInputs
 StepRow = tuple[int, int]  # number of the data set, row number in it
 
 
-class Rows(torch.utils.data.Dataset[StepRow]):
-    """Any row of several data sets; an element is its place, no data is read here."""
-
-    def __init__(self, sizes: list[int]) -> None:
-        self.num_rows = sum(sizes)
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __getitem__(self, place: StepRow) -> StepRow:
-        return place
-
-
 @dataclass
 class _Packed:
     """Processed items of a batch: each distinct picture once."""

@@ -25,7 +25,7 @@ from b3.model.embedder import Embedder
 from b3.model.workers import run_ahead
 from b3.train import checkpoint as checkpoints
 from b3.train.bad_rows import BadRows, GuardedCollator, Replaced
-from b3.train.collate import Rows, StepCollator
+from b3.train.collate import StepCollator
 from b3.train.inputs import StepInputs
 from b3.train.losses.loss import Loss
 from b3.train.metrics import ProgressBar, Trackers, Window
@@ -142,10 +142,8 @@ class Trainer:
 
     def batches(self) -> Iterator[tuple[StepInputs, list[Replaced]]]:
         """Inputs of this rank, collated ahead in workers from the first step to run on; and the rows replaced."""
-        rows = Rows([len(dataset) for dataset in self.collator.datasets])
         collate = GuardedCollator(self.collator, self.config.data.bad_images == "replace", self.config.seed)
-        tasks = ([rows[row] for row in batch] for batch in self.sampler)
-        return run_ahead(collate, tasks, self.config.train.workers, collate.describe)
+        return run_ahead(collate, self.sampler, self.config.train.workers, collate.describe)
 
     def next_batch(self, batches: Iterator[tuple[StepInputs, list[Replaced]]]) -> StepInputs:
         """The next inputs of this rank; all ranks raise if one of them cannot read its rows."""
@@ -202,9 +200,8 @@ class Trainer:
 
     def rows_of(self, step: int) -> list[dict[str, Any]]:
         """The rows of a step over all ranks, by data set and number, with their texts and images."""
-        places, rows = Rows([len(dataset) for dataset in self.collator.datasets]), []
-        for place in self.sampler.batch(step).tolist():
-            number, row = places[place][:2]
+        rows = []
+        for number, row in self.sampler.batch(step).tolist():
             dataset = self.collator.datasets[number]
             query, target = dataset.query(row).describe(), dataset.target(row).describe()
             rows.append({"data_set": dataset.name, "row": row, "query": query, "target": target})

@@ -14,9 +14,15 @@ from b3.data.datasets import load_datasets
 from b3.errors import RunError
 from b3.files import write_json
 from b3.train.announce import describe
-from b3.train.batches import build_sampler, check_stored_negatives, load_plans
-from b3.train.build import build_trainer
-from b3.train.checkpoint import RESULT, check_format, checkpoint_facts, newest_checkpoint, rewind_metrics
+from b3.train.build import build_trainer, check_stored_negatives, load_plans
+from b3.train.checkpoint import (
+    RESULT,
+    check_format,
+    checkpoint_facts,
+    checkpoint_step,
+    newest_checkpoint,
+    rewind_metrics,
+)
 from b3.train.claim import claim_folder, data_facts
 from b3.train.machine import check_machine, check_ranks, environment, follow_launcher
 from b3.train.stop import Stopped, StopRequest
@@ -44,6 +50,8 @@ def train(config: Config) -> Trained:
     Raises:
         InputError: anything in the recipe, the data or the folder that cannot be used; nothing is overwritten.
     """
+    from b3.train.sampler import build_sampler
+
     folder = Path(config.output_dir)
     config = follow_launcher(config)
     check_ranks(config)
@@ -56,10 +64,11 @@ def train(config: Config) -> Trained:
         check_stored_negatives(config, datasets)
         plans = load_plans(config, datasets)
         distributed.start(config.train.timeout_minutes)
-        build_sampler(config, datasets, plans)  # its checks come before the model is loaded
+        sampler = build_sampler(config, datasets, plans)  # its checks come before the model is loaded
         checkpoint, notes = _claim(config, datasets, plans)
+        sampler.start = 0 if checkpoint is None else checkpoint_step(checkpoint)
         started = time.perf_counter()
-        trainer = build_trainer(config, datasets, plans, checkpoint, request)
+        trainer = build_trainer(config, datasets, plans, sampler, request)
         if distributed.rank() == 0:
             _announce(config, trainer, datasets, plans, notes)
         try:

@@ -7,13 +7,19 @@ every rank knows the exact number of batches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from b3 import distributed
+from b3.config import Config
 from b3.errors import InputError
 from b3.train.pools import Epochs, Part, Pool
+
+if TYPE_CHECKING:
+    from b3.data.datasets import PairDataset
+    from b3.mining.plan import BatchPlan
 
 
 class BatchPlanSampler(Sampler[list[Any]]):
@@ -126,3 +132,33 @@ def _remainder(plan: Any) -> np.ndarray:
 def random_rows(num_rows: int) -> np.ndarray:
     """Communities (N, 1) of one row each: batches become random rows of the data set, the fair control."""
     return np.arange(num_rows, dtype=np.int64)[:, None]
+
+
+def build_sampler(config: Config, datasets: list[PairDataset], plans: list[BatchPlan]) -> BatchPlanSampler:
+    """Batches of this rank under the recipe's policy, from the first step on; `start` moves them to another."""
+    batch, entries = config.batch, config.data.datasets
+    return BatchPlanSampler(
+        plans if batch.mined else [random_rows(len(dataset)) for dataset in datasets],
+        batch.size,
+        names=[dataset.name for dataset in datasets],
+        seed=config.seed,
+        steps=config.train.steps,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        weights=[entry.weight for entry in entries],
+        pools=pool_numbers(config),
+        frozen=batch.remix == "frozen",
+        random_steps=0 if batch.policy == "random" else batch.random_steps,
+    )
+
+
+def pool_numbers(config: Config) -> list[int]:
+    """The pool of each data set: data sets of one pool share batches."""
+    policy, entries = config.batch.policy, config.data.datasets
+    if policy in ("b3_mixed", "random_mixed"):
+        return [0] * len(entries)
+    pools = list(range(len(entries)))
+    if policy == "b3_merged":
+        labelled = [number for number in pools if entries[number].family == "classification"]
+        pools = [labelled[0] if number in labelled else number for number in pools]
+    return pools

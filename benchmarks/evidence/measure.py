@@ -82,7 +82,8 @@ def batch_facts(config: Config, folder: Path) -> dict[str, float]:
     shares a lemma with the query's (equal queries, which the loss masks, among them).
     """
     from b3.data.datasets import load_datasets
-    from b3.train.batches import build_sampler, load_plans
+    from b3.train.build import load_plans
+    from b3.train.sampler import build_sampler
 
     datasets = load_datasets(config)
     rows_of = json.loads((folder / "split.json").read_text())["train"]

@@ -18,7 +18,8 @@ from b3.errors import DataError
 from b3.mining import BatchPlan
 from b3.mining.recipe import load_plan, mine_recipe
 from b3.train.announce import describe
-from b3.train.batches import build_sampler, load_plans
+from b3.train.build import load_plans
+from b3.train.sampler import build_sampler
 from scripts import import_plan, mine
 from scripts.import_plan import import_released, main, read_released
 

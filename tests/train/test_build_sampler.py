@@ -13,7 +13,8 @@ from b3.config import Config, load_config
 from b3.data.datasets import load_datasets
 from b3.mining.recipe import mine_recipe
 from b3.train.announce import describe
-from b3.train.batches import build_sampler, load_plans, pool_numbers
+from b3.train.build import load_plans
+from b3.train.sampler import build_sampler, pool_numbers
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from b3.data.datasets import load_datasets
 from b3.train.build import build_trainer
 from b3.train.estimate import estimate
 from b3.train.flops import ModelFlops, peak_flops
+from b3.train.sampler import build_sampler
 from b3.train.stop import StopRequest
 from b3.train.vision_cache import VisionCache
 
@@ -30,7 +31,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(root: Path, *overrides: str) -> tuple[Config, object]:
     config = load_config(root / "recipe.yaml", [f"output_dir={root / 'run'}", *overrides])
-    return config, build_trainer(config, load_datasets(config), [], None, StopRequest())
+    datasets = load_datasets(config)
+    sampler = build_sampler(config, datasets, [])
+    return config, build_trainer(config, datasets, [], sampler, StopRequest())
 
 
 def step_inputs(trainer: object, step: int) -> object:

@@ -96,6 +96,7 @@ def test_weights_really_are_spread_and_chunks_really_unequal(root: Path, tmp_pat
     from b3.config import load_config
     from b3.data.datasets import load_datasets
     from b3.train.build import build_trainer
+    from b3.train.sampler import build_sampler
     from b3.train.stop import StopRequest
 
     held = []
@@ -105,7 +106,8 @@ def test_weights_really_are_spread_and_chunks_really_unequal(root: Path, tmp_pat
         held.append(float(line.partition("weights ")[2].split()[0]))
     assert held[1] < 0.8 * held[0]
     config = load_config(root / "recipe.yaml", [*UNEQUAL, f"output_dir={tmp_path}"])
-    trainer = build_trainer(config, load_datasets(config), [], None, StopRequest())
+    datasets = load_datasets(config)
+    trainer = build_trainer(config, datasets, [], build_sampler(config, datasets, []), StopRequest())
     counts = set()
     for step in range(6):
         places = [tuple(place) for place in trainer.sampler.batch(step).tolist()]
