@@ -78,24 +78,26 @@ def render(sections: Sequence[Section]) -> str:
 
 def _contents(sections: Sequence[Section]) -> str:
     """The table of contents, with the main numbers of each data set."""
+    compared = any("paper_mined_negatives_per_query" in section.report for section in sections)
     rows = []
     for number, section in enumerate(sections):
         r = section.report
-        cells = [
-            f'<a href="#d{number}">{escape(section.title)}</a>',
-            f"{r['n']:,}",
-            f"{r['num_distinct_targets']:,}",
-            str(r["community_size"]),
-            _window(r),
-            f"<b>{r['mined_negatives_per_query']:.2f}</b>",
-            _number(r, "paper_mined_negatives_per_query", _two),
-            f"{r['random_mined_negatives_per_query']:.2f}",
-            percent(r["teacher_mass_captured"]),
-            f"{r['skipped_ranks_per_query']:.2f}",
-        ]
-        rows.append(cells)
+        rows.append(
+            [
+                f'<a href="#d{number}">{escape(section.title)}</a>',
+                f"{r['n']:,}",
+                f"{r['num_distinct_targets']:,}",
+                str(r["community_size"]),
+                _window(r),
+                f"<b>{r['mined_negatives_per_query']:.2f}</b>",
+                *([_number(r, "paper_mined_negatives_per_query", _two)] if compared else []),
+                f"{r['random_mined_negatives_per_query']:.2f}",
+                percent(r["teacher_mass_captured"]),
+                f"{r['skipped_ranks_per_query']:.2f}",
+            ]
+        )
     head = ["Contents", "Rows", "Distinct targets", "Community size", "Window", "Hard negatives per query",
-            "paper's recipe", "random", "Teacher mass", "Above the window"]  # fmt: skip
+            *(["paper's recipe"] if compared else []), "random", "Teacher mass", "Above the window"]  # fmt: skip
     return html.table(head, rows, "numbers contents")
 
 
