@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo evidence test lint types format clean
+.PHONY: help venv demo evidence test test-core lint types format clean
 help:
 	@echo "make demo      mine, train and evaluate on the embedded data (a few minutes); results in runs/demo"
 	@echo "make evidence  the runs behind docs/evidence.md (hours; finished runs are kept), and that page"
 	@echo "make test      run all tests                     (ARGS='-k name' to choose)"
+	@echo "make test-core run the fifth of them that gives most protection"
 	@echo "make lint      ruff check and format check"
 	@echo "make types     mypy"
 	@echo "make format    let ruff rewrite the code"
@@ -30,6 +31,9 @@ evidence: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-core: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m core $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -13,3 +16,19 @@ for name, value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(name, value)
+
+# The fifth of the tests that gives most of the protection: golden values of the reference, numbers that must not depend
+# on ranks or chunks, what a killed run leaves, and the floors. `make test-core` runs these.
+CORE = {
+    "eval/test_eval_mmeb", "eval/test_toy_benchmark", "mining/test_brute_force", "mining/test_rank",
+    "mining/test_toy_miner", "model/test_adapter", "model/test_embedder", "model/test_forwards", "model/test_numerics",
+    "model/test_qwen2_vl_images", "test_config", "test_imports", "train/test_gradcache", "train/test_objective",
+    "train/test_run", "train/test_sampler", "train/test_step_properties", "train/test_toy_loss",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(tests).with_suffix("").as_posix() in CORE:
+            item.add_marker("core")
