@@ -15,7 +15,7 @@ from b3.errors import ConfigError
     ("batch", "message"),
     [
         ({"policy": "b3_merged"}, "merges data sets of family classification, and the recipe has 0"),
-        ({"remix": "never"}, "'epoch' or 'frozen'"),
+        ({"remix": "frozen"}, "unknown key 'batch.remix'"),
         ({"policy": "b3", "random_steps": 7}, "batch.random_steps 7 exceeds train.steps 6"),
         ({"schedule": []}, "unknown key 'batch.schedule'"),
         ({"policy": "b3_mixed", "size": 10}, "not a multiple of mining.k 4; use 8 or 12"),

@@ -112,10 +112,6 @@ class BatchConfig(Section):
         description="b3: mined communities of one data set; b3_merged: all classification sets are one; b3_mixed:"
         " communities of all; random: random rows of one data set (fair control); random_mixed: of all",
     )
-    remix: Literal["epoch", "frozen"] = Field(
-        "epoch", description="frozen: batches of the first epoch throughout, in a new order, as the authors' sampler"
-    )
-
     random_steps: int = Field(
         0, ge=0, description="so many steps at the start draw random batches of one data set, as policy random"
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSampler, plans: list[BatchPlan]) -> str:
     """What is about to happen, in a few lines."""
     size, h = config.batch.size, config.negatives.per_query
-    frozen = ", the same batches every epoch" if config.batch.remix == "frozen" else ""
+    frozen = ", the same batches every epoch" if config.mining.preset == "paper" else ""
     lines = [f"{config.name}: {config.train.steps} steps of {size} pairs, policy {config.batch.policy}{frozen}"]
     if config.batch.mined:
         pool = sampler.pools[0]

@@ -147,7 +147,7 @@ def build_sampler(config: Config, datasets: list[PairDataset], plans: list[Batch
         world_size=distributed.world_size(),
         weights=[entry.weight for entry in entries],
         pools=pool_numbers(config),
-        frozen=batch.remix == "frozen",
+        frozen=config.mining.preset == "paper",
         random_steps=0 if batch.policy == "random" else batch.random_steps,
     )
 

@@ -56,15 +56,22 @@ def test_policies(root: Path, policy: str, pools: list[int], several: bool) -> N
 
 
 def test_the_description_names_what_was_chosen(root: Path) -> None:
-    config = recipe(
-        root, "data.datasets.0.weight=0.5", batch={"policy": "b3", "remix": "frozen"}
-    )  # fmt: skip
+    config = recipe(root, "data.datasets.0.weight=0.5", batch={"policy": "b3"})
     datasets = load_datasets(config)
     plans = load_plans(config, datasets)
     said = describe(config, datasets, build_sampler(config, datasets, plans), plans)
-    assert "policy b3, the same batches every epoch (3 communities of 4)" in said
+    assert "policy b3 (3 communities of 4)" in said
     assert "pictures: 50 rows, weight 0.5, 2 batches an epoch" in said
     assert "words: 50 rows, 4 batches an epoch" in said
+
+
+def test_preset_paper_keeps_the_batches_of_the_first_epoch(root: Path) -> None:
+    config = recipe(root, "mining.preset=paper", "batch.policy=random")
+    datasets = load_datasets(config)
+    sampler = build_sampler(config, datasets, [])
+    assert "policy random, the same batches every epoch" in describe(config, datasets, sampler, [])
+    first, second = (sampler.epochs.epoch(epoch).tolist() for epoch in (0, 1))
+    assert first != second and sorted(first) == sorted(second)
 
 
 def test_random_steps_come_before_the_mined_ones(root: Path) -> None:
