@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3 import registry
+from b3 import distributed, registry
 from b3.config import Config
 from b3.errors import RunError
 from b3.train.stop import StopRequest
@@ -58,8 +58,8 @@ def build_embedder(config: Config) -> Embedder:
         positions=model.positions,
         pooling=model.pooling,
     )
-    if embedder.vision is None:
-        _check_text_only(config)
+    if embedder.vision is None and model.shard:
+        raise RunError(f"model.shard spreads decoder layers, and {model.name} has none; leave it out")
     if model.train == "full":
         unfreeze_all(embedder.backbone)
     else:
@@ -70,13 +70,6 @@ def build_embedder(config: Config) -> Embedder:
         backbone: Any = embedder.backbone
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return embedder
-
-
-def _check_text_only(config: Config) -> None:
-    """Raise `RunError` for a key that a model of texts has no use for (beside those that loading refuses)."""
-    name = config.model.name
-    if config.model.shard:
-        raise RunError(f"model.shard spreads decoder layers, and {name} has none; leave it out")
 
 
 def _attach(embedder: Embedder, config: Config) -> None:
@@ -122,7 +115,7 @@ def build_trainer(
     loss = registry.load("loss", config.train.loss).from_config(config)
     teachers = open_teachers(config, datasets) if loss.reads_teacher else None
     embedder = build_embedder(config)
-    if config.model.shard:
+    if config.model.shard and distributed.world_size() > 1:
         from b3.train.shard import shard_frozen
 
         shard_frozen(embedder)

@@ -14,18 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from b3 import distributed
 from b3.errors import RunError
 from b3.model.embedder import Embedder
 from b3.train.inputs import StepInputs
 
 
 def shard_frozen(embedder: Embedder) -> None:
-    """Shard in place. Raises `RunError` for a single rank, or if no decoder layer is trained."""
+    """Shard in place, over all ranks. Raises `RunError` if nothing in the decoder layers is trained."""
     from torch.distributed.fsdp import fully_shard
 
-    if distributed.world_size() == 1:
-        raise RunError("model.shard has no effect on a single rank; leave it out or start more ranks with torchrun")
     language: Any = embedder.language
     if not any(p.requires_grad for layer in language.layers for p in layer.parameters()):
         raise RunError("model.shard needs an adapter in the decoder layers; see adapter.target_modules")
@@ -34,9 +31,6 @@ def shard_frozen(embedder: Embedder) -> None:
     inside = {p for layer in language.layers for p in layer.parameters()}
     whole = {p for p in language.parameters() if p.requires_grad or p not in inside}
     fully_shard(language, ignored_params=whole)  # lets the layers fetch ahead of each other
-    # Trainer wraps the model although the step never calls the wrapper; it must not touch the shards
-    wrapped: Any = embedder
-    wrapped._ddp_params_and_buffers_to_ignore = [n for n, p in embedder.named_parameters() if not p.requires_grad]
 
 
 def equal_chunks(inputs: StepInputs, count: int) -> StepInputs:

@@ -78,9 +78,7 @@ def test_weight_decay_spares_a_learned_temperature(root: Path) -> None:
     [
         (["train.learn_temperature=true", "train.temperature=0.005"], "below 0.01"),
         (["train.mask_margin=-0.1"], "train.mask_margin"),
-        (["model.train=full"], "adapter.alpha has no effect with model.train full"),
         (["model.train=full", "model.init_adapter=x"], "init_adapter has no effect"),
-        (["model.train=full", "train.save_merged=true"], "save_merged has no effect"),
         (["train.share_duplicates=sometimes"], "train.share_duplicates"),
     ],
 )

@@ -65,15 +65,15 @@ def test_a_sharded_run_continues_from_a_checkpoint(root: Path) -> None:
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
-def test_sharding_on_one_rank_is_refused(root: Path) -> None:
-    job = run(root, "alone", "model.shard=true", ranks=1, code=2)
-    assert "error: model.shard has no effect on a single rank" in job.text()
+def test_sharding_on_one_rank_changes_nothing_and_is_said(root: Path) -> None:
+    job = run(root, "alone", "model.shard=true", "train.steps=1", ranks=1)
+    assert "note: model.shard spreads nothing over a single rank" in job.text()
 
 
 def test_deepspeed_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from b3.config import load_config
     from b3.errors import RunError
-    from b3.train.machine import check_machine
+    from b3.train.run import check_machine
 
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(RunError, match=r"DeepSpeed is not supported: .* torchrun"):
