@@ -72,11 +72,11 @@ def measure(processor: Processor, items: Sequence[Item]) -> Measured:
         except DataError as error:
             return hashlib.sha256("\0".join(item.key).encode()).digest(), 0, str(error)
 
-    digests = np.empty((len(items), 32), dtype=np.uint8)
+    digests = np.zeros((len(items), 32), dtype=np.uint8)  # a shorter one is followed by zeros
     num_tokens, problems = np.empty(len(items), dtype=np.int64), {}
     with ThreadPoolExecutor(4) as pool:
         for row, (digest, tokens, problem) in enumerate(pool.map(one, items)):
-            digests[row], num_tokens[row] = np.frombuffer(digest, dtype=np.uint8), tokens
+            digests[row, : len(digest)], num_tokens[row] = np.frombuffer(digest, dtype=np.uint8), tokens
             if problem is not None:
                 problems[row] = problem
     return Measured(digests, num_tokens, problems)
