@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 from b3.config import Config, dump_config
 from b3.files import write_json, write_text
 from b3.train.checkpoint import RESULT, read_metrics
+from b3.train.claim import plan_digest
 
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
     from b3.mining.plan import BatchPlan
+    from b3.model.embedder import Embedder
 
 
 def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan], seconds: float) -> None:
     """Write everything; last the file that says the run is complete. On the first rank only."""
-    from b3.train.card import data_rows, model_card
     from b3.train.loop import save_adapter
     from b3.train.page import write_page
 
@@ -45,3 +46,81 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: lis
     write_page(folder / "report.html", tree, recipe, rows, environment, metrics, evaluations, result)
     shutil.rmtree(folder / ".saving", ignore_errors=True)
     write_json(folder / RESULT, result)
+
+
+def data_rows(datasets: list[PairDataset], plans: list[BatchPlan]) -> list[list[str]]:
+    """A header and a row per data set: what was trained on, and what made its batches."""
+    header = ["data set", "rows", "data fingerprint"]
+    of_plan = ["K, p, m", "teacher", "plan fingerprint", "mined negatives per query"]
+    rows = [header + of_plan if plans else header]
+    for index, dataset in enumerate(datasets):
+        cells = [dataset.name, f"{len(dataset):,}", dataset.fingerprint()[:16]]
+        if plans:
+            plan = plans[index]
+            window = ", ".join(str(plan.manifest.get(key)) for key in ("community_size", "p", "m"))
+            mined = f"{plan.report['mined_negatives_per_query']:.2f}" if plan.measured else "imported"
+            cells += [window, str(plan.manifest.get("teacher")), plan_digest(plan)[:16], mined]
+        rows.append(cells)
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return lines
+
+
+def model_card(
+    config: Config,
+    embedder: Embedder,
+    datasets: list[PairDataset],
+    plans: list[BatchPlan],
+    metrics: list[dict[str, Any]],
+    evaluation: dict[str, Any] | None = None,
+    replaced: list[dict[str, Any]] | None = None,
+) -> str:
+    """Markdown: how to load the model, data and plan fingerprints, results, the recipe."""
+    where, example = config.output_dir, '"a text"'
+    adapted = config.model.train == "adapter"
+    if embedder.vision is not None:
+        example = '{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "picture.png"}'
+    lines = [
+        "---",
+        f"library_name: {'peft' if adapted else 'transformers'}",
+        f"base_model: {config.model.name}",
+        "tags: [sentence-similarity, multimodal-embedding, b3]",
+        "---",
+        f"# {config.name}",
+        "",
+        f"{'Adapter of an embedding model' if adapted else 'Embedding model'} trained with b3:"
+        f" {config.train.steps} steps of {config.batch.size} pairs,"
+        f" batches by policy `{config.batch.policy}`, temperature {config.train.temperature}. The vector is"
+        f" {embedder.describe()}.",
+        "",
+        "```python",
+        "from b3 import Embedder",
+        f'model = Embedder.from_pretrained("{config.model.name}", adapter="{where}")'
+        if adapted
+        else f'model = Embedder.from_pretrained("{where}")',
+        *([f'model = Embedder.from_pretrained("{where}/merged")  # the same'] if config.train.save_merged else []),
+        f"vectors = model.encode([{example}])",
+        "```",
+        "",
+        "## Data",
+        "",
+        *markdown(data_rows(datasets, plans)),
+    ]
+    if replaced:
+        lines += ["", f"{len(replaced)} unreadable rows gave their place to others, see bad_rows.jsonl."]
+    lines += ["", "## Results", ""]
+    if evaluation:
+        scores = evaluation["evaluation"]
+        lines += markdown([["subset", "precision@1, %"], *([name, f"{100 * v:.1f}"] for name, v in scores.items())])
+        assert config.eval is not None
+        rows = f", first {config.eval.max_rows} rows of each subset" if config.eval.max_rows else ""
+        lines += ["", f"Measured by the run at step {evaluation['step']} on {config.eval.source}{rows}."]
+    if metrics:
+        last = metrics[-1]
+        lines += ["", f"Last step: loss {last['loss']:.4f}, in-batch precision@1 {last['in_batch_precision']:.3f}."]
+    lines += ["", "Curves: report.html.", "", "## Recipe", "", "```yaml", dump_config(config).rstrip(), "```", ""]
+    return "\n".join(lines)
