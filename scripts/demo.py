@@ -74,9 +74,7 @@ def evaluate(config: Config, name: str, adapter: str | None) -> dict[str, Any]:
         image_dir=config.eval.image_dir,
         prefix_targets=config.eval.prefix_targets,
         dtype="float32",
-        min_pixels=config.model.min_pixels,
-        max_pixels=config.model.max_pixels,
-        max_length=config.model.max_length,
+        **config.model.settings(),
     )
     return run(spec, config.eval.subsets, ROOT / "eval" / name, progress=True)
 

@@ -17,9 +17,10 @@ def check(config: Config) -> None:
         )
     if model.train == "full" and model.shard:
         raise ValueError("model.shard spreads frozen weights, and model.train full has none; leave one out")
-    if config.model.min_pixels > config.model.max_pixels:
+    low, high = config.model.min_pixels, config.model.max_pixels
+    if low is not None and high is not None and low > high:
         raise ValueError(
-            f"model.min_pixels {config.model.min_pixels} exceeds model.max_pixels {config.model.max_pixels}"
+            f"model.min_pixels {low} exceeds model.max_pixels {high}"
         )
     _check_policy(config)
     if config.batch.mined:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -32,10 +32,14 @@ class ModelConfig(Section):
         "auto", description="of the frozen weights; auto: bfloat16 on GPU"
     )
     attention: Literal["auto", "flash_attention_2", "sdpa"] = Field("auto", description="attention kernel")
-    min_pixels: int = Field(3136, gt=0, description="smallest image after resizing, pixels")
-    max_pixels: int = Field(1003520, gt=0, description="largest image after resizing, pixels (28*28 per token)")
+    min_pixels: int | None = Field(None, gt=0, description="smallest image, pixels; null: the checkpoint's")
+    max_pixels: int | None = Field(
+        None, gt=0, description="largest image, pixels (28*28 per token); null: the checkpoint's"
+    )
     max_length: int | None = Field(None, gt=0, description="cut text-only items to this many tokens")
-    positions: Literal["1d", "mrope"] = Field("1d", description="rotary positions; 1d as all B3 and VLM2Vec models")
+    positions: Literal["1d", "mrope"] | None = Field(
+        None, description="rotary positions; null: the checkpoint's, which is 1d for all B3 and VLM2Vec models"
+    )
     pooling: Literal["auto", "last", "mean", "cls"] = Field(
         "auto", description="last for Qwen2-VL, mean or cls for text encoders; auto: what the checkpoint says"
     )
@@ -43,6 +47,12 @@ class ModelConfig(Section):
     shard: bool = Field(False, description="spread the decoder layers' frozen weights over the ranks (FSDP2)")
     train: Literal["adapter", "full"] = Field("adapter", description="full: all weights, in float32, without adapter")
     freeze: list[str] = Field([], description="regular expressions; parameters whose name one of them finds stay fixed")
+
+    def settings(self) -> dict[str, Any]:
+        """What the recipe asks for of `b3.model.settings.Settings`; the rest is the checkpoint's."""
+        names = ("min_pixels", "max_pixels", "max_length", "positions")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return given if self.pooling == "auto" else {**given, "pooling": self.pooling}
 
     @model_validator(mode="after")
     def _full(self) -> ModelConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,21 +54,19 @@ def load_teacher(config: Config) -> Encode | None:
 def _load_checkpoint(config: Config) -> Encode:
     from b3.model.cache import EmbeddingCache
     from b3.model.checkpoint import adapter_key, checkpoint_key
-    from b3.model.embedder import Embedder, reads_pictures
+    from b3.model.embedder import Embedder, backbone_class, locate
     from b3.model.encode import Encoder, unit
 
     mining = config.mining
-    pixels: dict[str, Any] = {}
-    if reads_pictures(mining.teacher):
-        pixels = {"min_pixels": config.model.min_pixels, "max_pixels": config.model.max_pixels}
-    model = Embedder.from_pretrained(
-        mining.teacher, adapter=mining.teacher_adapter, dtype=config.model.dtype, **pixels
-    )  # fmt: skip
+    kind = backbone_class(locate(mining.teacher)[0])
+    budget = ("min_pixels", "max_pixels")  # the student's, where the teacher reads images
+    asked = {k: v for k, v in config.model.settings().items() if k in budget and k in kind.setting_names}
+    model = Embedder.from_pretrained(mining.teacher, adapter=mining.teacher_adapter, dtype=config.model.dtype, **asked)
     facts: dict[str, Any] = {
         "model": checkpoint_key(mining.teacher),
         "adapter": None if mining.teacher_adapter is None else adapter_key(mining.teacher_adapter),
         "numerics": f"{model.dtype} on {model.device.type}",
-        **pixels,
+        **asdict(model.settings),
     }
     encoder = Encoder(model, cache=EmbeddingCache(Path(mining.dir) / CACHE, facts))
     return lambda items, label: unit(encoder.encode(items, label))

@@ -157,3 +157,16 @@ def use_packed_attention(*towers: Any) -> None:
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
     for tower in towers:
         tower.config._attn_implementation = NAME
+
+
+def kernel_arguments(packing: Packing, implementation: str) -> dict[str, Any]:
+    """What tells a model's attention function where items begin and end."""
+    if implementation == NAME:
+        return {"packing": packing}
+    edges = packing.boundaries
+    return {
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": packing.longest,
+        "max_length_k": packing.longest,
+    }

@@ -53,7 +53,7 @@ class Processor(ABC):
 
     @abstractmethod
     def measure(self, item: Item) -> tuple[bytes, int]:
-        """(digest of the content, number of tokens) of an item, without decoding its image.
+        """(SHA-256 of the content, number of tokens) of an item, without decoding its image.
 
         Raises `DataError` as processing would, as far as can be told.
         """

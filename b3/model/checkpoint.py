@@ -12,17 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from b3.errors import InputError
 from b3.files import sha256
-from b3.model.attention import use_packed_attention
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from b3.model.embedder import Embedder
-
-TEXT_ENCODERS = ("bert", "roberta", "xlm-roberta")
-HEADS = "b3_heads"  # `b3.model.backbones.heads`
-SUPPORTED = ("qwen2_vl", *TEXT_ENCODERS, HEADS)
+SETTINGS_FILE = "b3_settings.json"  # `b3.model.settings`
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "tokenizer*", "adapter_model.bin")
 
 
@@ -79,7 +74,7 @@ def adapter_key(name: str | Path) -> str:
 def _content_key(folder: Path) -> str:
     digest = hashlib.sha256()
     patterns = ("*.safetensors", "adapter_model.bin", "config.json", "adapter_config.json", "tokenizer.json",
-                "1_Pooling/config.json", "sentence_bert_config.json")  # fmt: skip
+                "1_Pooling/config.json", "sentence_bert_config.json", SETTINGS_FILE)  # fmt: skip
     for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
         digest.update(f"{file.name}\0{sha256(file)}\n".encode())
     return digest.hexdigest()
@@ -124,44 +119,27 @@ def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str
 
 
 def model_type(folder: Path) -> str:
-    """What `config.json` calls the architecture. Raises `InputError` if it is none of `SUPPORTED`."""
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind not in SUPPORTED:
-        raise InputError(f"{folder}/config.json has model_type '{kind}'; supported: {', '.join(SUPPORTED)}")
-    return str(kind)
+    """What `config.json` calls the architecture."""
+    return str(read_json(folder / "config.json").get("model_type"))
 
 
-def load_backbone(folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
-    """The checkpoint as upstream's model, in eval mode, parameters frozen.
-
-    Qwen2-VL keeps its language head, so that adapter key names are those other software expects, but it is never run.
-    A text encoder comes without head and pooler: what reaches the vectors is its last hidden state.
+def load_transformers(
+    model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device, attention: str, **options: Any
+) -> Any:
+    """A checkpoint as upstream's model, in eval mode, parameters frozen; `options` are further arguments of its loader.
 
     Raises `InputError` if it cannot be loaded or lacks weights.
     """
-    kind = model_type(folder)
-    if kind == HEADS:
-        from b3.model.backbones.heads import Heads
-
-        return Heads.load(folder).to(device).eval()
-
-    from transformers import AutoModel, Qwen2VLForConditionalGeneration
-
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
-    text = kind in TEXT_ENCODERS
     try:
         with _silence():
-            if text:
-                model, found = AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
-            else:
-                model, found = Qwen2VLForConditionalGeneration.from_pretrained(folder, **options)
+            model, info = model_class.from_pretrained(
+                folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+            )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"backbone in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
-    missing = sorted(found["missing_keys"])
+    missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"backbone in {folder} lacks {len(missing)} weights, first: '{missing[0]}'")
-    if attention == "sdpa":
-        use_packed_attention(*([model] if text else [model.model.visual, model.model.language_model]))
     model.requires_grad_(False)
     return model.to(device).eval()
 
@@ -198,25 +176,6 @@ def _silence() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
-
-
-def save_full(embedder: Embedder, folder: Path) -> None:
-    """Write backbone, tokenizer and image budget as a checkpoint that `Embedder.from_pretrained` and others load."""
-    folder.mkdir(parents=True, exist_ok=True)
-    backbone: Any = embedder.backbone
-    backbone.save_pretrained(str(folder))
-    embedder.save_settings(folder)
-
-
-def load_full(backbone: nn.Module, folder: Path) -> None:
-    """Copy the weights of a checkpoint of the same shape into `backbone`, in float32.
-
-    Raises `InputError` if the checkpoint is missing or incomplete.
-    """
-    import torch
-
-    saved = load_backbone(folder, torch.float32, torch.device("cpu"), "sdpa")
-    backbone.load_state_dict(saved.state_dict())
 
 
 def unfreeze_all(backbone: nn.Module) -> None:

@@ -52,13 +52,9 @@ def build_embedder(config: Config) -> Embedder:
         model.name,
         dtype="float32" if model.train == "full" else model.dtype,
         attention=model.attention,
-        min_pixels=model.min_pixels,
-        max_pixels=model.max_pixels,
-        max_length=model.max_length,
-        positions=model.positions,
-        pooling=model.pooling,
+        **{**_settings_of_adapter(config), **model.settings()},
     )
-    if embedder.vision is None and model.shard:
+    if model.shard and not embedder.layers():
         raise RunError(f"model.shard spreads decoder layers, and {model.name} has none; leave it out")
     if model.train == "full":
         unfreeze_all(embedder.backbone)
@@ -70,6 +66,14 @@ def build_embedder(config: Config) -> Embedder:
         backbone: Any = embedder.backbone
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return embedder
+
+
+def _settings_of_adapter(config: Config) -> dict[str, Any]:
+    """The settings of the adapter that a run continues from."""
+    from b3.model.checkpoint import fetch
+    from b3.model.settings import read_settings
+
+    return {} if config.model.init_adapter is None else read_settings(fetch(config.model.init_adapter))
 
 
 def _attach(embedder: Embedder, config: Config) -> None:

@@ -12,27 +12,39 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from b3 import distributed
+from b3 import distributed, registry
 from b3.config import Config, DatasetConfig
 from b3.data.datasets import load_pairs
 from b3.data.tables import embedded_families
 from b3.errors import RunError
 from b3.files import write_json, write_text
-from b3.model.checkpoint import TEXT_ENCODERS, model_type
 from b3.train.claim import DEBUG
+
+if TYPE_CHECKING:
+    from b3.model.embedder import Embedder
 
 DATA = "emoji"
 ROWS, STEPS, SIZE, SHRINK = 160, 3, 16, 8  # rank windows are cut to an eighth
 
 
-def is_text_recipe(config: Config) -> bool:
-    """Whether the backbone is a text encoder: told by its folder, or by a pooling that only those have."""
+def stand_in(config: Config) -> type[Embedder]:
+    """The kind of backbone: told by its folder, or else by a pooling that only text encoders have."""
+    from b3.model.embedder import backbone_class
+
     folder = Path(config.model.name)
     if (folder / "config.json").is_file():
-        return model_type(folder) in TEXT_ENCODERS
-    return config.model.pooling in ("mean", "cls")
+        return backbone_class(folder)
+    kind: type[Embedder] = registry.load(
+        "backbone", "roberta" if config.model.pooling in ("mean", "cls") else "qwen2_vl"
+    )
+    return kind
+
+
+def is_text_recipe(config: Config) -> bool:
+    """Whether the backbone reads no images."""
+    return not stand_in(config).reads_images
 
 
 def debug_config(config: Config, ranks: int = 1) -> Config:
@@ -152,7 +164,7 @@ def prepare(config: Config) -> Config:
     problem = None
     if distributed.rank() == 0:
         try:
-            _make(small)
+            _make(small, stand_in(config))
         except RunError as error:
             problem = str(error)
     problem = distributed.gather_objects(problem)[0]
@@ -164,10 +176,9 @@ def prepare(config: Config) -> Config:
     return small
 
 
-def _make(config: Config) -> None:
+def _make(config: Config, kind: type[Embedder]) -> None:
     from b3.console import no_bars
     from b3.data.datasets import load_datasets
-    from b3.model.backbones.tiny import make_tiny_model, make_tiny_text_model
 
     run = Path(config.output_dir)
     if run.exists():
@@ -176,14 +187,10 @@ def _make(config: Config) -> None:
         shutil.rmtree(run)
     facts = {"stands for": config.name.removesuffix(", debug"), "data": DATA}
     write_json(run / DEBUG, facts)
-    text_only = config.data.source.startswith("jsonl:")
-    if text_only:
+    if not kind.reads_images:
         _write_texts(config)
     texts = [
         item.text.replace("<|image_1|>", "") for dataset in load_datasets(config) for pair in dataset for item in pair
     ]
     with no_bars():
-        if text_only:
-            make_tiny_text_model(config.model.name, texts, hidden=32, vocab_size=512, dropout=0.1)
-            return
-        make_tiny_model(config.model.name, texts, hidden=32, layers=2, vision_layers=1, vocab_size=512)
+        kind.tiny(Path(config.model.name), texts)

@@ -99,27 +99,14 @@ def _length(processor: Processor, item: Item) -> int:
 
 
 def _kept_per_token(config: Config, embedder: Embedder) -> int:
-    """Bytes kept for the backward pass per token of a chunk, for an adapter on the default targets.
-
-    A decoder layer keeps 7 + 4 r numbers per token and unit of hidden size, with r the ratio of the MLP's width to it;
-    DoRA keeps 8 more, dropout 1.25 (4 + r). A layer of a text encoder keeps 9 + 2 r, 2 more with its own dropout; its
-    adapter's dropout 1.25 (5 + r), DoRA 7 + 8 r (measured with saved-tensor hooks; within a tenth). A block of heads
-    keeps 2 + 2 r.
-    """
-    text: Any = embedder.language.config
+    """Bytes kept for the backward pass per token of a chunk, for an adapter on the default targets."""
+    cost = embedder.cost()
     size = 2 if config.train.bf16 or embedder.dtype.itemsize == 2 else 4
-    ratio = text.intermediate_size / text.hidden_size
     adapted = config.model.train == "adapter"
     dora, dropout = adapted and config.adapter.use_dora, adapted and config.adapter.dropout > 0
-    if embedder.causal:
-        per_layer = 7 + 4 * ratio + 8 * dora + 1.25 * (4 + ratio) * dropout
-    elif not embedder.adapter_targets:
-        per_layer = 2 + 2 * ratio
-    else:
-        own = text.hidden_dropout_prob > 0
-        per_layer = 9 + 2 * ratio + 2 * own + 1.25 * (5 + ratio) * dropout + (7 + 8 * ratio) * dora
+    per_layer = cost.kept + cost.kept_dora * dora + cost.kept_dropout * dropout
     if config.model.gradient_checkpointing:  # each layer keeps its input, and one layer at a time everything
-        layers = text.num_hidden_layers + per_layer
+        layers = cost.num_layers + per_layer
     else:
-        layers = text.num_hidden_layers * per_layer
-    return int(layers * text.hidden_size * size)
+        layers = cost.num_layers * per_layer
+    return int(layers * cost.hidden_size * size)

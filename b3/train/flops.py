@@ -17,13 +17,10 @@ FLOP utilisation leaves recomputation out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from b3.model.embedder import Embedder
+    from b3.model.embedder import Cost, Tower
     from b3.train.inputs import StepInputs
 
 # Dense bfloat16 peak, FLOP/s, by a part of the name that CUDA reports; first match (manufacturers' data sheets).
@@ -55,71 +52,21 @@ def peak_flops(device_name: str) -> float | None:
     return next((peak for part, peak in PEAKS if part in device_name), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Tower:
-    """What decides the cost of one part of the model: weights a token passes, those trained, layers times width."""
-
-    weights: int
-    trained: int
-    attention: int
-
-    def cost(self, tokens: int, squares: int, causal: bool, backward: bool) -> float:
-        """Operations for `tokens` tokens whose sequence lengths squared add up to `squares`."""
-        passes = 3 if backward else 1
-        linear = (4 if backward else 2) * self.weights * tokens + 2 * self.trained * tokens
-        return float(linear + passes * (2 if causal else 4) * squares * self.attention)
+def tower_flops(tower: Tower, tokens: int, squares: int, backward: bool) -> float:
+    """Operations for `tokens` tokens whose sequence lengths squared add up to `squares`."""
+    passes = 3 if backward else 1
+    linear = (4 if backward else 2) * tower.weights * tokens + 2 * tower.trained * tokens
+    return float(linear + passes * (2 if tower.causal else 4) * squares * tower.attention)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelFlops:
-    """Operations of a model; build one with `of`."""
-
-    language: Tower
-    vision: Tower | None
-    causal: bool = True
-
-    @classmethod
-    def of(cls, embedder: Embedder) -> ModelFlops:
-        language, vision = embedder.language, embedder.vision
-        text, pictures = language.config, None
-        if vision is not None:
-            pictures = Tower(*_vision_weights(vision), vision.config.depth * vision.config.embed_dim)
-        texts = Tower(*_linear_weights(language), text.num_hidden_layers * text.hidden_size)
-        return cls(texts, pictures, embedder.causal)
-
-    def step(self, inputs: StepInputs) -> float:
-        """Operations of one rank's share of a step, forward and backward."""
-        lengths = inputs.lengths
-        total = self.language.cost(sum(lengths), sum(n * n for n in lengths), self.causal, backward=True)
-        if inputs.pictures is not None:
-            assert self.vision is not None
-            sizes, trained = inputs.pictures.sizes, self.vision.trained > 0
-            groups = (
-                [[inputs.picture_of[i] for i in group] for group in inputs.groups] if trained else [range(len(sizes))]
-            )
-            patches = [sizes[number] for group in groups for number in set(group) if number >= 0]
-            total += self.vision.cost(sum(patches), sum(n * n for n in patches), causal=False, backward=trained)
-        return total
-
-
-def _vision_weights(vision: Any) -> tuple[int, int]:
-    """As `_linear_weights`, per patch: the merger runs once for a square of patches."""
-    everything, merger = _linear_weights(vision), _linear_weights(vision.merger)
-    square = vision.config.spatial_merge_size**2
-    weights, trained = (a - b + b // square for a, b in zip(everything, merger, strict=True))
-    return weights, trained
-
-
-def _linear_weights(module: nn.Module) -> tuple[int, int]:
-    """(weights of linear and convolution layers, those of them that are trained)."""
-    from torch import nn
-
-    weights = trained = 0
-    seen: set[int] = set()
-    for part in module.modules():
-        weight: Any = getattr(part, "weight", None)
-        if isinstance(part, (nn.Linear, nn.Conv3d)) and id(weight) not in seen:
-            seen.add(id(weight))
-            weights += weight.numel()
-            trained += weight.numel() if weight.requires_grad else 0
-    return weights, trained
+def step_flops(cost: Cost, inputs: StepInputs) -> float:
+    """Operations of one rank's share of a step, forward and backward."""
+    lengths = inputs.lengths
+    total = tower_flops(cost.text, sum(lengths), sum(n * n for n in lengths), backward=True)
+    if inputs.pictures is not None:
+        assert cost.vision is not None
+        sizes, trained = inputs.pictures.sizes, cost.vision.trained > 0
+        groups = [[inputs.picture_of[i] for i in group] for group in inputs.groups] if trained else [range(len(sizes))]
+        patches = [sizes[number] for group in groups for number in set(group) if number >= 0]
+        total += tower_flops(cost.vision, sum(patches), sum(n * n for n in patches), backward=trained)
+    return total

@@ -20,7 +20,6 @@ from b3.config import Config
 from b3.errors import DataError, InputError, RunError
 from b3.files import write_json
 from b3.model.adapter import load_trainable
-from b3.model.checkpoint import load_full, save_full
 from b3.model.embedder import Embedder
 from b3.model.workers import run_ahead
 from b3.train import checkpoint as checkpoints
@@ -258,8 +257,10 @@ class Trainer:
     def restore(self, checkpoint: Path) -> None:
         """Put everything back to where `save` was called."""
         assert self.done == checkpoints.checkpoint_step(checkpoint), "the sampler starts where the checkpoint ends"
-        load = load_full if self.config.model.train == "full" else load_trainable
-        load(self.embedder.backbone, checkpoint)
+        if self.config.model.train == "full":
+            self.embedder.load_weights(checkpoint)
+        else:
+            load_trainable(self.embedder.backbone, checkpoint)
         self.loss.load(checkpoint)
         checkpoints.load_moments(checkpoint, self.optimizer, self.parameters)
         schedule_at(self.schedule, self.done)
@@ -275,7 +276,7 @@ def save_adapter(embedder: Embedder, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     backbone: Any = embedder.backbone
     if not hasattr(backbone, "get_base_model"):
-        save_full(embedder, folder)
+        embedder.save(folder)
         return
     backbone.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end

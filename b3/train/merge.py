@@ -35,10 +35,7 @@ def save_merged(config: Config, folder: Path, dtype: torch.dtype) -> Path:
         dtype=str(dtype).removeprefix("torch."),
         device="cpu",
         attention="sdpa",
-        min_pixels=config.model.min_pixels,
-        max_pixels=config.model.max_pixels,
-        pooling=config.model.pooling,
-    )
+    )  # with the adapter's settings, which are those of the trained model
     backbone: Any = model.backbone
     backbone.config._attn_implementation = None  # how it was run here is no fact about the weights
     with no_bars():

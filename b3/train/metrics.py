@@ -11,7 +11,7 @@ import torch
 from b3 import distributed
 from b3.console import bar, duration, peak_memory
 from b3.files import flat
-from b3.train.flops import ModelFlops, peak_flops
+from b3.train.flops import peak_flops, step_flops
 from b3.train.step import StepResult
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Window:
 
     def __init__(self, embedder: Embedder, low_precision: bool) -> None:
         self.embedder = embedder
-        self.flops_of = ModelFlops.of(embedder)
+        self.cost = embedder.cost()
         cuda = embedder.device.type == "cuda"
         self.peak = peak_flops(torch.cuda.get_device_name(embedder.device)) if cuda and low_precision else None
         self.results: list[StepResult] = []
@@ -47,7 +47,7 @@ class Window:
         self.results.append(result)
         self.timed += 1
         self.tokens += inputs.num_tokens
-        self.flops += self.flops_of.step(inputs)
+        self.flops += step_flops(self.cost, inputs)
 
     def state(self) -> list[dict[str, Any]]:
         return [asdict(result) for result in self.results]

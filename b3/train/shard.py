@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from b3.errors import RunError
 from b3.model.embedder import Embedder
@@ -23,14 +24,21 @@ def shard_frozen(embedder: Embedder) -> None:
     """Shard in place, over all ranks. Raises `RunError` if nothing in the decoder layers is trained."""
     from torch.distributed.fsdp import fully_shard
 
-    language: Any = embedder.language
-    if not any(p.requires_grad for layer in language.layers for p in layer.parameters()):
+    layers = embedder.layers()
+    if not any(p.requires_grad for layer in layers for p in layer.parameters()):
         raise RunError("model.shard needs an adapter in the decoder layers; see adapter.target_modules")
-    for layer in language.layers:
+    for layer in layers:
         fully_shard(layer, ignored_params={p for p in layer.parameters() if p.requires_grad})
-    inside = {p for layer in language.layers for p in layer.parameters()}
+    language = _holder(embedder, layers)
+    inside = {p for layer in layers for p in layer.parameters()}
     whole = {p for p in language.parameters() if p.requires_grad or p not in inside}
     fully_shard(language, ignored_params=whole)  # lets the layers fetch ahead of each other
+
+
+def _holder(embedder: Embedder, layers: list[nn.Module]) -> nn.Module:
+    """The innermost module that runs all the layers."""
+    holders = [m for m in embedder.modules() if not isinstance(m, nn.ModuleList) and set(layers) <= set(m.modules())]
+    return holders[-1]
 
 
 def equal_chunks(inputs: StepInputs, count: int) -> StepInputs:

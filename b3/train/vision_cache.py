@@ -54,7 +54,7 @@ class VisionCache:
         assert self.pictures is not None
         pixels, grids = self.pictures.pixels(numbers, self.embedder.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            output = self.embedder.picture_features(pixels, grids)
+            output = self.embedder.features(pixels, grids)
         sizes = self.pictures.sizes
         parts = list(output.split([sizes[number] // (MERGE * MERGE) for number in numbers]))
         for number, part in zip(numbers, parts, strict=True):

@@ -65,9 +65,7 @@ def emoji_ranks(config: Config) -> dict[str, np.ndarray]:
     from b3.model.encode import Encoder
 
     assert config.eval is not None
-    model = Embedder.from_pretrained(
-        config.model.name, adapter=config.output_dir, dtype="float32", max_pixels=config.model.max_pixels
-    )
+    model = Embedder.from_pretrained(config.model.name, adapter=config.output_dir, dtype="float32")
     encoder, spec, found = Encoder(model), EvalSpec(config.model.name, config.eval.source), {}
     for name in config.eval.subsets:
         data = load_eval(config.eval.source, name, config.eval.split, prefix_targets=config.eval.prefix_targets)

@@ -17,7 +17,7 @@ from b3 import Embedder
 from b3.data.items import Item
 from b3.errors import DataError, InputError
 from b3.model.adapter import AdapterSpec, attach_adapter, matched_modules
-from b3.model.backbones.text_encoder import TextEmbedder
+from b3.model.backbones.text_encoder import TextEncoder
 from b3.train.loop import save_adapter
 
 KINDS = ("bert", "roberta", "xlm-roberta")
@@ -50,7 +50,7 @@ def upstream(folder: Path, texts: list[str], pooling: str, **options: object) ->
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_vectors_are_upstreams_one_by_one(folder: Path, pooling: str) -> None:
     model = Embedder.from_pretrained(folder, dtype="float32", pooling=pooling)
-    assert isinstance(model, TextEmbedder) and model.dim == 64
+    assert isinstance(model, TextEncoder) and model.dim == 64
     ours = model.encode(TEXTS)
     assert np.abs(ours - upstream(folder, TEXTS, pooling)).max() < 2e-6
     assert np.abs(ours[0] - ours[1]).max() > 1e-3  # the bound above says something
@@ -126,18 +126,17 @@ def test_pooling_and_length_are_the_checkpoints(roberta: Path, tmp_path: Path, w
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(written))
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 16, "do_lower_case": false}')
     model = Embedder.from_pretrained(folder, dtype="float32")
-    assert (model.pooling, model.processor.max_length) == (pooling, 16)
+    assert (model.settings.pooling, model.processor.max_length) == (pooling, 16)
     given = Embedder.from_pretrained(folder, dtype="float32", pooling="mean", max_length=24)
-    assert (given.pooling, given.processor.max_length) == ("mean", 24)
+    assert (given.settings.pooling, given.processor.max_length) == ("mean", 24)
 
 
 def test_sentence_transformers_gives_the_same_vectors(folder: Path, tmp_path: Path) -> None:
     """From what we save, with its own padding and masks, and texts that are cut."""
     library = pytest.importorskip("sentence_transformers")
-    from b3.model.checkpoint import save_full
 
     model = Embedder.from_pretrained(folder, dtype="float32", pooling="cls", max_length=40)
-    save_full(model, tmp_path / "saved")
+    model.save(tmp_path / "saved")
     theirs = library.SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(TEXTS)
     assert np.abs(model.encode(TEXTS) - theirs).max() < 2e-6
     again = Embedder.from_pretrained(tmp_path / "saved", dtype="float32")
@@ -163,7 +162,7 @@ def test_an_adapter_is_on_all_linear_layers_saved_and_merged(roberta: Path, tmp_
         Embedder.from_pretrained(roberta, adapter=tmp_path / "adapter", dtype="float32"),
         Embedder.from_pretrained(tmp_path / "adapter", dtype="float32"),
     ):
-        assert merged.pooling == "cls"
+        assert merged.settings.pooling == "cls"
         assert np.abs(merged.encode(TEXTS) - attached).max() < 2e-6
 
 
@@ -195,7 +194,7 @@ def test_options_without_meaning(roberta: Path, options: dict, message: str) -> 
 
 def test_qwen_pools_its_last_token_only(tmp_path: Path) -> None:
     tiny.write_model(tmp_path / "model")
-    assert Embedder.from_pretrained(tmp_path / "model", dtype="float32", pooling="last").pooling == "last"
+    assert Embedder.from_pretrained(tmp_path / "model", dtype="float32", pooling="last").settings.pooling == "last"
     with pytest.raises(InputError, match="pooling 'mean' is not for Qwen2-VL"):
         Embedder.from_pretrained(tmp_path / "model", dtype="float32", pooling="mean")
 

@@ -9,7 +9,7 @@ import torch
 from golden_data import checkpoint
 
 from b3 import Embedder
-from b3.model.checkpoint import load_full, save_full, unfreeze_all
+from b3.model.checkpoint import unfreeze_all
 
 
 def test_saved_weights_are_a_checkpoint(tmp_path: Path) -> None:
@@ -22,11 +22,11 @@ def test_saved_weights_are_a_checkpoint(tmp_path: Path) -> None:
             parameter.add_(0.01 * torch.randn_like(parameter))
     changed = model.encode(["a cat"])
     assert np.abs(changed - before).max() > 1e-4
-    save_full(model, tmp_path / "saved")
+    model.save(tmp_path / "saved")
     assert np.array_equal(Embedder.from_pretrained(tmp_path / "saved", dtype="float32").encode(["a cat"]), changed)
     other = Embedder.from_pretrained(tmp_path / "base", dtype="float32", device="cpu")
     unfreeze_all(other.backbone)
-    load_full(other.backbone, tmp_path / "saved")
+    other.load_weights(tmp_path / "saved")
     assert np.array_equal(other.encode(["a cat"]), changed)
     trained = {n: p.requires_grad for n, p in model.backbone.named_parameters()}
     assert {n: p.requires_grad for n, p in other.backbone.named_parameters()} == trained

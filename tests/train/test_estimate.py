@@ -14,7 +14,7 @@ from b3.config import Config, load_config
 from b3.data.datasets import load_datasets
 from b3.train.build import build_trainer
 from b3.train.estimate import estimate
-from b3.train.flops import ModelFlops, peak_flops
+from b3.train.flops import peak_flops, step_flops
 from b3.train.sampler import build_sampler
 from b3.train.stop import StopRequest
 from b3.train.vision_cache import VisionCache
@@ -74,10 +74,10 @@ def test_operations_of_a_step_are_those_that_torch_counts(root: Path, targets: s
     _, trainer = build(root, f"model.name={deep}", f"adapter.target_modules={targets}", "train.chunk_tokens=256")
     assert any(step_inputs(trainer, step).pictures is not None for step in range(8))
     ours = counted = 0.0
-    model = ModelFlops.of(trainer.embedder)
+    cost = trainer.embedder.cost()
     for step in range(8):
         inputs = step_inputs(trainer, step)
-        ours += model.step(inputs)
+        ours += step_flops(cost, inputs)
         cache = VisionCache(trainer.embedder, inputs.pictures, 2**30)
         for chunk in map(inputs.chunk, range(inputs.num_chunks)):
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention as products

@@ -23,7 +23,7 @@ from b3.model.batch import collate
 from b3.model.checkpoint import unfreeze_all
 from b3.train.build import build_embedder
 from b3.train.collate import StepCollator
-from b3.train.flops import ModelFlops
+from b3.train.flops import step_flops
 from b3.train.losses.info_nce import InfoNCE, info_nce
 from b3.train.metrics import without_times
 from b3.train.run import train
@@ -142,7 +142,7 @@ def test_merged_weights_are_the_adapters(root: Path, tmp_path: Path) -> None:
     merged, apart = (
         Embedder.from_pretrained(f, dtype="float32") for f in (tmp_path / "run" / "merged", tmp_path / "run")
     )
-    assert merged.pooling == apart.pooling == "cls"
+    assert merged.settings.pooling == apart.settings.pooling == "cls"
     assert np.abs(merged.encode(TEXTS) - apart.encode(TEXTS)).max() < 1e-6
 
 
@@ -205,7 +205,7 @@ def test_operations_are_those_that_torch_counts(root: Path) -> None:
     inputs = StepCollator([Pairs()], model.processor, 10000)([(0, row) for row in range(8)])  # type: ignore[list-item]
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(inputs.chunk(0).batch).sum().backward()
-    assert ModelFlops.of(model).step(inputs) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert step_flops(model.cost(), inputs) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora dropout", "dora", "full"])

@@ -44,8 +44,8 @@ def inputs_of(model: Embedder, chunk_tokens: int):
 def counted(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Pictures of each call of the vision tower."""
     calls: list[int] = []
-    tower = model.picture_features
-    monkeypatch.setattr(model, "picture_features", lambda p, g: calls.append(len(g)) or tower(p, g))
+    tower = model.features
+    monkeypatch.setattr(model, "features", lambda p, g: calls.append(len(g)) or tower(p, g))
     return calls
 
 

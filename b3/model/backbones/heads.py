@@ -11,10 +11,11 @@ the path of the folder that has them. `write_heads` makes one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +26,9 @@ from b3.data.items import Item, item_id
 from b3.errors import DataError, InputError
 from b3.files import write_json
 from b3.model.batch import Batch, Processor
-from b3.model.checkpoint import HEADS, read_json
-from b3.model.embedder import Embedder, Options
+from b3.model.checkpoint import read_json
+from b3.model.embedder import Cost, Embedder, Tower, finish, linear_weights
+from b3.model.settings import Settings
 
 KEYS, VECTORS, CONFIG, WEIGHTS = "keys.npy", "vectors.npy", "config.json", "model.safetensors"
 
@@ -56,7 +58,7 @@ class HeadsConfig:
     vectors: str
 
 
-class Heads(nn.Module):
+class HeadsNetwork(nn.Module):
     """Residual blocks, (N, D) to (N, D) float32."""
 
     def __init__(self, config: HeadsConfig) -> None:
@@ -75,12 +77,12 @@ class Heads(nn.Module):
         from safetensors.torch import save_file
 
         config = self.config
-        tree = {"model_type": HEADS, **{name: getattr(config, name) for name in HeadsConfig.__slots__}}
+        tree = {"model_type": "b3_heads", **{name: getattr(config, name) for name in HeadsConfig.__slots__}}
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, str(Path(folder) / WEIGHTS))
         write_json(Path(folder) / CONFIG, tree)
 
     @classmethod
-    def load(cls, folder: Path) -> Heads:
+    def load(cls, folder: Path) -> HeadsNetwork:
         """Raises `InputError` naming what is missing or does not fit."""
         from safetensors.torch import load_file
 
@@ -107,7 +109,7 @@ class KeyedProcessor(Processor):
         """Any item will do that has a vector."""
 
     def measure(self, item: Item) -> tuple[bytes, int]:
-        return item_id(item).to_bytes(8, "big", signed=True), 1
+        return hashlib.sha256(item_id(item).to_bytes(8, "big", signed=True)).digest(), 1
 
     def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
         """(1,) int64. Raises `DataError` for an item that has no vector."""
@@ -121,32 +123,29 @@ class KeyedProcessor(Processor):
         """Nothing to write: the keys lie beside the vectors."""
 
 
-class HeadsEmbedder(Embedder):
+class Heads(Embedder):
     """Heads with the vectors that they read.
 
     Args:
         vectors: (N, D) float32, in the order of the processor's keys.
     """
 
-    causal: ClassVar[bool] = False
-    adapter_targets: ClassVar[tuple[str, ...]] = ()
+    title = "heads over vectors"
 
     def __init__(
-        self, heads: Heads, processor: KeyedProcessor, vectors: Tensor, source: dict[str, Any] | None = None
+        self, network: HeadsNetwork, processor: KeyedProcessor, vectors: Tensor, source: dict[str, Any] | None = None
     ) -> None:
-        super().__init__(heads, processor, source)
+        super().__init__(network, processor, source=source)
         self.vectors: Tensor
         self.register_buffer("vectors", vectors, persistent=False)
 
     @classmethod
-    def check_options(cls, options: Options) -> None:
-        for name in Options.__slots__:
-            if getattr(options, name) != getattr(Options(), name):
-                raise InputError(f"{name} {getattr(options, name)} has no meaning for heads over vectors; leave it out")
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
+        return HeadsNetwork.load(folder).to(device).eval()
 
     @classmethod
-    def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, options: Options) -> HeadsEmbedder:
-        assert isinstance(backbone, Heads)
+    def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, settings: Settings) -> Heads:
+        assert isinstance(backbone, HeadsNetwork)
         config = backbone.config
         place = base / config.vectors
         try:
@@ -162,27 +161,33 @@ class HeadsEmbedder(Embedder):
         source = {"base": str(base), "adapter": None}
         return cls(backbone, KeyedProcessor(keys), torch.from_numpy(vectors.astype(np.float32)).to(device), source)
 
+    @classmethod
+    def tiny(cls, folder: Path, texts: Iterable[str], seed: int = 0) -> Path:
+        items = [Item(text) for text in dict.fromkeys(texts)]
+        vectors = np.random.default_rng(seed).standard_normal((len(items), 16), dtype=np.float32)
+        write_vectors(folder, items, vectors)
+        write_heads(folder, folder, hidden=32, blocks=1, seed=seed)
+        return folder
+
     def describe(self) -> str:
         return "residual blocks over the vector of a frozen encoder, L2-normalised"
-
-    @property
-    def core(self) -> Any:
-        return self.backbone
-
-    @property
-    def language(self) -> Any:
-        return self.backbone
-
-    @property
-    def vision(self) -> None:
-        return None
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
 
+    @property
+    def dim(self) -> int:
+        return int(self.vectors.shape[1])
+
+    def cost(self) -> Cost:
+        backbone: Any = self.backbone
+        size, layers = backbone.config.hidden_size, backbone.config.num_hidden_layers
+        ratio = backbone.config.intermediate_size / size
+        return Cost(Tower(*linear_weights(backbone), layers * size), None, size, layers, kept=2 + 2 * ratio)
+
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
-        return self._finish(self.backbone(self.vectors[batch.input_ids]), normalize)
+        return finish(self.backbone(self.vectors[batch.input_ids]), normalize)
 
 
 def write_vectors(folder: Path, items: Sequence[Item], vectors: np.ndarray) -> None:
@@ -201,5 +206,5 @@ def write_heads(folder: Path, vectors: Path, hidden: int, blocks: int, seed: int
     dim = int(np.load(vectors / VECTORS, mmap_mode="r").shape[1])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        heads = Heads(HeadsConfig(dim, hidden, blocks, str(vectors.resolve())))
+        heads = HeadsNetwork(HeadsConfig(dim, hidden, blocks, str(vectors.resolve())))
     heads.save_pretrained(str(folder))

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 
 from b3.data.items import Item
 from b3.errors import DataError, InputError
-from b3.model.attention import Packing
+from b3.model.attention import Packing, kernel_arguments, use_packed_attention
+from b3.model.backbones.tiny import make_tiny_text_model
 from b3.model.batch import Batch, Processor
-from b3.model.checkpoint import load_tokenizer, read_json
-from b3.model.embedder import Embedder, Options
+from b3.model.checkpoint import load_tokenizer, load_transformers, read_json
+from b3.model.embedder import Cost, Embedder, Tower, finish, linear_weights
+from b3.model.settings import Settings
 
 POOLING_FILE = "1_Pooling/config.json"
 TRANSFORMER_FILE = "sentence_bert_config.json"
@@ -73,82 +76,100 @@ class TextProcessor(Processor):
         (Path(folder) / TRANSFORMER_FILE).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-class TextEmbedder(Embedder):
-    """An `Embedder` over upstream's bare `BertModel`, `RobertaModel` or `XLMRobertaModel`.
+class TextEncoder(Embedder):
+    """An `Embedder` over upstream's bare `BertModel`, `RobertaModel` or `XLMRobertaModel`, without head and pooler.
 
-    Args:
-        backbone: without pooler, bare or wrapped by peft.
-        processor: a `TextProcessor`; belongs to the backbone.
-        source: as of `Embedder`.
-        pooling: "mean" over all tokens, or "cls", the first.
+    Pooling is "mean" over all tokens, or "cls", the first.
     """
 
     processor: TextProcessor
-    causal: ClassVar[bool] = False
+    title = "a text encoder"
+    setting_names: ClassVar[tuple[str, ...]] = ("max_length", "pooling")
     adapter_targets: ClassVar[tuple[str, ...]] = ("query", "key", "value", "dense")  # all linear layers
 
-    def __init__(
-        self, backbone: nn.Module, processor: Processor, source: dict[str, Any] | None = None, pooling: str = "mean"
-    ) -> None:
-        super().__init__(backbone, processor, source)
-        self.pooling = pooling
-
     @classmethod
-    def check_options(cls, options: Options) -> None:
-        default = Options()
-        for name in ("min_pixels", "max_pixels", "square", "positions", "numerics"):
-            if getattr(options, name) != getattr(default, name):
-                raise InputError(f"{name} {getattr(options, name)} has no meaning for a text encoder; leave it out")
-        if options.pooling == "last":
+    def check_settings(cls, settings: Settings) -> None:
+        super().check_settings(settings)
+        if settings.pooling == "last":
             raise InputError("pooling 'last' is not for text encoders; use auto, mean or cls")
 
     @classmethod
-    def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, options: Options) -> TextEmbedder:
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
+        from transformers import AutoModel
+
+        model = load_transformers(AutoModel, folder, dtype, device, attention, add_pooling_layer=False)
+        if attention == "sdpa":
+            use_packed_attention(model)
+        backbone: nn.Module = model
+        return backbone
+
+    @classmethod
+    def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, settings: Settings) -> TextEncoder:
         folders = [base] if adapter is None else [adapter, base]
         config: Any = backbone.config
         longest = config.max_position_embeddings - first_position(config)
-        length = options.max_length
+        length = settings.max_length
         if length is not None and not 3 <= length <= longest:
             raise InputError(f"max_length {length} does not fit {base}: it must be from 3 to {longest} tokens")
         if length is None:
             length = min(saved_length(folders) or longest, longest)
-        processor = TextProcessor(load_tokenizer(base), length)
-        pooling = saved_pooling(folders) or "mean" if options.pooling == "auto" else options.pooling
-        return cls(backbone, processor, {"base": str(base), "adapter": adapter and str(adapter)}, pooling)
+        pooling = saved_pooling(folders) or "mean" if settings.pooling == "auto" else settings.pooling
+        settings = replace(settings, max_length=length, pooling=pooling)
+        source = {"base": str(base), "adapter": adapter and str(adapter)}
+        return cls(backbone, TextProcessor(load_tokenizer(base), length), settings, source)
+
+    @classmethod
+    def tiny(cls, folder: Path, texts: Iterable[str], seed: int = 0) -> Path:
+        return make_tiny_text_model(folder, texts, hidden=32, vocab_size=512, dropout=0.1, seed=seed)
 
     @property
     def core(self) -> Any:
+        """Upstream's model, without peft's wrapper."""
         backbone: Any = self.backbone
         return backbone.get_base_model() if hasattr(backbone, "get_base_model") else backbone
 
     @property
-    def language(self) -> Any:
-        return self.core
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.core.get_input_embeddings().weight.dtype
+        return dtype
 
     @property
-    def vision(self) -> None:
-        return None
+    def dim(self) -> int:
+        return int(self.core.config.hidden_size)
+
+    def cost(self) -> Cost:
+        text = self.core.config
+        ratio = text.intermediate_size / text.hidden_size
+        return Cost(
+            text=Tower(*linear_weights(self.core), text.num_hidden_layers * text.hidden_size),
+            vision=None,
+            hidden_size=text.hidden_size,
+            num_layers=text.num_hidden_layers,
+            kept=9 + 2 * ratio + 2 * (text.hidden_dropout_prob > 0),
+            kept_dora=7 + 8 * ratio,
+            kept_dropout=1.25 * (5 + ratio),
+        )
 
     def describe(self) -> str:
         of = {"mean": "the mean of all tokens' final hidden states", "cls": "the first token's final hidden state"}
-        return f"{of[self.pooling]}, L2-normalised; texts are cut to {self.processor.max_length} tokens"
+        return f"{of[self.settings.pooling]}, L2-normalised; texts are cut to {self.processor.max_length} tokens"
 
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         """Vectors (B, D) float32 of a batch of texts, L2-normalised if asked. `features` must be None."""
-        assert features is None and batch.pixels is None, "a text encoder reads no pictures"
+        assert features is None and batch.pixels is None, "a text encoder reads no images"
         core, ids = self.core, batch.input_ids[None]
-        packing = Packing.of(batch.lengths, ids.device, self.causal)
+        packing = Packing.of(batch.lengths, ids.device, causal=False)
         hidden = core(
             input_ids=ids,
             token_type_ids=torch.zeros_like(ids),
             position_ids=packing.columns[None] + first_position(core.config),
-            **self._boundaries(packing),
+            **kernel_arguments(packing, core.config._attn_implementation),
         ).last_hidden_state[0]
         starts = packing.boundaries.long()
-        if self.pooling == "cls":
-            return self._finish(hidden[starts[:-1]], normalize)
+        if self.settings.pooling == "cls":
+            return finish(hidden[starts[:-1]], normalize)
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-        return self._finish(torch.segment_reduce(hidden, "mean", offsets=starts, axis=0), normalize)
+        return finish(torch.segment_reduce(hidden, "mean", offsets=starts, axis=0), normalize)
 
     def save_settings(self, folder: Path) -> None:
         """Write tokenizer, longest text and pooling in the layout of sentence-transformers."""
@@ -158,7 +179,9 @@ class TextEmbedder(Embedder):
             {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for index, (path, kind) in enumerate(_MODULES)
         ]
-        switches = {name: mode == self.pooling for name, mode in MODES.items() if name.startswith("pooling_mode")}
+        switches = {
+            name: mode == self.settings.pooling for name, mode in MODES.items() if name.startswith("pooling_mode")
+        }
         pooling = {"word_embedding_dimension": self.dim, **switches}
         for name, facts in ((MODULES_FILE, modules), (POOLING_FILE, pooling)):
             (folder / name).write_text(json.dumps(facts, indent=2) + "\n")
