@@ -19,9 +19,7 @@ def check(config: Config) -> None:
         raise ValueError("model.shard spreads frozen weights, and model.train full has none; leave one out")
     low, high = config.model.min_pixels, config.model.max_pixels
     if low is not None and high is not None and low > high:
-        raise ValueError(
-            f"model.min_pixels {low} exceeds model.max_pixels {high}"
-        )
+        raise ValueError(f"model.min_pixels {low} exceeds model.max_pixels {high}")
     _check_policy(config)
     if config.batch.mined:
         _check_size(config)
