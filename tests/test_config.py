@@ -35,7 +35,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("nonsense", "not of the form section.key=value"),
         ("train.steps={", "not valid YAML"),
         ("data.datasets.1.subset=pictures", "listed twice"),
-        ("model.min_pixels=2000000", "exceeds model.max_pixels"),
+        ("model={name: m, min_pixels: 2000, max_pixels: 1000}", "exceeds model.max_pixels"),
     ],
 )
 def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, message: str) -> None:
