@@ -9,7 +9,6 @@ fewer chunks than others run an empty one (`equal_chunks`).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
