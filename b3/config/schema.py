@@ -143,10 +143,6 @@ class TrainConfig(Section):
     temperature: float = Field(0.02, gt=0, description="of InfoNCE")
     learn_temperature: bool = Field(False, description="train log(1 / temperature), as CLIP; needs temperature >= 0.01")
     symmetric: bool = Field(False, description="mean of query to target and target to query, as CLIP")
-    mask: Literal["none", "duplicates"] = Field(
-        "duplicates",
-        description="duplicates: a target equal to the positive, or belonging to an equal query, is no negative",
-    )
     mask_margin: float | None = Field(
         None,
         ge=0,

@@ -55,6 +55,6 @@ def test_what_a_recipe_is_about_stays() -> None:
         assert getattr(small, kept) == getattr(config, kept)
     for key in ("edges", "veto", "partitioner", "refine_passes"):
         assert getattr(small.mining, key) == getattr(config.mining, key)
-    for key in ("lr", "schedule", "temperature", "mask", "max_grad_norm"):
+    for key in ("lr", "schedule", "temperature", "max_grad_norm"):
         assert getattr(small.train, key) == getattr(config.train, key)
     assert small.batch.policy == config.batch.policy

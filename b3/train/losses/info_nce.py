@@ -100,7 +100,7 @@ class InfoNCE(Loss):
         train = config.train
         return cls(
             train.temperature,
-            mask_duplicates=train.mask == "duplicates",
+            mask_duplicates=config.mining.preset != "paper",  # the authors' code masks nothing
             mask_margin=train.mask_margin,
             mask_teacher_margin=train.mask_teacher_margin,
             symmetric=train.symmetric,
