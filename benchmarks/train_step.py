@@ -74,7 +74,7 @@ def ours(model: Path, options: Any) -> Prepare:
     from b3 import Embedder
     from b3.data.items import Item
     from b3.model.adapter import AdapterSpec, attach_adapter
-    from b3.train.collate import StepCollator
+    from b3.train.inputs import StepCollator
     from b3.train.losses.info_nce import InfoNCE
     from b3.train.step import CachedStep
 

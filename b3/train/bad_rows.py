@@ -21,8 +21,7 @@ from b3.files import write_text
 
 if TYPE_CHECKING:
     from b3.data.items import Item
-    from b3.train.collate import StepCollator, StepRow
-    from b3.train.inputs import StepInputs
+    from b3.train.inputs import StepCollator, StepInputs, StepRow
 
 BAD_ROWS = "bad_rows.jsonl"
 

@@ -112,8 +112,8 @@ def build_trainer(
     """The parts of a run around its model; `sampler` says at which step it starts."""
     from transformers import set_seed
 
-    from b3.train.collate import StepCollator
     from b3.train.evaluation import Evaluator
+    from b3.train.inputs import StepCollator
     from b3.train.loop import Trainer
 
     loss = registry.load("loss", config.train.loss).from_config(config)

@@ -63,10 +63,10 @@ def step_flops(cost: Cost, inputs: StepInputs) -> float:
     """Operations of one rank's share of a step, forward and backward."""
     lengths = inputs.lengths
     total = tower_flops(cost.text, sum(lengths), sum(n * n for n in lengths), backward=True)
-    if inputs.pictures is not None:
+    if inputs.images is not None:
         assert cost.vision is not None
-        sizes, trained = inputs.pictures.sizes, cost.vision.trained > 0
-        groups = [[inputs.picture_of[i] for i in group] for group in inputs.groups] if trained else [range(len(sizes))]
+        sizes, trained = inputs.images.sizes, cost.vision.trained > 0
+        groups = [[inputs.image_of[i] for i in group] for group in inputs.groups] if trained else [range(len(sizes))]
         patches = [sizes[number] for group in groups for number in set(group) if number >= 0]
         total += tower_flops(cost.vision, sum(patches), sum(n * n for n in patches), backward=trained)
     return total

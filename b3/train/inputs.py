@@ -1,23 +1,32 @@
-"""What a rank needs for one step, in a few flat tensors: cheap to hand from a worker process to the step."""
+"""What a rank needs for one step, and how rows become it: decoded, tokenised, deduplicated and cut into chunks.
+
+A `StepCollator` runs in workers and gives `StepInputs`: a few flat tensors, images as bytes, cheap to hand to the step.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from b3.model.batch import Batch
+from b3.data.datasets import PairDataset
+from b3.data.items import Item, item_id
+from b3.errors import DataError
+from b3.model.batch import Batch, Processor, token_batches
+from b3.model.encode import unique_items
+
+StepRow = tuple[int, int]  # number of the data set, row number in it
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """Distinct pictures as bytes, an eighth of what the vision tower takes (see `Processor.patch_bytes`).
+class Images:
+    """Distinct images as bytes, an eighth of what the vision tower takes (see `Processor.patch_bytes`).
 
-    patches: (P, 3, 196) uint8 of all pictures in order. grids: (pictures, 3) int64 (1, rows, columns).
+    patches: (P, 3, 196) uint8 of all images in order. grids: (images, 3) int64 (1, rows, columns).
     table: (256, 3) float32, what each byte stands for in each channel.
     """
 
@@ -30,17 +39,17 @@ class Pictures:
 
     @property
     def sizes(self) -> list[int]:
-        """Patches of each picture."""
+        """Patches of each image."""
         return self.grids.prod(dim=1).tolist()
 
     def pixels(self, chosen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """(pixels (P, 1176) float32, grids) of some pictures, as `Batch` holds them."""
+        """(pixels (P, 1176) float32, grids) of some images, as `Batch` holds them."""
         edges = np.concatenate([[0], np.cumsum(self.sizes)])
         parts = [self.patches[edges[i] : edges[i + 1]] for i in chosen]
         values = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device, non_blocking=True)
         table = self.table.to(device)
         channels = torch.stack([table[:, c][values[:, c].int()] for c in range(3)], dim=1)
-        frames = channels[:, :, None].expand(-1, -1, 2, -1)  # a picture is a film of two equal frames
+        frames = channels[:, :, None].expand(-1, -1, 2, -1)  # an image is a film of two equal frames
         return frames.reshape(len(values), -1), self.grids[list(chosen)].to(device)
 
 
@@ -49,12 +58,12 @@ class Chunk:
     """Some of a rank's distinct items, as one forward pass takes them.
 
     batch: without pixels. rows: (B,) int64 positions among the rank's distinct items.
-    pictures: number of the picture of each item that has one, in item order.
+    images: number of the image of each item that has one, in item order.
     """
 
     batch: Batch
     rows: Tensor
-    pictures: list[int]
+    images: list[int]
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,9 @@ class StepInputs:
     """One rank's share of a batch: b rows, each with a positive and h hard negatives.
 
     input_ids: (T,) int64 of the rank's distinct items, end to end. lengths: tokens of each.
-    picture_of: number of each item's picture in `pictures`, or -1.
+    image_of: number of each item's image in `images`, or -1.
     groups: (B,) int64 arrays of item numbers, one a chunk; every item is in exactly one.
-    image_token_id: the token that stands for a picture's features.
+    image_token_id: the token that stands for an image's features.
     query_index: (b,) and target_index: (b (1 + h),) int64 positions among the distinct items.
     query_ids: (b,) and target_ids: (b (1 + h),) int64, equal for equal items.
     valid: (b (1 + h),) bool, False for padding.
@@ -73,8 +82,8 @@ class StepInputs:
 
     input_ids: Tensor
     lengths: list[int]
-    picture_of: list[int]
-    pictures: Pictures | None
+    image_of: list[int]
+    images: Images | None
     groups: list[np.ndarray]
     image_token_id: int
     query_index: Tensor
@@ -106,12 +115,140 @@ class StepInputs:
         group, starts = self.groups[number], self._starts
         parts = [self.input_ids[starts[i] : starts[i + 1]] for i in group]
         ids, lengths = torch.cat(parts), [self.lengths[i] for i in group]
-        pictures = [self.picture_of[i] for i in group if self.picture_of[i] >= 0]
+        images = [self.image_of[i] for i in group if self.image_of[i] >= 0]
         rows = torch.from_numpy(group.copy())
-        if not pictures:
-            return Chunk(Batch(ids, lengths), rows, pictures)
-        assert self.pictures is not None
-        with_picture = torch.tensor([self.picture_of[i] >= 0 for i in group])
-        slots = (ids == self.image_token_id) & with_picture.repeat_interleave(torch.tensor(lengths))
-        batch = Batch(ids, lengths, grids=self.pictures.grids[pictures], slots=slots.nonzero()[:, 0])
-        return Chunk(batch, rows, pictures)
+        if not images:
+            return Chunk(Batch(ids, lengths), rows, images)
+        assert self.images is not None
+        has_image = torch.tensor([self.image_of[i] >= 0 for i in group])
+        slots = (ids == self.image_token_id) & has_image.repeat_interleave(torch.tensor(lengths))
+        batch = Batch(ids, lengths, grids=self.images.grids[images], slots=slots.nonzero()[:, 0])
+        return Chunk(batch, rows, images)
+
+
+@dataclass
+class _Packed:
+    """Processed items of a batch: each distinct image once."""
+
+    ids: list[np.ndarray] = field(default_factory=list)
+    image_of: list[int] = field(default_factory=list)
+    patches: list[np.ndarray] = field(default_factory=list)
+    grids: list[tuple[int, int]] = field(default_factory=list)
+
+    def images(self, table: np.ndarray) -> Images | None:
+        if not self.grids:
+            return None
+        return Images(
+            torch.from_numpy(np.concatenate(self.patches)),
+            torch.tensor([(1, *grid) for grid in self.grids], dtype=torch.int64),
+            torch.from_numpy(table),
+        )
+
+
+@dataclass(frozen=True)
+class StepCollator:
+    """Builds `StepInputs` from pairs (data set, row).
+
+    Args:
+        datasets: in the order of the sampler.
+        processor: items to inputs.
+        chunk_tokens: tokens a chunk may hold.
+        hard_negatives: per data set (N, h) int64 row numbers whose targets are negatives (-1: none), or None.
+        stored_negatives: so many negatives of each row's own (`PairDataset.negatives`), in place of mined ones.
+        share_duplicates: encode equal items of a rank once. With dropout they then share one random mask.
+        teachers: per data set a teacher's (queries, targets), each (N, D) floats; None: no mask reads them.
+    """
+
+    datasets: list[PairDataset]
+    processor: Processor
+    chunk_tokens: int
+    hard_negatives: list[np.ndarray] | None = None
+    stored_negatives: int = 0
+    share_duplicates: bool = True
+    teachers: list[tuple[np.ndarray, np.ndarray]] | None = None
+
+    def __call__(self, rows: list[StepRow]) -> StepInputs:
+        queries = [self.datasets[number].query(row) for number, row in rows]
+        columns = [column for place in rows for column in self._columns(place)]
+        targets = [item for item, _ in columns]
+        items = queries + targets
+        distinct, index = unique_items(items) if self.share_duplicates else (items, np.arange(len(items)))
+        packed = self._process(distinct)
+        lengths = [len(ids) for ids in packed.ids]
+        teacher_queries, teacher_targets = self._teacher(rows)
+        return StepInputs(
+            input_ids=torch.from_numpy(np.concatenate(packed.ids)),
+            lengths=lengths,
+            image_of=packed.image_of,
+            images=packed.images(self.processor.byte_values),
+            groups=token_batches(lengths, self.chunk_tokens),
+            image_token_id=self.processor.image_token_id,
+            query_index=torch.from_numpy(index[: len(queries)]),
+            target_index=torch.from_numpy(index[len(queries) :]),
+            query_ids=torch.tensor([item_id(item) for item in queries], dtype=torch.int64),
+            target_ids=torch.tensor([item_id(item) for item in targets], dtype=torch.int64),
+            valid=torch.tensor([real for _, real in columns], dtype=torch.bool),
+            teacher_queries=teacher_queries,
+            teacher_targets=teacher_targets,
+        )
+
+    def negative_items(self, place: StepRow) -> list[Item | None]:
+        """The h hard negatives of a row, None where there are fewer: stored with it, or of its plan."""
+        number, row = place
+        dataset = self.datasets[number]
+        if self.stored_negatives:
+            found = dataset.negatives(row)[: self.stored_negatives]
+            return [*found, *[None] * (self.stored_negatives - len(found))]
+        return [dataset.target(n) if n >= 0 else None for n in self._negative_rows(place)]
+
+    def _negative_rows(self, place: StepRow) -> Sequence[int]:
+        """Row numbers whose targets are the hard negatives of a row, -1 for none."""
+        if self.hard_negatives is None:
+            return []
+        number, row = place
+        negatives: list[int] = self.hard_negatives[number][row].tolist()
+        return negatives
+
+    def _columns(self, place: StepRow) -> list[tuple[Item, bool]]:
+        """(target, valid) of a row's positive and its hard negatives; a missing one is a copy of the positive."""
+        number, row = place
+        positive = self.datasets[number].target(row)
+        negatives = self.negative_items(place)
+        return [(positive, True), *((positive, False) if item is None else (item, True) for item in negatives)]
+
+    def _teacher(self, rows: list[StepRow]) -> tuple[Tensor | None, Tensor | None]:
+        if self.teachers is None:
+            return None, None
+        assert not self.stored_negatives, "the teacher's vectors are those of rows"
+        queries = np.stack([self.teachers[number][0][row] for number, row in rows])
+        columns = [(place, n) for place in rows for n in (place[1], *self._negative_rows(place))]
+        targets = np.stack([self.teachers[number][1][n if n >= 0 else row] for (number, row), n in columns])
+        return torch.from_numpy(queries), torch.from_numpy(targets)
+
+    def _process(self, items: list[Item]) -> _Packed:
+        """Raises `DataError` naming the item that cannot be used."""
+        packed, seen = _Packed(), dict[str, int]()
+        for item in items:
+            try:
+                self.processor.check(item)
+                number = self._image(item, packed, seen)
+                ids = self.processor.token_ids(item, None if number < 0 else packed.grids[number])
+            except DataError as error:
+                raise DataError(f"training row: {error}") from None
+            packed.ids.append(ids)
+            packed.image_of.append(number)
+        return packed
+
+    def _image(self, item: Item, packed: _Packed, seen: dict[str, int]) -> int:
+        """Number of the item's image, decoding it when it is new; -1 without."""
+        if item.image is None:
+            return -1
+        key = item.image_key
+        if key not in seen:
+            image = item.open_image()
+            assert image is not None
+            patches, grid = self.processor.patch_bytes(image)
+            seen[key] = len(packed.grids)
+            packed.patches.append(patches)
+            packed.grids.append(grid)
+        return seen[key]

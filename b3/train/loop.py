@@ -24,8 +24,7 @@ from b3.model.embedder import Embedder
 from b3.model.workers import run_ahead
 from b3.train import checkpoint as checkpoints
 from b3.train.bad_rows import BadRows, GuardedCollator, Replaced
-from b3.train.collate import StepCollator
-from b3.train.inputs import StepInputs
+from b3.train.inputs import StepCollator, StepInputs
 from b3.train.losses.loss import Loss
 from b3.train.metrics import ProgressBar, Trackers, Window
 from b3.train.optimizer import build_optimizer, build_schedule, schedule_at, trained_parameters

@@ -47,6 +47,6 @@ def equal_chunks(inputs: StepInputs, count: int) -> StepInputs:
         inputs,
         input_ids=torch.cat([inputs.input_ids, torch.zeros(missing, dtype=torch.int64)]),
         lengths=[*inputs.lengths, *[1] * missing],
-        picture_of=[*inputs.picture_of, *[-1] * missing],
+        image_of=[*inputs.image_of, *[-1] * missing],
         groups=[*inputs.groups, *(np.array([items + k]) for k in range(missing))],
     )

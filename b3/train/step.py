@@ -91,7 +91,7 @@ class CachedStep:
         """Run one step. `step` only decides the random state of dropout."""
         self.loss.before_step()
         single = inputs.num_chunks == 1
-        cache = VisionCache(self.embedder, inputs.pictures, 0 if single else self.vision_cache_mib * 2**20)
+        cache = VisionCache(self.embedder, inputs.images, 0 if single else self.vision_cache_mib * 2**20)
         with norms_once(self.embedder.backbone):
             means = (self._one_pass if single else self._two_passes)(inputs, step, cache)
         reduce_gradients([*self.embedder.parameters(), *self.loss.parameters()])

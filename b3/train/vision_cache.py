@@ -1,8 +1,8 @@
-"""Features of a step's pictures: with a frozen vision tower each distinct picture is seen once.
+"""Features of a step's images: with a frozen vision tower each distinct image is seen once.
 
-The tower is most of the work of a short prompt with a picture, and its output depends neither on the prompt nor on the
+The tower is most of the work of a short prompt with an image, and its output depends neither on the prompt nor on the
 adapter of the language model. So it is kept between the two passes of a cached step and shared by all items of the
-rank that show the same picture. If any parameter of the tower is trained, nothing is kept.
+rank that show the same image. If any parameter of the tower is trained, nothing is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from b3.model.backbones.qwen2_vl_images import MERGE
 from b3.model.embedder import Embedder
-from b3.train.inputs import Chunk, Pictures
+from b3.train.inputs import Chunk, Images
 
 
 def is_vision_frozen(embedder: Embedder) -> bool:
@@ -22,40 +22,40 @@ def is_vision_frozen(embedder: Embedder) -> bool:
 
 
 class VisionCache:
-    """Gives the features of a chunk's pictures, from memory where possible. Lives for one step.
+    """Gives the features of a chunk's images, from memory where possible. Lives for one step.
 
     Args:
         embedder: the model.
-        pictures: of the step, or None if no item has one.
-        limit_bytes: what may be kept; pictures beyond it are seen again in each pass.
+        images: of the step, or None if no item has one.
+        limit_bytes: what may be kept; images beyond it are seen again in each pass.
     """
 
-    def __init__(self, embedder: Embedder, pictures: Pictures | None, limit_bytes: int) -> None:
+    def __init__(self, embedder: Embedder, images: Images | None, limit_bytes: int) -> None:
         self.embedder = embedder
-        self.pictures = pictures
+        self.images = images
         self.frozen = is_vision_frozen(embedder)
         self.limit_bytes = limit_bytes if self.frozen else 0
         self.kept_bytes = 0
         self._kept: dict[int, Tensor] = {}
 
     def features(self, chunk: Chunk) -> Tensor | None:
-        """(S, D) features of the chunk's image tokens, in order; None without pictures."""
-        if not chunk.pictures:
+        """(S, D) features of the chunk's image tokens, in order; None without images."""
+        if not chunk.images:
             return None
-        wanted = list(dict.fromkeys(chunk.pictures))
+        wanted = list(dict.fromkeys(chunk.images))
         found = {number: self._kept[number] for number in wanted if number in self._kept}
         missing = [number for number in wanted if number not in found]
         if missing:
             found.update(zip(missing, self._compute(missing), strict=True))
-        return torch.cat([found[number] for number in chunk.pictures])
+        return torch.cat([found[number] for number in chunk.images])
 
     def _compute(self, numbers: list[int]) -> list[Tensor]:
-        """Features of some pictures, each (tokens, D); kept as long as there is room."""
-        assert self.pictures is not None
-        pixels, grids = self.pictures.pixels(numbers, self.embedder.device)
+        """Features of some images, each (tokens, D); kept as long as there is room."""
+        assert self.images is not None
+        pixels, grids = self.images.pixels(numbers, self.embedder.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             output = self.embedder.features(pixels, grids)
-        sizes = self.pictures.sizes
+        sizes = self.images.sizes
         parts = list(output.split([sizes[number] // (MERGE * MERGE) for number in numbers]))
         for number, part in zip(numbers, parts, strict=True):
             size = part.numel() * part.element_size()

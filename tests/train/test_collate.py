@@ -7,7 +7,7 @@ import pytest
 from test_gradcache import NEGATIVES, GoldenPairs, checkpoint
 
 from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor
-from b3.train.collate import StepCollator
+from b3.train.inputs import StepCollator
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_chunks_hold_every_item_as_the_processor_makes_it(processor: Qwen2VLProc
         parts = chunk.batch.input_ids.split(chunk.batch.lengths)
         seen.update({int(row): ids for row, ids in zip(chunk.rows, parts, strict=True)})
         slots = 0 if chunk.batch.slots is None else len(chunk.batch.slots)
-        assert slots == sum(inputs.pictures.sizes[p] // 4 for p in chunk.pictures)
+        assert slots == sum(inputs.images.sizes[p] // 4 for p in chunk.images)
         if slots:
             assert (chunk.batch.input_ids[chunk.batch.slots] == processor.image_token_id).all()
     index = [*inputs.query_index.tolist(), *inputs.target_index.tolist()]
@@ -42,7 +42,7 @@ def test_a_stray_image_token_is_no_slot(processor: Qwen2VLProcessor) -> None:
 
     inputs = StepCollator([Stray()], processor, 10**6)([(0, r) for r in range(4)])  # type: ignore[list-item]
     chunk = inputs.chunk(0)
-    with_picture = 0 if inputs.pictures is None else sum(inputs.pictures.sizes) // 4
+    with_picture = 0 if inputs.images is None else sum(inputs.images.sizes) // 4
     assert (0 if chunk.batch.slots is None else len(chunk.batch.slots)) == with_picture
 
 

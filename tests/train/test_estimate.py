@@ -72,13 +72,13 @@ def test_operations_of_a_step_are_those_that_torch_counts(root: Path, targets: s
 
     deep = make_tiny_model(root / "deep", ["a b c"], hidden=64, layers=12, vision_layers=8, vocab_size=400)
     _, trainer = build(root, f"model.name={deep}", f"adapter.target_modules={targets}", "train.chunk_tokens=256")
-    assert any(step_inputs(trainer, step).pictures is not None for step in range(8))
+    assert any(step_inputs(trainer, step).images is not None for step in range(8))
     ours = counted = 0.0
     cost = trainer.embedder.cost()
     for step in range(8):
         inputs = step_inputs(trainer, step)
         ours += step_flops(cost, inputs)
-        cache = VisionCache(trainer.embedder, inputs.pictures, 2**30)
+        cache = VisionCache(trainer.embedder, inputs.images, 2**30)
         for chunk in map(inputs.chunk, range(inputs.num_chunks)):
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # attention as products
                 trainer.embedder(chunk.batch, features=cache.features(chunk)).sum().backward()
@@ -100,7 +100,7 @@ def test_memory_kept_by_a_chunk_is_about_what_is_estimated(root: Path) -> None:
     embedder = trainer.embedder.train()
     weights = {p.untyped_storage().data_ptr() for p in embedder.parameters()}
     inputs = step_inputs(trainer, 1)
-    chunk, cache = inputs.chunk(0), VisionCache(embedder, inputs.pictures, 0)
+    chunk, cache = inputs.chunk(0), VisionCache(embedder, inputs.images, 0)
     kept: dict[int, int] = {}
     held = []
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from b3 import Embedder
 from b3.data.items import Item
 from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable, new_name
-from b3.train.collate import StepCollator
+from b3.train.inputs import StepCollator
 from b3.train.losses.info_nce import InfoNCE, info_nce
 from b3.train.step import CachedStep
 from b3.train.vision_cache import VisionCache
@@ -124,7 +124,7 @@ def test_dropout_is_the_same_in_both_passes(folder: Path) -> None:
     cached = gradients(model)
     vectors = torch.empty(inputs.num_items, model.dim)
     for position in range(inputs.num_chunks):
-        alone = step._embed(inputs, position, 7, VisionCache(model, inputs.pictures, 0))
+        alone = step._embed(inputs, position, 7, VisionCache(model, inputs.images, 0))
         vectors = vectors.index_copy(0, inputs.chunk(position).rows, alone)
     loss = info_nce(vectors[inputs.query_index], vectors[inputs.target_index], 0.02)
     loss.backward()

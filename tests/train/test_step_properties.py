@@ -19,7 +19,7 @@ from b3 import Embedder
 from b3.data.items import Item
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.batch import collate
-from b3.train.collate import StepCollator
+from b3.train.inputs import StepCollator
 from b3.train.losses.info_nce import InfoNCE, info_nce
 from b3.train.losses.masks import excluded_columns
 from b3.train.step import CachedStep, chunk_seed
@@ -89,7 +89,7 @@ def whole_pass(model: Embedder, inputs: Any, collator: StepCollator, rows: list,
         torch.manual_seed(chunk_seed(seed, 3, position))
         features = None  # a trained tower drops out once a picture, not once an item: take its features as they come
         if not is_vision_frozen(model):
-            features = VisionCache(model, inputs.pictures, 0).features(inputs.chunk(position))
+            features = VisionCache(model, inputs.images, 0).features(inputs.chunk(position))
         vectors = vectors.index_copy(0, torch.from_numpy(group.copy()), model(batch, features=features))
     stride = len(inputs.target_index) // len(inputs.query_index)
     positives = torch.arange(len(rows)) * stride

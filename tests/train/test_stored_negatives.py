@@ -16,7 +16,7 @@ from b3 import Embedder
 from b3.config import load_config
 from b3.data.datasets import load_pairs
 from b3.errors import ConfigError, RunError
-from b3.train.collate import StepCollator
+from b3.train.inputs import StepCollator
 from b3.train.losses.info_nce import InfoNCE
 from b3.train.run import train
 from b3.train.step import CachedStep

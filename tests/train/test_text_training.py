@@ -22,8 +22,8 @@ from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.batch import collate
 from b3.model.checkpoint import unfreeze_all
 from b3.train.build import build_embedder
-from b3.train.collate import StepCollator
 from b3.train.flops import step_flops
+from b3.train.inputs import StepCollator
 from b3.train.losses.info_nce import InfoNCE, info_nce
 from b3.train.metrics import without_times
 from b3.train.run import train

@@ -13,8 +13,7 @@ from test_gradcache import checkpoint, embedder, gradients, relative
 from b3 import Embedder
 from b3.data.items import Item
 from b3.model.batch import collate
-from b3.train.collate import StepCollator
-from b3.train.inputs import StepInputs
+from b3.train.inputs import StepCollator, StepInputs
 from b3.train.losses.info_nce import info_nce
 from b3.train.step import CachedStep
 
@@ -51,7 +50,7 @@ def counted(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def in_chunks(inputs: StepInputs) -> int:
     """Pictures that differ within a chunk, over all chunks."""
-    return sum(len(set(inputs.chunk(i).pictures)) for i in range(inputs.num_chunks))
+    return sum(len(set(inputs.chunk(i).images)) for i in range(inputs.num_chunks))
 
 
 def plain(model: Embedder) -> dict[str, torch.Tensor]:
@@ -80,7 +79,7 @@ def test_each_picture_is_seen_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     model = embedder(folder, "lora")
     calls = counted(model, monkeypatch)
     inputs = inputs_of(model, 20)
-    assert inputs.num_chunks > 3 and inputs.pictures is not None and len(inputs.pictures) == 3
+    assert inputs.num_chunks > 3 and inputs.images is not None and len(inputs.images) == 3
     CachedStep(model)(inputs, 0)
     assert sum(calls) == 3
     calls.clear()
@@ -93,7 +92,7 @@ def test_what_does_not_fit_is_seen_again(folder: Path, monkeypatch: pytest.Monke
     expected = plain(model)
     calls = counted(model, monkeypatch)
     step, inputs = CachedStep(model), inputs_of(model, 20)
-    tokens = [size // 4 for size in inputs.pictures.sizes]
+    tokens = [size // 4 for size in inputs.images.sizes]
     room = min(tokens) * model.dim * 4
     step.vision_cache_mib = room / 2**20  # type: ignore[assignment]
     result = step(inputs, 0)
@@ -128,9 +127,9 @@ def test_one_chunk_takes_one_pass(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_bytes_become_the_processors_pixels(folder: Path) -> None:
     model = Embedder.from_pretrained(folder, dtype="float32")
     inputs = inputs_of(model, 200)
-    pixels, grids = inputs.pictures.pixels([2, 0], torch.device("cpu"))
+    pixels, grids = inputs.images.pixels([2, 0], torch.device("cpu"))
     expected = [model.processor(Repeating().query(i)) for i in (5, 0)]
-    order = {i: inputs.picture_of[int(inputs.query_index[i])] for i in (5, 0)}
+    order = {i: inputs.image_of[int(inputs.query_index[i])] for i in (5, 0)}
     assert order == {5: 2, 0: 0}
     assert np.array_equal(pixels.numpy(), np.concatenate([e.pixels for e in expected]))
     assert grids.tolist() == [[1, *e.grid] for e in expected]
