@@ -8,14 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config, dump_config
-from b3.files import write_json, write_text
+from b3.files import publish, write_json, write_text
 from b3.train.checkpoint import RESULT, read_metrics
 from b3.train.claim import plan_digest
 
 if TYPE_CHECKING:
+    import torch
+
     from b3.data.datasets import PairDataset
     from b3.mining.plan import BatchPlan
     from b3.model.embedder import Embedder
+
+MERGED = "merged"
+# Files of the backbone that say how it is used; copied as they are.
+COMPANIONS = ("chat_template.json", "chat_template.jinja", "generation_config.json")
 
 
 def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan], seconds: float) -> None:
@@ -26,8 +32,6 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: lis
     folder = Path(config.output_dir)
     save_adapter(trainer.embedder, folder)
     if config.train.save_merged and config.model.train == "adapter":  # a full run's folder is a whole model already
-        from b3.train.merge import save_merged
-
         save_merged(config, folder, trainer.embedder.dtype)
     metrics, evaluations = read_metrics(folder), read_metrics(folder, "evaluation")
     last = evaluations[-1] if evaluations else None
@@ -46,6 +50,39 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: lis
     write_page(folder / "report.html", tree, recipe, rows, environment, metrics, evaluations, result)
     shutil.rmtree(folder / ".saving", ignore_errors=True)
     write_json(folder / RESULT, result)
+
+
+def save_merged(config: Config, folder: Path, dtype: torch.dtype) -> Path:
+    """Write `folder`/merged: weights in `dtype`, tokenizer and image budget, in the layout of the hub.
+
+    The sum is formed in float32 and rounded once, as when an adapter is merged on loading, so the vectors are those of
+    `Embedder.from_pretrained(base, adapter=folder)`. Runs on the CPU, beside the trained model.
+    """
+    from b3.console import no_bars
+    from b3.model.checkpoint import fetch
+    from b3.model.embedder import Embedder
+
+    target, staged = folder / MERGED, folder / f".{MERGED}.tmp"
+    shutil.rmtree(staged, ignore_errors=True)
+    model = Embedder.from_pretrained(
+        config.model.name,
+        adapter=folder,
+        dtype=str(dtype).removeprefix("torch."),
+        device="cpu",
+        attention="sdpa",
+    )  # with the adapter's settings, which are those of the trained model
+    backbone: Any = model.backbone
+    backbone.config._attn_implementation = None  # how it was run here is no fact about the weights
+    with no_bars():
+        backbone.save_pretrained(str(staged))
+    model.save_settings(staged)
+    base = fetch(config.model.name)
+    for name in COMPANIONS:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, staged / name)
+    shutil.rmtree(target, ignore_errors=True)
+    publish(staged, target)
+    return target
 
 
 def data_rows(datasets: list[PairDataset], plans: list[BatchPlan]) -> list[list[str]]:

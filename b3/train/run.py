@@ -15,7 +15,7 @@ from b3.config import Config
 from b3.data.datasets import load_datasets
 from b3.errors import RunError
 from b3.files import write_json
-from b3.train.announce import describe
+from b3.train.announce import describe, estimate
 from b3.train.build import build_trainer, check_stored_negatives, load_plans
 from b3.train.checkpoint import (
     RESULT,
@@ -121,8 +121,6 @@ def _announce(
     config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan], notes: list[str]
 ) -> None:
     """Write environment.json, cut the log to where training starts, and print what will happen."""
-    from b3.train.estimate import estimate
-
     folder = Path(config.output_dir)
     rewind_metrics(folder, trainer.sampler.start)
     trainer.bad_rows.rewind()

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from b3.config import Config, load_config
 from b3.data.datasets import load_datasets
+from b3.train.announce import estimate
 from b3.train.build import build_trainer
-from b3.train.estimate import estimate
-from b3.train.flops import peak_flops, step_flops
+from b3.train.metrics import peak_flops, step_flops
 from b3.train.sampler import build_sampler
 from b3.train.stop import StopRequest
 from b3.train.vision_cache import VisionCache

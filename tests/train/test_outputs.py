@@ -92,7 +92,7 @@ def test_the_last_scores_are_those_of_the_finished_model(root: Path, scored: Pat
 def test_merged_weights_give_the_vectors_of_the_adapter(root: Path, scored: Path, tmp_path: Path, dtype: str) -> None:
     from b3 import Embedder
     from b3.config import load_config
-    from b3.train.merge import save_merged
+    from b3.train.finish import save_merged
 
     folder = scored / "merged"
     if dtype == "bfloat16":

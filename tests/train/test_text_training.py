@@ -22,10 +22,9 @@ from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.batch import collate
 from b3.model.checkpoint import unfreeze_all
 from b3.train.build import build_embedder
-from b3.train.flops import step_flops
 from b3.train.inputs import StepCollator
 from b3.train.losses.info_nce import InfoNCE, info_nce
-from b3.train.metrics import without_times
+from b3.train.metrics import step_flops, without_times
 from b3.train.run import train
 from b3.train.step import CachedStep
 
@@ -210,7 +209,7 @@ def test_operations_are_those_that_torch_counts(root: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "lora dropout", "dora", "full"])
 def test_memory_of_a_chunk_is_about_what_is_estimated(root: Path, kind: str) -> None:
-    from b3.train.estimate import _kept_per_token
+    from b3.train.announce import _kept_per_token
 
     adapter = {"use_dora": kind == "dora", "dropout": 0.1 if "dropout" in kind else 0.0}
     config = Config.model_validate(recipe(root, kind == "full", **({} if kind == "full" else {"adapter": adapter})))
