@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -26,9 +26,10 @@ from b3.model.batch import token_batches
 from b3.model.workers import run_ahead
 
 if TYPE_CHECKING:
+    import torch
+
     from b3.model.batch import Batch, Processor
     from b3.model.cache import EmbeddingCache
-    from b3.model.embedder import Embedder
 
 # Tokens of one forward pass: enough to fill a GPU; on a CPU, more than fits its caches is slower.
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
@@ -94,6 +95,27 @@ def measure_over_ranks(processor: Processor, items: Sequence[Item]) -> Measured:
     return whole
 
 
+class Embeds(Protocol):
+    """What encoding asks of a model; an `Embedder` has it."""
+
+    training: bool
+
+    @property
+    def processor(self) -> Processor: ...
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, batch: Batch, /, *, normalize: bool) -> torch.Tensor: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+
 @dataclass
 class Encoder:
     """Encodes lists of items with one model.
@@ -107,7 +129,7 @@ class Encoder:
         on_error: "fail", or "skip": an item that cannot be read gets a vector of NaN and is listed in `skipped`.
     """
 
-    embedder: Embedder
+    embedder: Embeds
     batch_tokens: int | None = None
     max_items: int | None = None
     workers: int = 0
@@ -300,7 +322,7 @@ def _describe(task: tuple[np.ndarray, list[Item]]) -> str:
 
 
 def encode_items(
-    embedder: Embedder,
+    embedder: Embeds,
     items: Sequence[Item | dict[str, Any] | str],
     normalize: bool = True,
     batch_tokens: int | None = None,
