@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from b3.config.schema_mining import MiningOptions
+from b3.config.schema import MiningOptions
 from b3.errors import ConfigError, RunError, command
 
 FLAGS = {"p": ["-p"], "m": ["-m"], "community_size": ["-k", "--community-size"]}  # where not --like-the-name

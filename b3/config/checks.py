@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from b3.config.recipe import Config
+from b3.config.schema import Config
 
 
 def check(config: Config) -> None:

@@ -17,8 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from b3.config.checks import check
-from b3.config.recipe import Config
-from b3.config.schema import Section
+from b3.config.schema import Config, Section
 from b3.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from b3.config.schema_mining import MiningOptions
+from b3.config.schema import MiningOptions
 from b3.console import Clock
 from b3.mining.rankings import TOP, WINDOW, Rankings
 from b3.mining.vectors import DistinctTargets, mix64, uniform

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from b3 import distributed
-from b3.config.schema_mining import MiningOptions
+from b3.config.schema import MiningOptions
 from b3.console import Clock, Progress, peak_memory
 from b3.errors import InputError
 from b3.files import Stages
@@ -57,7 +57,7 @@ def mine(
         community_size: K.
         hard_negatives: h, hard negatives drawn for each row (0: none).
         seed: of all random choices.
-        options: the other fields of `b3.config.schema_mining.MiningOptions`, which explains them: edges, veto,
+        options: the other fields of `b3.config.schema.MiningOptions`, which explains them: edges, veto,
             partitioner, refine_passes, piece_rows, search, preset, classification.
         data_fingerprint, teacher: recorded in the manifest.
         compare: also measure the paper's recipe on the same rows, for the report.

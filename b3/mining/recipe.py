@@ -11,7 +11,7 @@ import numpy as np
 
 from b3 import distributed
 from b3.config import Config, DatasetConfig
-from b3.config.schema_mining import MiningOptions
+from b3.config.schema import MiningOptions
 from b3.console import Progress, bar
 from b3.data.datasets import PairDataset, load_dataset
 from b3.errors import RunError

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from b3.config.schema_mining import MiningOptions
+from b3.config.schema import MiningOptions
 from b3.console import Clock
 from b3.mining.graph import Graph, Problem, kept_rows
 from b3.mining.miners.random import random_groups

@@ -13,7 +13,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from b3.config.schema_mining import MiningOptions
+from b3.config.schema import MiningOptions
 from b3.console import Clock
 from b3.mining.graph import Problem, kept_rows
 from b3.mining.vectors import BLOCK_ROWS, GRID, DistinctTargets, mix64

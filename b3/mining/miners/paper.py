@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from b3.config.schema_mining import MiningOptions
+from b3.config.schema import MiningOptions
 from b3.console import Clock
 from b3.errors import InputError, RunError
 from b3.mining.graph import Graph, Problem, kept_rows, merge_facts

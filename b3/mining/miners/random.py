@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from b3.config.schema_mining import MiningOptions
+from b3.config.schema import MiningOptions
 from b3.console import Clock
 from b3.mining.graph import Problem, kept_rows
 from b3.mining.vectors import seeded_order
