@@ -85,7 +85,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     _switch(parser, "tgt_prefix_mod", "put the target prefixes of B3 before the targets (not for VLM2Vec checkpoints)")
     add("--resize_min_pixels", type=int, default=MIN_PIXELS, help="smallest image, pixels")
     add("--resize_max_pixels", type=int, default=MAX_PIXELS, help="largest image, pixels")
-    add("--image_resolution", choices=tuple(RESOLUTIONS), help="square every image: 1344, 672 or 128 pixels a side")
+    add("--image_resolution", choices=tuple(RESOLUTIONS), help="square every image: 1344, 672 or 128 pixels per side")
     add("--per_device_eval_batch_size", type=int, help="upper bound on the items of one forward pass")
     _switch(parser, "bf16", "bfloat16 weights; otherwise float32")
     add("--dataloader_num_workers", type=int, default=None, help="processes that read and resize images ahead")

@@ -68,7 +68,7 @@ def image_tag(image: Any, side: int = THUMBNAIL) -> str:
 
 
 def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> tuple[str, bytes]:
-    """An image of at most `side` pixels a side, transparency laid over white, as ("png" or "jpeg", bytes).
+    """An image of at most `side` pixels per side, transparency laid over white, as ("png" or "jpeg", bytes).
 
     A PNG of 128 colours, or a JPEG where that is smaller and the PNG is large.
     """

@@ -6,7 +6,7 @@ The same random weights, with the real vocabulary of 151,936 rows, and the same 
 long texts and photos of several sizes, a part of them repeated as in MMEB (labels and candidate images repeat). Each
 measurement is a process of its own, the arms take turns, ratios are of medians. The published loop is the reference's:
 batches of 4 in path order, left padding, one process, full-vocabulary logits and all hidden states kept.
-sentence-transformers computes upstream's 3-D positions, hence other vectors for pictures.
+sentence-transformers computes upstream's 3-D positions, hence other vectors for images.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SIZES = {
     "tiny": {"hidden": 128, "layers": 2, "heads": 4, "vision_layers": 2, "embedding_rows": 151936},
     "100m": {"hidden": 512, "layers": 10, "heads": 8, "vision_layers": 8, "embedding_rows": 151936},
 }
-PICTURES = ((64, 64), (224, 224), (320, 240), (500, 375), (375, 500), (640, 480))
+IMAGES = ((64, 64), (224, 224), (320, 240), (500, 375), (375, 500), (640, 480))
 WORDS = "a red boat on the water near an old stone bridge while two people watch birds fly over quiet hills".split()
 
 
 def make_items(folder: Path, texts: int, images: int) -> None:
-    """items.jsonl of (text, image): a third repeats; picture sizes and text lengths of MMEB's order."""
+    """items.jsonl of (text, image): a third repeats; image sizes and text lengths of MMEB's order."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def make_items(folder: Path, texts: int, images: int) -> None:
         count = int(rng.choice([2, 3, 12, 20, 45]))
         distinct.append({"text": " ".join(rng.choice(WORDS, count)) + f" {i}\n", "image": None})
     for i in range(images * 2 // 3):
-        size = PICTURES[i % len(PICTURES)]
+        size = IMAGES[i % len(IMAGES)]
         noise = rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
         Image.fromarray(noise).resize(size).save(folder / f"{i:04}.jpg", quality=90)
         distinct.append({"text": "<|image_1|>\nRepresent the given image.\n", "image": str(folder / f"{i:04}.jpg")})
@@ -85,11 +85,11 @@ def published(model: Path, items: list[dict[str, Any]]) -> tuple[np.ndarray, flo
         for row, one in enumerate(inputs):
             ids[row, longest - one.num_tokens :] = torch.from_numpy(one.input_ids)
             mask[row, longest - one.num_tokens :] = 1
-        pictures = [one for one in inputs if one.pixels is not None]
+        images = [one for one in inputs if one.pixels is not None]
         extra: dict[str, Any] = {}
-        if pictures:
-            extra["pixel_values"] = torch.from_numpy(np.concatenate([one.pixels for one in pictures]))  # type: ignore[misc]
-            extra["image_grid_thw"] = torch.tensor([(1, *one.grid) for one in pictures])  # type: ignore[misc]
+        if images:
+            extra["pixel_values"] = torch.from_numpy(np.concatenate([one.pixels for one in images]))  # type: ignore[misc]
+            extra["image_grid_thw"] = torch.tensor([(1, *one.grid) for one in images])  # type: ignore[misc]
         positions = (mask.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)
         with torch.no_grad():
             output = network(

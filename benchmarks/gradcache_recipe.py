@@ -1,7 +1,7 @@
 """The plain cached-gradient recipe, as VLM2Vec and the first B3 code train: the slow arm of `train_step.py`.
 
 Each side is padded on the left to its longest item, whole batch at once; chunks are slices of a fixed number of items;
-every chunk runs the vision tower and the language model twice; repeated items and pictures are encoded again. The
+every chunk runs the vision tower and the language model twice; repeated items and images are encoded again. The
 classes are upstream's. The language head is left out (the published code computes it for every token), in its favour.
 """
 

@@ -184,7 +184,7 @@ def main() -> None:
         print(json.dumps(globals()[f"measure_{arguments.measure}"](folder, arguments.options)))
         return
     print(f"{os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}\n")
-    head = ["", "mined negatives a query", "above the window", "teacher mass", "graph s", "cut s", "peak GiB"]
+    head = ["", "mined negatives per query", "above the window", "teacher mass", "graph s", "cut s", "peak GiB"]
     if "partition" in parts:
         print("K = 32\n")
         table(head, [partition_row(name, run("partition", folder, options)) for name, options in PARTITIONS.items()])
@@ -231,12 +231,12 @@ def main() -> None:
                     ", ".join(f"{k} {v:.1f}" for k, v in m["seconds"].items()),
                 ]
             )
-        table(["rows", "mined negatives a query", "peak GiB", "seconds"], found_rows)
+        table(["rows", "mined negatives per query", "peak GiB", "seconds"], found_rows)
     if "emoji" in parts:
         names = ("random", "kmeans", "paper", "anneal")
         rows = [(name, run("emoji", folder, {"partitioner": name})) for name in names]
         table(
-            ["embedded data, K = 8", "mined negatives a query", "above the window", "equal targets", "s a subset"],
+            ["embedded data, K = 8", "mined negatives per query", "above the window", "equal targets", "s per subset"],
             [
                 [name, f"{r['mined']:.2f}", f"{r['top']:.2f}", f"{r['equal']:.3f}", f"{r['seconds']:.1f}"]
                 for name, r in rows

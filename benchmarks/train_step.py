@@ -2,9 +2,9 @@
 
     python benchmarks/train_step.py [--size tiny|100m] [--sizes 64,256,1024] [--rounds 3] [--arms ours,st,recipe]
 
-One step on each of three batches of |B| pairs: pictures to captions (a quarter of the pictures come twice, as in
-caption data sets), captions to pictures, and pictures to class labels (one label for four pictures). The same random
-weights, the same LoRA adapter on the language model (dropout 0), the same pictures and texts; loss and gradients, no
+One step on each of three batches of |B| pairs: images to captions (a quarter of the images come twice, as in
+caption data sets), captions to images, and images to class labels (one label for four images). The same random
+weights, the same LoRA adapter on the language model (dropout 0), the same images and texts; loss and gradients, no
 optimiser. Inputs are prepared before the clock starts, as workers do. Ours and sentence-transformers take chunks of at
 most `--chunk-tokens`; the recipe takes chunks of `--chunk-items`. Each measurement is a process of its own, the arms
 take turns, ratios are of medians. sentence-transformers computes upstream's 3-D positions, hence another loss.
@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.encode import SIZES, WORDS
 
-PICTURES = ((112, 112), (224, 168), (224, 224), (320, 240))
+IMAGES = ((112, 112), (224, 168), (224, 224), (320, 240))
 QUESTION = "<|image_1|>\nRepresent the given image for classification\n"
 CAPTION = "<|image_1|>\nFind an image caption describing the given everyday image.\n"
 WANTED = "Find me an everyday image that matches the given caption.\n"
@@ -41,14 +41,14 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")  # the paper's
 
 
 def make_batches(folder: Path, size: int) -> list[Batch]:
-    """(queries, targets) of {text, image} of the three tasks; pictures are written to `folder`."""
+    """(queries, targets) of {text, image} of the three tasks; images are written to `folder`."""
     from PIL import Image
 
     rng = np.random.default_rng(size)
 
-    def picture(name: str) -> str:
+    def image(name: str) -> str:
         file = folder / f"{name}.jpg"
-        width, height = PICTURES[int(rng.integers(len(PICTURES)))]
+        width, height = IMAGES[int(rng.integers(len(IMAGES)))]
         noise = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((width, height)).save(file, quality=90)
         return str(file)
@@ -57,16 +57,16 @@ def make_batches(folder: Path, size: int) -> list[Batch]:
         return " ".join(rng.choice(WORDS, int(rng.choice([8, 12, 20, 40])))) + f" {number}"
 
     captions: list[Side] = [{"text": text(i), "image": None} for i in range(size)]
-    shown = [picture(f"c{i}") for i in range(size * 3 // 4)]
+    shown = [image(f"c{i}") for i in range(size * 3 // 4)]
     shown += shown[: size - len(shown)]
-    found = [picture(f"r{i}") for i in range(size)]
+    found = [image(f"r{i}") for i in range(size)]
     labels: list[Side] = [
         {"text": f"{WORDS[i % len(WORDS)]} {i % max(1, size // 4)}", "image": None} for i in range(size)
     ]
     return [
         ([{"text": CAPTION, "image": name} for name in shown], captions),
         ([{**c, "text": WANTED + c["text"]} for c in captions], [{"text": "<|image_1|>\n", "image": n} for n in found]),
-        ([{"text": QUESTION, "image": picture(f"l{i}")} for i in range(size)], labels),
+        ([{"text": QUESTION, "image": image(f"l{i}")} for i in range(size)], labels),
     ]
 
 

@@ -82,7 +82,7 @@ def evaluate(config: Config, name: str, adapter: str | None) -> dict[str, Any]:
 def summarise(
     configs: dict[str, Config], results: dict[str, Any], mining: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """Write summary.json, summary.md and the pictures; returns the summary."""
+    """Write summary.json, summary.md and the plots; returns the summary."""
     from b3.eval.plots import plot_losses, plot_precision
     from b3.eval.report import markdown_table
     from b3.files import write_json, write_text
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     print((ROOT / "summary.md").read_text())
     took = time.perf_counter() - started
     print(f"{took:.0f} s" + (f" (the first run took {before:.0f} s)" if before else ""))
-    print(f"numbers:  {ROOT}/summary.json\npictures: {ROOT}/loss.png, {ROOT}/precision.png")
+    print(f"numbers:  {ROOT}/summary.json\nplots:    {ROOT}/loss.png, {ROOT}/precision.png")
     print(f"communities to look at: {ROOT}/mining/report.html")
     return 0
 

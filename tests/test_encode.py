@@ -55,7 +55,7 @@ def test_workers_change_no_byte(model: Embedder, workers: int) -> None:
     assert np.abs(one - EXPECTED).max() < 1e-4
 
 
-def test_equal_pictures_under_other_names_are_encoded_once(model: Embedder, tmp_path: Path) -> None:
+def test_equal_images_under_other_names_are_encoded_once(model: Embedder, tmp_path: Path) -> None:
     source = GOLDEN / "images" / "photo2.png"
     (tmp_path / "copy.png").write_bytes(source.read_bytes())
     text = "<|image_1|>\nRepresent the given image.\n"
@@ -100,7 +100,7 @@ def test_another_model_or_flag_meets_an_empty_cache(model: Embedder, tmp_path: P
         assert other.num_encoded == 3
 
 
-def test_a_changed_picture_is_encoded_again(model: Embedder, tmp_path: Path) -> None:
+def test_a_changed_image_is_encoded_again(model: Embedder, tmp_path: Path) -> None:
     path, text = tmp_path / "x.png", "<|image_1|>\nRepresent the given image.\n"
     Image.new("RGB", (64, 64), "red").save(path)
     red = Encoder(model, cache=EmbeddingCache(tmp_path, FACTS)).encode([Item(text, path)])
@@ -141,7 +141,7 @@ def broken(kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["empty", "text", "torn"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_picture_fails_or_is_skipped(model: Embedder, tmp_path: Path, kind: str, workers: int) -> None:
+def test_an_unreadable_image_fails_or_is_skipped(model: Embedder, tmp_path: Path, kind: str, workers: int) -> None:
     (tmp_path / "bad.png").write_bytes(broken(kind))
     items = [*ITEMS[:3], Item("<|image_1|>\nx", tmp_path / "bad.png"), *ITEMS[3:6]]
     with pytest.raises(DataError, match=r"bad\.png does not decode"):

@@ -1,4 +1,4 @@
-"""Small real things that several tests need: a tiny model, a data set with pictures, a recipe over them."""
+"""Small real things that several tests need: a tiny model, a data set with images, a recipe over them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SHAPES = ["square", "disc", "bar", "frame"]
 QUERY = "<|image_1|>\nRepresent the given image for classification\n"
 
 
-def picture(colour: str, shape: str, seed: int) -> bytes:
-    """A PNG of a shape on a grey ground, 56 to 84 pixels a side."""
+def image(colour: str, shape: str, seed: int) -> bytes:
+    """A PNG of a shape on a grey ground, 56 to 84 pixels per side."""
     from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(seed)
@@ -44,7 +44,7 @@ def write_data(root: Path, rows: int = 96) -> Path:
     for i in range(rows):
         colour, shape = COLOURS[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))]
         names.append(f"{i:04}.png")
-        images.append(picture(colour, shape, i))
+        images.append(image(colour, shape, i))
         captions.append(f"a {colour} {shape} number {i}")
     root.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"path": names, "bytes": images}), root / "images.parquet", row_group_size=16)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -97,15 +97,13 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 def _known_keys(path: tuple[Any, ...]) -> list[str]:
     """Keys of the section that holds `path`."""
     section: Any = Config
-    named = False  # whether the next part is a name that the user chose
     for part in path:
-        if isinstance(part, int) or named:
-            named = False
+        if isinstance(part, int):
             continue
         field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
         if field is None:
             break
-        section, named = _section_of(field.annotation), _is_table(field.annotation)
+        section = _section_of(field.annotation)
     return sorted(section.model_fields) if hasattr(section, "model_fields") else []
 
 
@@ -114,30 +112,23 @@ def _section_of(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     for argument in getattr(annotation, "__args__", ()):
-        found = _section_of(argument)
-        if found is not None:
-            return found
+        section = _section_of(argument)
+        if section is not None:
+            return section
     return None
-
-
-def _is_table(annotation: Any) -> bool:
-    """Whether a field holds sections by a name of the user's choice."""
-    return get_origin(annotation) is dict and _section_of(annotation) is not None
 
 
 def _real_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
     """Pydantic's location without the names of union members that it appends to a leaf."""
     section: Any = Config
-    named = False
     for index, part in enumerate(location):
-        if isinstance(part, int) or named:
-            named = False
+        if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
         inner = None if field is None else _section_of(field.annotation)
         if field is None or inner is None:
             return location[: index + 1]
-        section, named = inner, _is_table(field.annotation)
+        section = inner
     return location
 
 
@@ -186,7 +177,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def describe_keys() -> str:
-    """All keys with type, default and meaning, one a line; shown by ``train.py --help``."""
+    """All keys with type, default and meaning, one per line; shown by ``train.py --help``."""
     lines: list[str] = []
 
     def walk(section: type[Section], prefix: str) -> None:
@@ -194,7 +185,7 @@ def describe_keys() -> str:
             inner = _section_of(field.annotation)
             if inner is not None:
                 element = "N." if "list[" in str(field.annotation).lower() else ""
-                walk(inner, f"{prefix}{name}." + ("NAME." if _is_table(field.annotation) else element))
+                walk(inner, f"{prefix}{name}.{element}")
                 continue
             kind = getattr(field.annotation, "__name__", None) if "[" not in str(field.annotation) else None
             text = kind or str(field.annotation).replace("typing.", "").replace("NoneType", "null")

@@ -14,7 +14,7 @@ from b3.mining.rankings import TOP, WINDOW, Rankings
 from b3.mining.vectors import DistinctTargets, mix64, uniform
 
 EDGE_BLOCK = 1 << 22
-SPARE_EDGES = 1_500_000  # where targets repeat, a small data set keeps more than m edges a row, up to this many in all
+SPARE_EDGES = 1_500_000  # where targets repeat, a small data set keeps over m edges per row, up to this many in all
 
 
 @dataclass(frozen=True)

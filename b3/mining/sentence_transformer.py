@@ -37,17 +37,17 @@ class SentenceTransformerTeacher:
     def encode(self, items: Iterable[Item], progress: str | None = None) -> np.ndarray:
         """(N, D) float32 vectors as the model gives them, each distinct item encoded once, in batches by length.
 
-        Raises `DataError` naming the first row with a picture that the model cannot read.
+        Raises `DataError` naming the first row with an image that the model cannot read.
         """
         items = list(items)
         self._check_images(items, progress or "items")
         distinct, index = unique_items(items)
-        pictures = [i for i, item in enumerate(distinct) if item.image is not None]
+        images = [i for i, item in enumerate(distinct) if item.image is not None]
         texts = [i for i, item in enumerate(distinct) if item.image is None]
         lengths = self._lengths([distinct[i].text for i in texts])
         batches = [[texts[i] for i in batch.tolist()] for batch in token_batches(lengths, BATCH_TOKENS, BATCH_ITEMS)]
-        for bare in (True, False):  # a batch is of one kind: pictures alone, or with a text
-            kind = [i for i in pictures if bare == (not _caption(distinct[i]))]
+        for bare in (True, False):  # a batch is of one kind: images alone, or with a text
+            kind = [i for i in images if bare == (not _caption(distinct[i]))]
             batches += [kind[s : s + BATCH_IMAGES] for s in range(0, len(kind), BATCH_IMAGES)]
         vectors: np.ndarray | None = None
         with bar(len(distinct), progress, "item") as shown:
@@ -72,20 +72,20 @@ class SentenceTransformerTeacher:
                 continue
             if "image" not in modalities:
                 raise DataError(
-                    f"{where}: row {row} has a picture, which the text-only teacher st:{self.name} cannot read; choose"
-                    " a multimodal teacher or data without pictures"
+                    f"{where}: row {row} has an image, which the text-only teacher st:{self.name} cannot read; choose"
+                    " a multimodal teacher or data without images"
                 )
             if not both and _caption(item):
                 raise DataError(
-                    f"{where}: row {row} has a picture with a text, and the teacher st:{self.name} reads only one of"
+                    f"{where}: row {row} has an image with a text, and the teacher st:{self.name} reads only one of"
                     " them at a time; choose another teacher"
                 )
 
     def _input(self, item: Item) -> Any:
         if item.image is None:
             return item.text
-        picture, text = item.open_image(), _caption(item)
-        return {"image": picture, "text": text} if text else picture
+        image, text = item.open_image(), _caption(item)
+        return {"image": image, "text": text} if text else image
 
     def _lengths(self, texts: list[str]) -> list[int]:
         """Tokens of each text, or characters if the tokenizer is none of `transformers`."""
@@ -98,7 +98,7 @@ class SentenceTransformerTeacher:
 
 
 def _caption(item: Item) -> str:
-    """The text beside a picture, without the placeholder."""
+    """The text beside an image, without the placeholder."""
     return item.text.replace(PLACEHOLDER, "").strip()
 
 

@@ -2,7 +2,7 @@
 
 Sequences lie end to end in one row of T tokens. FlashAttention takes that as it is. Here, for PyTorch's own kernel,
 queries, keys and values of similarly long sequences are laid out as rows padded on the right: where attention is causal
-that needs no mask, in a text encoder the padded keys are masked. The vision tower's pictures, which attend in both
+that needs no mask, in a text encoder the padded keys are masked. The vision tower's images, which attend in both
 directions and come in few sizes, are grouped by equal size. All other layers run on the T real tokens.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 NAME = "b3_packed_flash"
 
 
-BUCKET = 1.25  # sequences whose lengths differ by less share one padded call
+BUCKET = 1.25  # sequences whose lengths differ by a smaller factor share one padded call
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +80,14 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """An attention function for `transformers`: (1, H, T, D) in, (1, T, H, D) out.
 
-    A model of texts passes `packing`; the vision tower passes `cu_seq_lens_q` (boundaries of the pictures).
+    A model of texts passes `packing`; the vision tower passes `cu_seq_lens_q` (boundaries of the images).
     """
     assert attention_mask is None, "packed sequences carry no mask"
     scaling, dropout = options.get("scaling"), options.get("dropout", 0.0)
     packing: Packing | None = options.get("packing")
     if packing is not None:
         return _bucketed(module, query, key, value, packing, scaling, dropout), None
-    return _pictures(module, query, key, value, options["cu_seq_lens_q"], scaling, dropout), None
+    return _images(module, query, key, value, options["cu_seq_lens_q"], scaling, dropout), None
 
 
 def _sdpa(
@@ -127,7 +127,7 @@ def _spread(packed: Tensor, bucket: Bucket) -> Tensor:
     return padded.transpose(1, 2)
 
 
-def _pictures(
+def _images(
     module: Any, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scaling: float | None, dropout: float
 ) -> Tensor:
     lengths = (boundaries[1:] - boundaries[:-1]).tolist()

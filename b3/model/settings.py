@@ -17,11 +17,11 @@ FORMAT = 1
 class Settings:
     """How items become vectors. The defaults are those of a checkpoint that says nothing.
 
-    min_pixels, max_pixels: image budget in pixels, 28 * 28 a token.
+    min_pixels, max_pixels: image budget in pixels, 28 * 28 per token.
     max_length: cut text-only items to this many tokens.
     positions: "1d" or "mrope".
     numerics: "clean", or "reference" to round rotary frequencies as the reference's evaluation does.
-    square: resize every image to this many pixels a side first.
+    square: resize every image to this many pixels per side first.
     pooling: "last", "mean" or "cls"; "auto": the checkpoint's own.
     """
 

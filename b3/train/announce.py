@@ -42,7 +42,7 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
         if entry.weight != 1:
             parts.append(f"weight {entry.weight:g}")
         if index in batches and len(datasets) > 1:
-            parts.append(f"{batches[index]} batches an epoch")
+            parts.append(f"{batches[index]} batches per epoch")
         if plans:
             plan = plans[index]
             hits = f"{plan.report['mined_negatives_per_query']:.2f}" if plan.measured else "imported"
@@ -52,8 +52,8 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
         f"  batches across {pool.name}: {pool.num_batches} an epoch" for pool in sampler.pools if len(pool.parts) > 1
     ]
     lines.append(
-        f"  {sampler.batches_per_epoch} batches an epoch, {size * (1 + h) - 1:,} negatives a query"
-        + (f" ({h} hard negatives a row)" if h else "")
+        f"  {sampler.batches_per_epoch} batches per epoch, {size * (1 + h) - 1:,} negatives per query"
+        + (f" ({h} hard negatives per row)" if h else "")
     )
     if sampler.random_steps:
         lines.append(f"  steps 1 to {sampler.random_steps}: random batches of one data set")
@@ -83,7 +83,7 @@ class Estimate:
         """For the start of a run."""
         share = 100 * self.trainable / self.parameters
         return [
-            f"  about {count(self.tokens)} tokens a step in about {self.chunks} chunks a rank (longest item of a"
+            f"  about {count(self.tokens)} tokens per step in about {self.chunks} chunks per rank (longest item of a"
             f" sample: {self.longest} tokens)",
             f"  {count(self.trainable)} of {count(self.parameters)} parameters are trained ({share:.2g} %)",
             f"  memory of a rank, about {num_bytes(self.memory)}: weights {num_bytes(self.weights)}, gradients and"

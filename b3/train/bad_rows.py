@@ -1,4 +1,4 @@
-"""Rows whose pictures cannot be read: named, and either the end of the run or replaced by other rows and counted.
+"""Rows whose images cannot be read: named, and either the end of the run or replaced by other rows and counted.
 
 A collator meets such a row in a worker, in the middle of a batch. `GuardedCollator` then looks for the rows to blame.
 Under the policy "replace" each gives its place to another row of its data set, drawn by a hash of (seed, data set,
@@ -42,7 +42,7 @@ class GuardedCollator:
 
     Args:
         collator: what builds the inputs.
-        replace: whether rows with unreadable pictures are replaced; else they raise.
+        replace: whether rows with unreadable images are replaced; else they raise.
         seed: of the draw of the replacements.
     """
 

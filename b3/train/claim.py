@@ -1,4 +1,4 @@
-"""Whose run a folder holds: the recipe and the data of its first start, and which differences a resume may have."""
+"""Which run a folder belongs to (recipe and data of its first start), and what may differ when it is resumed."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "trackers": [],
     }
     if is_text_recipe(config):
-        tree.pop("eval", None)  # embedded evaluations show pictures
+        tree.pop("eval", None)  # embedded evaluations show images
     elif config.eval is not None:
         tree["eval"] |= {"source": f"embedded:{DATA}", "split": "test", "subsets": ["emoji_i2t"], "image_dir": None}
         if config.eval.every is not None:

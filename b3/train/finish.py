@@ -120,7 +120,7 @@ def model_card(
     where, example = config.output_dir, '"a text"'
     adapted = config.model.train == "adapter"
     if embedder.vision is not None:
-        example = '{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "picture.png"}'
+        example = '{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "image.png"}'
     lines = [
         "---",
         f"library_name: {'peft' if adapted else 'transformers'}",

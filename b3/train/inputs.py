@@ -72,7 +72,7 @@ class StepInputs:
 
     input_ids: (T,) int64 of the rank's distinct items, end to end. lengths: tokens of each.
     image_of: number of each item's image in `images`, or -1.
-    groups: (B,) int64 arrays of item numbers, one a chunk; every item is in exactly one.
+    groups: (B,) int64 arrays of item numbers, one per chunk; every item is in exactly one.
     image_token_id: the token that stands for an image's features.
     query_index: (b,) and target_index: (b (1 + h),) int64 positions among the distinct items.
     query_ids: (b,) and target_ids: (b (1 + h),) int64, equal for equal items.

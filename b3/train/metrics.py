@@ -2,7 +2,7 @@
 
 Floating-point operations of a step, counted from what its chunks hold, and the share of the device's peak they use.
 
-A linear layer with N weights costs 2N operations a token forwards, 2N for the gradient of its input and 2N for the
+A linear layer with N weights costs 2N operations per token forwards, 2N for the gradient of its input and 2N for the
 gradient of its weights. Attention of a sequence of L tokens in a layer of width d costs 4 L^2 d forwards, half of it
 when causal, and twice as much backwards. The token embedding, norms and element-wise parts are left out. So, summed
 over a step (N: all linear weights that a token passes, N_t: those of them that are trained):
@@ -171,7 +171,7 @@ class ProgressBar:
             self.after_first = time.perf_counter()
         if timed == TIMED_STEPS and self.visible and step < self.steps:
             each = (time.perf_counter() - self.after_first) / (TIMED_STEPS - 1)
-            self.bar.write(f"  about {duration(each * (self.steps - step))} to go ({duration(each)} a step)")
+            self.bar.write(f"  about {duration(each * (self.steps - step))} to go ({duration(each)} per step)")
 
     def show(self, summary: dict[str, float | None]) -> None:
         """Put numbers of the last line of the log behind the bar."""

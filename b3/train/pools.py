@@ -152,7 +152,7 @@ class Pool:
             worst = self.parts[int(np.argmax(ideal / limits))]
             raise InputError(
                 f"weight {worst.weight:g} of {worst.name} would put a row twice into one of the {self.num_batches}"
-                f" batches an epoch of {self.name}; lower it, or reduce batch.size"
+                f" batches per epoch of {self.name}; lower it, or reduce batch.size"
             )
         return apportion(total, ideal, np.ones_like(sizes), limits)
 

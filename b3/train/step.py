@@ -8,7 +8,7 @@ Setup"; the step is the authors' `grad_cache`, the distribution is ours.) A batc
 ordinary pass.
 
 Each rank computes its own rows of the logits against all gathered targets. Parameter gradients are summed over ranks
-once a step, after the last chunk, so ranks may hold different numbers of chunks and chunks may touch different
+once per step, after the last chunk, so ranks may hold different numbers of chunks and chunks may touch different
 parameters.
 """
 

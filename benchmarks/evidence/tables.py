@@ -12,7 +12,7 @@ NAMES = {
     "size": "batch size |B|",
     "examples": "pairs seen",
     "window": "targets of the window [30, 130) in the batch, a query",
-    "in_community": "mined negatives a query, in its community",
+    "in_community": "mined negatives per query, in its community",
 }
 
 

@@ -115,11 +115,11 @@ def test_every_image_is_used(train, test_rows, images):
 def test_a_sample_of_images_decodes(images):
     sizes = {"google": {64}, "twitter": {64}, "scenes": {112, 168}, "crops": set(range(48, 57))}
     for path in sorted(images)[::40]:
-        picture = Image.open(io.BytesIO(images[path]))
-        picture.load()
-        assert picture.width == picture.height
-        assert picture.width in sizes[path.split("/")[0]]
-        assert np.ptp(np.asarray(picture.convert("RGBA"))) > 0, f"{path} is blank"
+        image = Image.open(io.BytesIO(images[path]))
+        image.load()
+        assert image.width == image.height
+        assert image.width in sizes[path.split("/")[0]]
+        assert np.ptp(np.asarray(image.convert("RGBA"))) > 0, f"{path} is blank"
 
 
 def test_candidates_are_distinct(test_rows):

@@ -36,11 +36,11 @@ def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    """A text, a picture, both, and a picture as base64."""
+    """A text, an image, both, and an image as base64."""
     (tmp_path / "pictures").mkdir()
     for i, colour in enumerate(["red", "blue"]):
-        (tmp_path / "pictures" / f"{colour}.png").write_bytes(tiny.picture(colour, "disc", i))
-    packed = base64.b64encode(tiny.picture("green", "bar", 7)).decode()
+        (tmp_path / "pictures" / f"{colour}.png").write_bytes(tiny.image(colour, "disc", i))
+    packed = base64.b64encode(tiny.image("green", "bar", 7)).decode()
     return write_jsonl(
         tmp_path / "rows.jsonl",
         [
@@ -82,11 +82,11 @@ def test_rows_become_items_with_placeholder_and_instruction(rows: Path) -> None:
     assert again.open_image().size == data.items[3].open_image().size
 
 
-def test_parquet_holds_pictures_as_bytes_or_struct(rows: Path, tmp_path: Path) -> None:
-    pictures = [tiny.picture("red", "disc", i) for i in range(5)]
+def test_parquet_holds_images_as_bytes_or_struct(rows: Path, tmp_path: Path) -> None:
+    images = [tiny.image("red", "disc", i) for i in range(5)]
     texts = ["x"] * 5 + ["only a text"]
-    pq.write_table(pa.table({"t": texts, "p": [*pictures, None]}), tmp_path / "bytes.parquet", row_group_size=2)
-    struct = [{"bytes": p, "path": None} for p in pictures[:4]] + [{"bytes": None, "path": "pictures/red.png"}, None]
+    pq.write_table(pa.table({"t": texts, "p": [*images, None]}), tmp_path / "bytes.parquet", row_group_size=2)
+    struct = [{"bytes": p, "path": None} for p in images[:4]] + [{"bytes": None, "path": "pictures/red.png"}, None]
     pq.write_table(pa.table({"t": texts, "p": struct, "n": range(6)}), tmp_path / "struct.parquet", row_group_size=4)
     plain = read_rows(tmp_path / "bytes.parquet", Columns(text="t", image="p"))
     structs = read_rows(tmp_path / "struct.parquet", Columns(text="t", image="p", id="n"))
@@ -137,8 +137,8 @@ def test_other_bad_files_are_named(tmp_path: Path) -> None:
         read_rows(tmp_path / "e.parquet")
 
 
-def test_a_broken_picture_names_its_row(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "bad.png").write_bytes(tiny.picture("red", "bar", 0)[:60])
+def test_a_broken_image_names_its_row(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.png").write_bytes(tiny.image("red", "bar", 0)[:60])
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": "good"}, {"image": "bad.png"}])
     assert run_embed(model, rows, tmp_path / "out") == 2
     error = capsys.readouterr().err

@@ -58,7 +58,7 @@ def test_a_fingerprint_is_computed_once(data: Path, monkeypatch: pytest.MonkeyPa
     assert dataset.fingerprint() == first
 
 
-def test_folder_and_parquet_images_are_the_same_pictures(data: Path, tmp_path: Path) -> None:
+def test_folder_and_parquet_images_are_the_same_images(data: Path, tmp_path: Path) -> None:
     packed = ParquetImages(data / "images.parquet")
     for row in pq.read_table(data / "images.parquet").to_pylist():
         (tmp_path / row["path"]).write_bytes(row["bytes"])
@@ -137,7 +137,7 @@ def test_embedded_data_is_the_same_code() -> None:
         queries, targets = embedded_teacher("emoji", subset)
         assert len(pairs) == len(queries) == len(targets) > 1000
         assert len(rows) >= 200
-    picture = load_pairs("embedded:emoji", "emoji_i2t").query(0).open_image()
-    assert picture is not None and picture.size == (64, 64)
+    image = load_pairs("embedded:emoji", "emoji_i2t").query(0).open_image()
+    assert image is not None and image.size == (64, 64)
     assert load_pairs("embedded:emoji", "emoji_cls").target(0).text.startswith("Represent the class label: ")
     assert not load_pairs("embedded:emoji", "emoji_cls", prefix_targets=False).target(0).text.startswith("Represent")

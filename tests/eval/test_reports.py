@@ -1,4 +1,4 @@
-"""Published baselines, intervals, the leaderboard file, the page of wrong predictions and the picture by family."""
+"""Published baselines, intervals, the leaderboard file, the page of wrong predictions and the plot by family."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tiny import picture
+from tiny import image
 
 from b3.data.datasets import EvalDataset
 from b3.data.images import FolderImages
@@ -124,11 +124,11 @@ def test_leaderboard_file_needs_a_name_and_a_subset() -> None:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> EvalDataset:
-    """Six rows of four candidates: pictures as queries, of which that of row 1 is missing and that of row 2 broken."""
+    """Six rows of four candidates: images as queries, of which that of row 1 is missing and that of row 2 broken."""
     for i, colour in enumerate(["red", "green", "blue", "black", "white", "orange"]):
-        (tmp_path / f"{i}.png").write_bytes(picture(colour, "disc", i))
+        (tmp_path / f"{i}.png").write_bytes(image(colour, "disc", i))
     (tmp_path / "1.png").unlink()
-    (tmp_path / "2.png").write_bytes(b"not a picture")
+    (tmp_path / "2.png").write_bytes(b"not an image")
     table = pa.table(
         {
             "qry_text": [f"<|image_1|>\nquery number {i} <b>&\n" for i in range(6)],
@@ -200,7 +200,7 @@ def test_page_without_wrong_predictions(dataset: EvalDataset, tmp_path: Path) ->
     assert "<section " not in page
 
 
-def test_picture_by_family(tmp_path: Path) -> None:
+def test_plot_by_family(tmp_path: Path) -> None:
     summary = summarise(all_36()) | {"interval": {"mean": (0.49, 0.56), "VQA": (0.5, 0.6)}}
     assert plot_families(summary, tmp_path / "new" / "families.png")
     assert (tmp_path / "new" / "families.png").read_bytes().startswith(b"\x89PNG")
@@ -211,7 +211,7 @@ def test_picture_by_family(tmp_path: Path) -> None:
         plot_families(summary, tmp_path / "no.png", baselines=["nobody"])
 
 
-def test_no_picture_without_a_whole_family(tmp_path: Path) -> None:
+def test_no_plot_without_a_whole_family(tmp_path: Path) -> None:
     emoji = summarise({task.name: 0.5 for task in EMOJI.tasks})
     assert plot_families(emoji, tmp_path / "emoji.png") is False
     assert plot_families(summarise({"OK-VQA": 0.5}), tmp_path / "emoji.png") is False

@@ -165,7 +165,7 @@ def test_distinct_targets_give_the_row_semantics_of_the_paper(kind: str, p: int,
                 if i != j and not (edges == "union" and veto and (j in skipped[i] or i in skipped[j])):
                     expected[i, j] = met
         graph = build_graph(found, groups, edges, veto, budget=m, seed=0)
-        assert np.array_equal(matrix(graph), expected), "and m edges a row are never thinned"
+        assert np.array_equal(matrix(graph), expected), "and m edges per row are never thinned"
 
 
 def mined(kind: str, distinct: bool, p: int, m: int, partitioner: str, size: int = 8, h: int = 3) -> BatchPlan:

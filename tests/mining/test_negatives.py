@@ -30,7 +30,7 @@ def test_every_drawn_negative_is_allowed(labels: int | None, per_query: int) -> 
     for members in [*communities, remainder]:
         given = negatives[members]
         targets = own[given[given >= 0]]
-        assert len(set(targets.tolist())) == len(targets), "a target is drawn once a community"
+        assert len(set(targets.tolist())) == len(targets), "a target is drawn once per community"
         assert not set(targets.tolist()) & set(own[members].tolist())
         score = np.zeros(own.max() + 1, dtype=int)
         for i in members:

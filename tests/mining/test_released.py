@@ -28,7 +28,7 @@ SUBSET = "OK-VQA"  # one with a prefix
 
 
 def own_rows() -> dict[str, list[str]]:
-    """A data set with pictures in queries; row 40 equals row 7; answers repeat."""
+    """A data set with images in queries; row 40 equals row 7; answers repeat."""
     rows: dict[str, list[str]] = {
         "qry": [f"<|image_1|>\nwhat is {i}?" for i in range(ROWS)],
         "qry_image_path": [f"images/{i}.jpg" for i in range(ROWS)],

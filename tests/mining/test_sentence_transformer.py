@@ -84,9 +84,9 @@ def test_all_three_kinds_of_teacher_give_plans(root: Path, bert: Path) -> None:
         assert plan.communities.shape == (24, 4) and plan.manifest["teacher"] == teacher
 
 
-def test_a_text_only_model_refuses_pictures(root: Path, bert: Path) -> None:
+def test_a_text_only_model_refuses_images(root: Path, bert: Path) -> None:
     recipe = tiny.write_recipe(root, mining={"teacher": f"st:{bert}"})
-    with pytest.raises(DataError, match=r"pictures queries: row 0 has a picture, which the text-only teacher st:"):
+    with pytest.raises(DataError, match=r"pictures queries: row 0 has an image, which the text-only teacher st:"):
         mine_recipe(load_config(recipe))
 
 
@@ -113,7 +113,7 @@ def test_an_adapter_beside_it_is_refused(root: Path) -> None:
 
 
 class Multimodal:
-    """What the wrapper sees of a model for pictures; its vectors tell what it was given."""
+    """What the wrapper sees of a model for images; its vectors tell what it was given."""
 
     def __init__(self, modalities: list[Any]) -> None:
         self.modalities = modalities
@@ -127,14 +127,14 @@ class Multimodal:
         return np.array([[kinds[type(value)], len(value["text"]) if isinstance(value, dict) else 0] for value in given])
 
 
-def test_pictures_go_to_a_model_that_reads_them() -> None:
-    picture = Image.new("RGB", (4, 4))
-    items = [Item("<|image_1|>\nred disc", picture), Item("a bar"), Item("<|image_1|>\n", Image.new("RGB", (5, 4)))]
+def test_images_go_to_a_model_that_reads_them() -> None:
+    image = Image.new("RGB", (4, 4))
+    items = [Item("<|image_1|>\nred disc", image), Item("a bar"), Item("<|image_1|>\n", Image.new("RGB", (5, 4)))]
     teacher = SentenceTransformerTeacher("clip", Multimodal(["text", "image", ("image", "text")]))
     assert teacher.encode(items).tolist() == [[2, 8], [0, 0], [1, 0]]
     apart = SentenceTransformerTeacher("clip", Multimodal(["text", "image"]))
     assert apart.encode(items[1:]).tolist() == [[0, 0], [1, 0]]
-    with pytest.raises(DataError, match="items: row 0 has a picture with a text"):
+    with pytest.raises(DataError, match="items: row 0 has an image with a text"):
         apart.encode(items)
     with pytest.raises(DataError, match="there is nothing to encode"):
         apart.encode([])

@@ -52,12 +52,12 @@ def test_measuring_agrees_with_processing(folder: Path) -> None:
         assert processor.measure(one)[1] == processor(one).num_tokens
 
 
-def test_picture_objects_and_own_tokens_are_accepted(folder: Path) -> None:
+def test_image_objects_and_own_tokens_are_accepted(folder: Path) -> None:
     model = Embedder.from_pretrained(folder, dtype="float32")
     case = next(c for c in cases() if c["id"] == "img_photo1")
-    picture = Image.open(GOLDEN / "images" / case["image"])
+    image = Image.open(GOLDEN / "images" / case["image"])
     text = case["text"].replace("<|image_1|>", "<|image_pad|>")
-    vectors = model.encode([{"text": text, "image": picture}, {"text": case["text"], "image": picture}])
+    vectors = model.encode([{"text": text, "image": image}, {"text": case["text"], "image": image}])
     expected = EXPECTED["base/normalized"][cases().index(case)]
     assert np.abs(vectors - expected).max() < 1e-5
 

@@ -42,13 +42,13 @@ def test_mrope_equals_upstream(folder: Path) -> None:
         assert np.abs(row - theirs).max() < 1e-5, case["id"]
 
 
-def test_positions_matter_for_pictures_only(folder: Path) -> None:
+def test_positions_matter_for_images_only(folder: Path) -> None:
     plain, mrope = (Embedder.from_pretrained(folder, dtype="float32", positions=p) for p in ("1d", "mrope"))
     items = [item(case) for case in CASES]
     change = np.abs(plain.encode(items) - mrope.encode(items)).max(axis=1)
-    has_picture = np.asarray([case["image"] is not None for case in CASES])
-    assert change[has_picture].max() > 0.05
-    assert change[~has_picture].max() < 1e-6
+    has_image = np.asarray([case["image"] is not None for case in CASES])
+    assert change[has_image].max() > 0.05
+    assert change[~has_image].max() < 1e-6
 
 
 def test_reference_numerics_round_the_rotary_frequencies(folder: Path) -> None:

@@ -54,8 +54,8 @@ def test_target_size_by_hand(size: tuple[int, int], expected: tuple[int, int]) -
 
 def test_token_count_needs_no_pixels(processor: Qwen2VLProcessor) -> None:
     for width, height in ((64, 64), (20, 300), (640, 480), (3000, 9)):
-        picture = Image.new("RGB", (width, height))
-        pixels, _ = processor.process_image(picture)
+        image = Image.new("RGB", (width, height))
+        pixels, _ = processor.process_image(image)
         assert processor.tokens_of_image(width, height) == len(pixels) // 4
 
 
@@ -93,7 +93,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(
             use(Item("<|image_1|>", tmp_path / "x.png"))
 
 
-def test_squared_pictures(processor: Qwen2VLProcessor) -> None:
+def test_squared_images(processor: Qwen2VLProcessor) -> None:
     squared = Qwen2VLProcessor(processor.tokenizer, square=672)
     pixels, grid = squared.process_image(Image.new("RGB", (100, 400)))
     assert grid == (48, 48)

@@ -68,7 +68,7 @@ def test_the_cards_snippet_gives_the_vectors_of_the_trained_model(
     root: Path, tmp_path: Path, kind: str, key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "picture.png").write_bytes(big_image())
+    (tmp_path / "image.png").write_bytes(big_image())
     tree = tiny.recipe(root, output_dir=str(tmp_path / "run"), train={"steps": 1, "save_merged": kind == "adapter"})
     if kind == "full":
         tree["model"]["train"] = "full"
@@ -80,7 +80,7 @@ def test_the_cards_snippet_gives_the_vectors_of_the_trained_model(
     assert train.main([str(tmp_path / "recipe.yaml")]) == 0
     vectors, models = of_snippet((tmp_path / "run" / "README.md").read_text())
     assert len(models) == (2 if kind == "adapter" else 1)
-    item = {"text": "<|image_1|>\nRepresent the given image.\n", "image": "picture.png"}
+    item = {"text": "<|image_1|>\nRepresent the given image.\n", "image": "image.png"}
     expected = trained_vectors(tmp_path / "recipe.yaml", tmp_path / "run", [item])
     for found in vectors:
         np.testing.assert_allclose(found, expected, atol=1e-5)

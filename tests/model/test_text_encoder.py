@@ -166,11 +166,11 @@ def test_an_adapter_is_on_all_linear_layers_saved_and_merged(roberta: Path, tmp_
         assert np.abs(merged.encode(TEXTS) - attached).max() < 2e-6
 
 
-def test_pictures_and_empty_texts_are_refused(roberta: Path) -> None:
+def test_images_and_empty_texts_are_refused(roberta: Path) -> None:
     from PIL import Image
 
     model = Embedder.from_pretrained(roberta, dtype="float32")
-    with pytest.raises(DataError, match="text encoder and reads no pictures"):
+    with pytest.raises(DataError, match="text encoder and reads no images"):
         model.encode([Item("<|image_1|>\nwhat", Image.new("RGB", (30, 30)))])
     with pytest.raises(DataError, match="needs a text"):
         model.encode([""])

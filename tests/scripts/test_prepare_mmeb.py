@@ -33,7 +33,7 @@ def write_rows(root: Path, subset: str, paths: list[str]) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Path:
-    """Two subsets whose pictures share one archive, as MMEB-eval."""
+    """Two subsets whose images share one archive, as MMEB-eval."""
     root = tmp_path / "hub"
     root.mkdir()
     with zipfile.ZipFile(root / "images.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -42,7 +42,7 @@ def hub(tmp_path: Path) -> Path:
             paths = [f"{subset}/{i}.png" for i in range(4)]
             write_rows(root, subset, paths)
             for i, path in enumerate(paths):
-                archive.writestr(path, tiny.picture("red", "disc", i))
+                archive.writestr(path, tiny.image("red", "disc", i))
     return root
 
 
@@ -65,9 +65,9 @@ def test_the_folder_serves_as_data_set_and_image_folder(
     assert "images.zip: 8 files extracted" in printed
     assert list_subsets(str(out), "test") == ["CIRR", "N24News"]
     data = load_eval(str(out), "CIRR", image_dir=str(out))
-    picture = data.query(3).open_image()
-    assert picture is not None
-    assert picture.size[0] >= 56
+    image = data.query(3).open_image()
+    assert image is not None
+    assert image.size[0] >= 56
     assert not [name for name in files(out) if name.endswith(".tmp") or "MACOSX" in name]
     marker = json.loads((out / ".extracted" / "images.zip.json").read_text())
     assert marker["members"] == 8
@@ -103,7 +103,7 @@ def test_archives_a_subset_with_another_root(tmp_path: Path, capsys: pytest.Capt
     for subset in ("CIRR", "NIGHTS"):
         write_rows(root, subset, [f"images/{subset}/Train/0.png"])
         with zipfile.ZipFile(root / "images_zip" / f"{subset}.zip", "w") as archive:
-            archive.writestr(f"{subset}/Train/0.png", tiny.picture("blue", "bar", 0))
+            archive.writestr(f"{subset}/Train/0.png", tiny.image("blue", "bar", 0))
     assert main(["train", "--source", str(root), "--out", str(out), "--subsets", "CIRR"]) == 0
     assert (out / "images/CIRR/Train/0.png").is_file()
     assert not (out / "images/NIGHTS").exists()

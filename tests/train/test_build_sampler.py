@@ -61,8 +61,8 @@ def test_the_description_names_what_was_chosen(root: Path) -> None:
     plans = load_plans(config, datasets)
     said = describe(config, datasets, build_sampler(config, datasets, plans), plans)
     assert "policy b3 (3 communities of 4)" in said
-    assert "pictures: 50 rows, weight 0.5, 2 batches an epoch" in said
-    assert "words: 50 rows, 4 batches an epoch" in said
+    assert "pictures: 50 rows, weight 0.5, 2 batches per epoch" in said
+    assert "words: 50 rows, 4 batches per epoch" in said
 
 
 def test_preset_paper_keeps_the_batches_of_the_first_epoch(root: Path) -> None:

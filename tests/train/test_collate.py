@@ -1,4 +1,4 @@
-"""Inputs of a step: every distinct item and picture once, teacher vectors of the right rows."""
+"""Inputs of a step: every distinct item and image once, teacher vectors of the right rows."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_a_stray_image_token_is_no_slot(processor: Qwen2VLProcessor) -> None:
 
     inputs = StepCollator([Stray()], processor, 10**6)([(0, r) for r in range(4)])  # type: ignore[list-item]
     chunk = inputs.chunk(0)
-    with_picture = 0 if inputs.images is None else sum(inputs.images.sizes) // 4
-    assert (0 if chunk.batch.slots is None else len(chunk.batch.slots)) == with_picture
+    with_image = 0 if inputs.images is None else sum(inputs.images.sizes) // 4
+    assert (0 if chunk.batch.slots is None else len(chunk.batch.slots)) == with_image
 
 
 def test_teacher_vectors_follow_rows_and_negatives(processor: Qwen2VLProcessor) -> None:

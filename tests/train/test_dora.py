@@ -1,4 +1,4 @@
-"""Norms of DoRA once a step: the same bits as peft's, computed once, and gone afterwards."""
+"""Norms of DoRA once per step: the same bits as peft's, computed once, and gone afterwards."""
 
 from __future__ import annotations
 

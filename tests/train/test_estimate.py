@@ -66,7 +66,7 @@ TARGETS = {
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS.keys())
 def test_operations_of_a_step_are_those_that_torch_counts(root: Path, targets: str) -> None:
-    """Counted on forward and backward of every chunk once, a frozen tower on each picture once; deep enough that the
+    """Counted on forward and backward of every chunk once, a frozen tower on each image once; deep enough that the
     first layer, whose input needs no gradient, does not show."""
     from b3.model.backbones.tiny import make_tiny_model
 

@@ -104,7 +104,7 @@ def test_merged_weights_give_the_vectors_of_the_adapter(root: Path, scored: Path
     stored = load_file(folder / "model.safetensors")
     assert {str(t.dtype) for t in stored.values()} == {f"torch.{dtype}"}
     assert not any("lora" in name for name in stored)
-    items = ["a red disc", {"text": tiny.QUERY, "image": _picture(tmp_path)}]
+    items = ["a red disc", {"text": tiny.QUERY, "image": _image(tmp_path)}]
     merged = Embedder.from_pretrained(folder, dtype=dtype).encode(items)
     apart = Embedder.from_pretrained(root / "model", adapter=scored, dtype=dtype).encode(items)
     np.testing.assert_allclose(merged, apart, atol=1e-6)
@@ -112,9 +112,9 @@ def test_merged_weights_give_the_vectors_of_the_adapter(root: Path, scored: Path
     assert np.abs(merged - bare).max() > 1e-3
 
 
-def _picture(folder: Path) -> str:
-    file = folder / "picture.png"
-    file.write_bytes(tiny.picture("red", "disc", 5))
+def _image(folder: Path) -> str:
+    file = folder / "image.png"
+    file.write_bytes(tiny.image("red", "disc", 5))
     return str(file)
 
 
@@ -151,7 +151,7 @@ def test_a_line_of_the_log_says_what_it_promises(scored: Path) -> None:
 
 @pytest.fixture(scope="module")
 def broken(root: Path) -> tuple[Path, list[int]]:
-    """Pictures in a folder, those of three rows broken: of the first, the second and the fourth batch."""
+    """Images in a folder, those of three rows broken: of the first, the second and the fourth batch."""
     images = root / "images"
     images.mkdir()
     rows = pq.read_table(root / "data" / "images.parquet").to_pylist()
@@ -160,18 +160,18 @@ def broken(root: Path) -> tuple[Path, list[int]]:
     sampler = BatchPlanSampler(random_rows(96), 12)
     bad = [int(sampler.batch(step)[place, 1]) for step, place in ((0, 1), (1, 11), (3, 6))]
     for number in bad:
-        (images / rows[number]["path"]).write_bytes(b"no picture")
+        (images / rows[number]["path"]).write_bytes(b"no image")
     return images, bad
 
 
-def pictures_only(images: Path) -> tuple[str, ...]:
+def images_only(images: Path) -> tuple[str, ...]:
     return f"data.image_dir={images}", "data.datasets=[{subset: pictures}]"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_row_that_cannot_be_read_is_named(root: Path, broken: tuple[Path, list[int]], workers: int) -> None:
     images, bad = broken
-    job = run(root, f"named-{workers}", *pictures_only(images), f"train.workers={workers}", code=2)
+    job = run(root, f"named-{workers}", *images_only(images), f"train.workers={workers}", code=2)
     (line,) = [line for line in job.text().splitlines() if line.startswith("error:")]
     assert line.startswith(f"error: pictures row {bad[0]}: image {bad[0]:04}.png in {images} does not decode")
 
@@ -184,7 +184,7 @@ def test_one_rank_that_cannot_read_stops_all_with_a_checkpoint(root: Path) -> No
         (mended / row["path"]).write_bytes(row["bytes"])
     late = int(BatchPlanSampler(random_rows(96), 12).batch(3)[6, 1])  # of the second rank
     (mended / rows[late]["path"]).write_bytes(b"")
-    job = run(root, "second", *pictures_only(mended), "train.save_every=100", ranks=2, code=2)
+    job = run(root, "second", *images_only(mended), "train.save_every=100", ranks=2, code=2)
     assert "rank 1 cannot read its rows" in job.text(0)
     assert f"[rank 1] error: pictures row {late}:" in job.text(1)
     assert (root / "second" / "checkpoint-3" / "complete.json").exists()
@@ -194,7 +194,7 @@ def test_replaced_rows_are_counted_and_the_same_for_any_ranks_and_workers(
     root: Path, broken: tuple[Path, list[int]]
 ) -> None:
     images, bad = broken
-    replace = (*pictures_only(images), "data.bad_images=replace", "data.max_bad_images=3", "adapter.dropout=0")
+    replace = (*images_only(images), "data.bad_images=replace", "data.max_bad_images=3", "adapter.dropout=0")
     run(root, "replaced", *replace, "train.workers=1")
     run(root, "replaced-2", *replace, ranks=2)
     folder = root / "replaced"
@@ -215,7 +215,7 @@ def test_replaced_rows_are_counted_and_the_same_for_any_ranks_and_workers(
 
 def test_more_bad_rows_than_allowed_end_the_run(root: Path, broken: tuple[Path, list[int]]) -> None:
     images, bad = broken
-    replace = (*pictures_only(images), "data.bad_images=replace", "data.max_bad_images=1")
+    replace = (*images_only(images), "data.bad_images=replace", "data.max_bad_images=1")
     job = run(root, "capped", *replace, code=2)
     assert f"2 rows could not be read, more than data.max_bad_images 1; the last: pictures row {bad[1]}" in job.text()
     job = run(root, "capped", *replace, code=2)  # the count goes on where it was

@@ -81,9 +81,9 @@ def test_the_released_recipe_starts_and_prints_its_plan(layout: Path, mined: Con
     text = job.text()
     assert "b3pp_qwen2vl_2b: 2 steps of 32 pairs, policy b3 (4 communities of 8)" in text
     for entry in mined.data.datasets:
-        assert f"  {entry.subset}: {ROWS} rows, 3 batches an epoch, " in text
-    assert "  60 batches an epoch, 191 negatives a query (5 hard negatives a row)" in text
-    for word in ("tokens a step in about", "parameters are trained", "memory of a rank, about"):
+        assert f"  {entry.subset}: {ROWS} rows, 3 batches per epoch, " in text
+    assert "  60 batches per epoch, 191 negatives per query (5 hard negatives per row)" in text
+    for word in ("tokens per step in about", "parameters are trained", "memory of a rank, about"):
         assert word in text
 
 

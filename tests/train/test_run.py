@@ -199,8 +199,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(root: Path, single: Path, overrid
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_is_named_and_costs_no_step(root: Path, tmp_path: Path, workers: int) -> None:
-    """The run stops at the batch with the broken picture, and goes on from there once it is mended."""
+def test_a_broken_image_is_named_and_costs_no_step(root: Path, tmp_path: Path, workers: int) -> None:
+    """The run stops at the batch with the broken image, and goes on from there once it is mended."""
     whole = pq.read_table(root / "data" / "images.parquet").to_pylist()
     images = tmp_path / "images"
     images.mkdir()
@@ -209,7 +209,7 @@ def test_a_broken_picture_is_named_and_costs_no_step(root: Path, tmp_path: Path,
     overrides = [f"data.image_dir={images}", "data.datasets=[{subset: pictures}]", f"output_dir={tmp_path / 'run'}",
                  "train.save_every=100", f"train.workers={workers}"]  # fmt: skip
     broken = whole[BatchPlanSampler(random_rows(96), 12).batch(3)[0, 1]]["path"]
-    (images / broken).write_bytes(b"no picture")
+    (images / broken).write_bytes(b"no image")
     result = start(root, "unused", *overrides)
     assert result.returncode == 2, result.output
     lines = [line for line in result.output.splitlines() if line.startswith("error:")]

@@ -25,15 +25,15 @@ from b3.train.losses.masks import excluded_columns
 from b3.train.step import CachedStep, chunk_seed
 from b3.train.vision_cache import VisionCache, is_vision_frozen
 
-PICTURES = [None, *(str(GOLDEN / "images" / name) for name in ("noise.png", "tiny.png", "shapes2.png"))]
+IMAGES = [None, *(str(GOLDEN / "images" / name) for name in ("noise.png", "tiny.png", "shapes2.png"))]
 WORDS = "red square number what is the shape of a blue disc".split()
-Content = tuple[int, int, int]  # picture, words, number: few values, so that items repeat
+Content = tuple[int, int, int]  # image, words, number: few values, so that items repeat
 
 
 def item(content: Content) -> Item:
-    picture, words, number = content
+    image, words, number = content
     text = " ".join(WORDS[:words]) + f" {number}"
-    return Item(f"<|image_1|>\n{text}" if picture else text, PICTURES[picture])
+    return Item(f"<|image_1|>\n{text}" if image else text, IMAGES[image])
 
 
 @dataclass
@@ -87,7 +87,7 @@ def whole_pass(model: Embedder, inputs: Any, collator: StepCollator, rows: list,
     for position, group in enumerate(inputs.groups):
         batch = collate([model.processor(of_distinct[int(i)]) for i in group], model.processor.image_token_id)
         torch.manual_seed(chunk_seed(seed, 3, position))
-        features = None  # a trained tower drops out once a picture, not once an item: take its features as they come
+        features = None  # a trained tower drops out once per image, not once per item: take its features as they come
         if not is_vision_frozen(model):
             features = VisionCache(model, inputs.images, 0).features(inputs.chunk(position))
         vectors = vectors.index_copy(0, torch.from_numpy(group.copy()), model(batch, features=features))

@@ -77,7 +77,7 @@ def test_the_loss_is_that_of_a_plain_table(root: Path) -> None:
 def test_a_run_needs_no_plan_and_says_how_many(root: Path) -> None:
     job = Job(root / "logs", str(recipe(root)))
     assert job.wait() == [0], job.text()
-    assert "17 negatives a query (2 hard negatives a row)" in job.text()
+    assert "17 negatives per query (2 hard negatives per row)" in job.text()
     assert not (root / "plans").exists()
 
 

@@ -187,7 +187,7 @@ def test_keys_without_meaning(root: Path, section: str, key: str, value: Any, me
         build_embedder(Config.model_validate(tree))
 
 
-def test_a_row_with_a_picture_ends_the_run_with_its_name(root: Path, tmp_path: Path) -> None:
+def test_a_row_with_an_image_ends_the_run_with_its_name(root: Path, tmp_path: Path) -> None:
     tree = recipe(root, False, output_dir=str(tmp_path / "run"))
     tree["data"] |= {"datasets": [{"subset": "pictures"}], "image_dir": str(root / "data" / "images.parquet")}
     with pytest.raises(DataError, match=r"pictures row \d+: .*\.png: the backbone is a text encoder"):

@@ -1,4 +1,4 @@
-"""Pictures are seen once a step when the tower is frozen, and the gradients are those of seeing them every time."""
+"""Images are seen once per step when the tower is frozen, and the gradients are those of seeing them every time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from b3.train.inputs import StepCollator, StepInputs
 from b3.train.losses.info_nce import info_nce
 from b3.train.step import CachedStep
 
-PICTURES = [str(GOLDEN / "images" / name) for name in ("shapes1.png", "noise.png", "shapes2.png")]
+IMAGES = [str(GOLDEN / "images" / name) for name in ("shapes1.png", "noise.png", "shapes2.png")]
 
 
 class Repeating:
-    """Six questions about three pictures; the answers are texts and, once, a picture that is asked about too."""
+    """Six questions about three images; the answers are texts and, once, an image that is asked about too."""
 
     def query(self, row: int) -> Item:
-        return Item(f"<|image_1|>\nquestion {row}", PICTURES[row % 3])
+        return Item(f"<|image_1|>\nquestion {row}", IMAGES[row % 3])
 
     def target(self, row: int) -> Item:
-        return Item("<|image_1|>\n", PICTURES[0]) if row == 5 else Item(f"answer {row}")
+        return Item("<|image_1|>\n", IMAGES[0]) if row == 5 else Item(f"answer {row}")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def inputs_of(model: Embedder, chunk_tokens: int):
 
 
 def counted(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Pictures of each call of the vision tower."""
+    """Images of each call of the vision tower."""
     calls: list[int] = []
     tower = model.features
     monkeypatch.setattr(model, "features", lambda p, g: calls.append(len(g)) or tower(p, g))
@@ -49,7 +49,7 @@ def counted(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def in_chunks(inputs: StepInputs) -> int:
-    """Pictures that differ within a chunk, over all chunks."""
+    """Images that differ within a chunk, over all chunks."""
     return sum(len(set(inputs.chunk(i).images)) for i in range(inputs.num_chunks))
 
 
@@ -75,7 +75,7 @@ def test_gradients_do_not_depend_on_the_cache(folder: Path, kind: str, chunk_tok
         assert relative(value, expected[name]) < 1e-4, name
 
 
-def test_each_picture_is_seen_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_image_is_seen_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = embedder(folder, "lora")
     calls = counted(model, monkeypatch)
     inputs = inputs_of(model, 20)
@@ -84,7 +84,7 @@ def test_each_picture_is_seen_once(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert sum(calls) == 3
     calls.clear()
     CachedStep(model, vision_cache_mib=0)(inputs, 0)
-    assert sum(calls) == 2 * in_chunks(inputs)  # once a chunk and pass
+    assert sum(calls) == 2 * in_chunks(inputs)  # once per chunk and pass
 
 
 def test_what_does_not_fit_is_seen_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from b3.mining.miners.random import random_groups
 from b3.mining.vectors import mix64, seeded_order
 
 # Four times the best edge: rows with equal targets stay apart wherever a swap allows. At 4, labels of the embedded data
-# met more often than by chance (0.144 against about 0.07 a query at K = 8); at 8, 0.032, for 5 % fewer hard negatives.
+# met more often than by chance (0.144 against about 0.07 times per query at K = 8); at 8, 0.032, for 5 % fewer mined
+# negatives.
 DUPLICATE_COST = 8
 # Of the first and the last warm pass, in units of the objective. From 6, the result on a graph of 100,000 WordNet rows
 # no longer depends on the start (METIS or random) at K = 8 to 512; see docs/log.md.

@@ -184,14 +184,14 @@ def _rounded_products(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tenso
 def mrope_positions(core: Any, input_ids: Tensor, lengths: list[int], slots: Tensor, grids: Tensor | None) -> Tensor:
     """(3, T) int64 temporal, height and width positions of packed rows, by upstream's own rule.
 
-    input_ids: (T,) packed. lengths: of the B rows. slots: (T,) bool, tokens of pictures. grids: (pictures, 3).
+    input_ids: (T,) packed. lengths: of the B rows. slots: (T,) bool, tokens of images. grids: (images, 3).
     """
-    parts, picture, start = [], 0, 0
+    parts, image, start = [], 0, 0
     for length in lengths:
         span = slice(start, start + length)
-        has_picture = bool(slots[span].any())
-        grid = None if not has_picture or grids is None else grids[picture : picture + 1]
-        picture += has_picture
+        has_image = bool(slots[span].any())
+        grid = None if not has_image or grids is None else grids[image : image + 1]
+        image += has_image
         positions, _ = core.get_rope_index(
             input_ids[span][None], mm_token_type_ids=slots[span][None].int(), image_grid_thw=grid
         )

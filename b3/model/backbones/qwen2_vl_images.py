@@ -1,8 +1,8 @@
 """From items to model inputs: raw prompts, image budget and patches, exactly as the published checkpoints expect.
 
 The rules are those of the B3 evaluation release and differ from the stock Qwen2-VL processor in four ways: prompts are
-raw text; a picture with a side below 28 pixels is first resized to 56 x 56; an aspect ratio above 200 is squared
-instead of refused; a placeholder in a text without picture stays one literal token. Pictures are handled by PIL
+raw text; an image with a side below 28 pixels is first resized to 56 x 56; an aspect ratio above 200 is squared
+instead of refused; a placeholder in a text without image stays one literal token. Images are handled by PIL
 (bicubic on uint8), alpha is dropped and EXIF rotation is ignored, as in the reference.
 """
 
@@ -91,9 +91,9 @@ class Qwen2VLProcessor(Processor):
     Args:
         tokenizer: a fast tokenizer of the backbone.
         min_pixels, max_pixels: image budget in pixels; overrides what the checkpoint says (reference).
-        max_length: cuts text-only items on the right; items with a picture are never cut. None: no limit.
+        max_length: cuts text-only items on the right; items with an image are never cut. None: no limit.
         image_token: the backbone's image token.
-        square: first resize every picture to this many pixels a side, aspect ratio lost (VLM2Vec V1 evaluations).
+        square: first resize every image to this many pixels per side, aspect ratio lost (VLM2Vec V1 evaluations).
     """
 
     tokenizer: Any
@@ -128,7 +128,7 @@ class Qwen2VLProcessor(Processor):
         return {k: v for k, v in self.__dict__.items() if k not in hidden}
 
     def tokens_of_image(self, width: int, height: int) -> int:
-        """How many image tokens a picture of this size takes; reads no pixels."""
+        """How many image tokens an image of this size takes; reads no pixels."""
         if self.square is not None:
             width = height = self.square
         if min(width, height) < FACTOR:
@@ -161,14 +161,14 @@ class Qwen2VLProcessor(Processor):
         return blocks.reshape(rows * columns, 3, PATCH * PATCH), (rows, columns)
 
     def check(self, item: Item) -> None:
-        """Raise `DataError` if the backbone cannot read the item, as far as can be told without its picture."""
+        """Raise `DataError` if the backbone cannot read the item, as far as can be told without its image."""
         if item.image is not None:
             self._check_placeholder(to_backbone(item.text, self.image_token), item)
 
     def measure(self, item: Item) -> tuple[bytes, int]:
-        """(digest of the content, number of tokens) of an item, without decoding its picture.
+        """(digest of the content, number of tokens) of an item, without decoding its image.
 
-        The digest covers the prompt and the picture's encoded bytes: equal pictures under different names are one.
+        The digest covers the prompt and the image's encoded bytes: equal images under different names are one.
         Raises `DataError` as processing would, as far as can be told.
         """
         self.check(item)
@@ -197,7 +197,7 @@ class Qwen2VLProcessor(Processor):
         return Processed(self.token_ids(item, grid), pixels, grid)
 
     def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
-        """(L,) int64 ids of an item whose picture has this grid of patches (None: no picture); reads no pixels.
+        """(L,) int64 ids of an item whose image has this grid of patches (None: no image); reads no pixels.
 
         Raises `DataError` as `__call__` does.
         """

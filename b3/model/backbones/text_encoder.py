@@ -52,14 +52,14 @@ class TextProcessor(Processor):
 
     def check(self, item: Item) -> None:
         if item.image is not None:
-            raise DataError(f"{item.describe()}: the backbone is a text encoder and reads no pictures; drop the row")
+            raise DataError(f"{item.describe()}: the backbone is a text encoder and reads no images; drop the row")
 
     def measure(self, item: Item) -> tuple[bytes, int]:
         self.check(item)
         return hashlib.sha256(item.text.encode()).digest(), len(self.token_ids(item, None))
 
     def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
-        assert grid is None, "a text has no picture"
+        assert grid is None, "a text has no image"
         encoded = self.tokenizer.backend_tokenizer.encode(item.text, add_special_tokens=True)
         ids, special = np.asarray(encoded.ids, dtype=np.int64), np.asarray(encoded.special_tokens_mask, dtype=bool)
         if special.all():

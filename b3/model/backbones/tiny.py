@@ -157,7 +157,7 @@ def make_tiny_text_model(
     Args:
         texts: what the tokenizer is trained on.
         kind: model_type: "bert", "roberta" or "xlm-roberta".
-        positions: rows of the position embedding; RoBERTa uses two less.
+        positions: rows of the position embedding; RoBERTa uses that number minus two.
         dropout: of hidden states and attention; the real ones have 0.1.
         seed: of the weights.
     """
