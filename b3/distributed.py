@@ -89,11 +89,11 @@ def numbers_of_ranks(values: list[float]) -> list[list[float]]:
 
     if world_size() == 1:
         return [values]
-    own = torch.tensor(values, dtype=torch.float64)
+    numbers = torch.tensor(values, dtype=torch.float64)
     if dist.get_backend() == "nccl":
-        own = own.cuda()
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own)
+        numbers = numbers.cuda()
+    parts = [torch.empty_like(numbers) for _ in range(world_size())]
+    dist.all_gather(parts, numbers)
     return [part.tolist() for part in parts]
 
 

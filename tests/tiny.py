@@ -112,3 +112,15 @@ def write_recipe(root: Path, name: str = "recipe.yaml", **changes: Any) -> Path:
     file = root / name
     file.write_text(yaml.safe_dump(recipe(root, **changes)))
     return file
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the machine, equal for runs that are to be equal."""
+    timed = "pairs_per_second tokens_per_second waiting_for_data peak_memory_bytes tflops_per_rank mfu seconds".split()
+    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+
+
+def matched_modules(wrapped: Any) -> list[str]:
+    """Names of the modules that carry an adapter, sorted."""
+    names = [name for name, _ in wrapped.named_modules() if name.endswith(".lora_A")]
+    return sorted(name.removesuffix(".lora_A").removeprefix("base_model.model.") for name in names)

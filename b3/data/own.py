@@ -235,8 +235,8 @@ def _item(file: Path, row: _Row, store: RowImages, instruction: str) -> Item:
     image = None
     if row.path is not None:
         image = store.add_file(row.where, row.path)
-        found = store.file(image.path)
-        if found is None or not found.is_file():
+        path = store.file(image.path)
+        if path is None or not path.is_file():
             raise DataError(f"{file}: {row.where}: image '{row.path}' is not in {store.root}; check --image-dir")
     elif row.place is not None:
         image = store.add_bytes(row.where, row.place)

@@ -84,8 +84,7 @@ def _find_files(kind: str, rest: str, subset: str, split: str) -> list[Path]:
         return [path]
     if path.is_dir():
         ending = "parquet" if kind == "parquet" else "jsonl"
-        found = sorted((path / subset).glob(f"{split}*.{ending}")) or sorted((path / split).glob(f"{subset}.{ending}"))
-        return found
+        return sorted((path / subset).glob(f"{split}*.{ending}")) or sorted((path / split).glob(f"{subset}.{ending}"))
     return sorted(Path(p) for p in glob.glob(rest, recursive=True))
 
 

@@ -81,26 +81,26 @@ def mine(
     # 1. Normalise: unit vectors on a grid on which sums are exact, and which targets are equal.
     with clock.stage("normalise"):
         pairs = normalise(*check_arrays(queries, targets))
-        chosen = _for_targets(given, len(pairs), len(pairs.distinct))
+        window_options = _for_targets(given, len(pairs), len(pairs.distinct))
 
     # 2. Rank all distinct targets for every query, as deep as the window of communities or of negatives needs.
     with clock.stage("rank"):
-        wide = _stored_rankings(pairs, chosen, stages)
+        wide = _stored_rankings(pairs, window_options, stages)
         if wide is None:
-            wide = _rank(pairs, chosen, clock.progress, device=device, block_rows=block_rows)
+            wide = _rank(pairs, window_options, clock.progress, device=device, block_rows=block_rows)
             if stages:
-                stages.save("rankings", _rankings_key(pairs, chosen), wide.arrays)
-    if chosen.search != "exact":
+                stages.save("rankings", _rankings_key(pairs, window_options), wide.arrays)
+    if window_options.search != "exact":
         with clock.stage("recall"):
             facts["search_recall"] = search_recall(pairs.queries, wide, pairs.distinct)
-    width, negatives_width = _widths(chosen, len(pairs.distinct))
+    width, negatives_width = _widths(window_options, len(pairs.distinct))
     rankings = wide.narrow(width)
 
     # 3. Graph: rows that are hard negatives of each other are linked. The problem builds it when the miner asks for it.
-    problem = Problem(pairs.queries, rankings, pairs.distinct, np.arange(len(pairs)), chosen, clock)
+    problem = Problem(pairs.queries, rankings, pairs.distinct, np.arange(len(pairs)), window_options, clock)
 
     # 4. Communities of exactly K rows that hold as much of the graph as possible.
-    key = Stages.key(rankings=_rankings_key(pairs, chosen), **chosen.model_dump())
+    key = Stages.key(rankings=_rankings_key(pairs, window_options), **window_options.model_dump())
     stored = stages.load("communities", key) if stages else None
     if stored is not None:
         communities, remainder = stored["communities"], stored["remainder"]
@@ -113,11 +113,11 @@ def mine(
 
     # 5. Negatives: further hard negatives for each row, from what its community ranks.
     negatives = None
-    if chosen.hard_negatives:
+    if window_options.hard_negatives:
         with clock.stage("negatives"):
             negatives = draw_negatives(
-                wide.narrow(negatives_width), pairs.distinct, communities, remainder, chosen.hard_negatives,
-                chosen.seed, as_authors=chosen.preset == "paper",
+                wide.narrow(negatives_width), pairs.distinct, communities, remainder, window_options.hard_negatives,
+                window_options.seed, as_authors=window_options.preset == "paper",
             )  # fmt: skip
             facts["hard_negatives_missing"] = int((negatives < 0).sum())
 
@@ -131,7 +131,7 @@ def mine(
         "teacher": teacher,
         "N": len(pairs),
         "D": pairs.queries.shape[1],
-        **chosen.model_dump(),
+        **window_options.model_dump(),
         "versions": _versions(),
         "seconds": round(sum(clock.seconds.values()), 3),
     }

@@ -339,10 +339,10 @@ def false_negative_table(cards: Cards, pairs: list[dict[str, Any]], depth: int) 
     """
     lines = []
     for pair in pairs:
-        own = _scored(cards.show("target", pair["row"]), pair["positive_score"], pair["positive_rank"], depth)
+        target = _scored(cards.show("target", pair["row"]), pair["positive_score"], pair["positive_rank"], depth)
         other = _scored(cards.show("target", pair["other_row"]), pair["negative_score"], pair["negative_rank"], depth)
         lines.append(
-            f'<div class="side">{cards.show("query", pair["row"])}</div><div class="side target">{own}</div>'
+            f'<div class="side">{cards.show("query", pair["row"])}</div><div class="side target">{target}</div>'
             f'<div class="side doubt">{other}</div>'
         )
     head = "<b>query</b><b>its own target</b><b>target of another member</b>"

@@ -54,14 +54,14 @@ def likely_false_negatives(
     """
     left = np.flatnonzero(excess > 0)
     left = left[np.argsort(-excess[left], kind="stable")]
-    chosen: list[dict[str, Any]] = []
-    while len(chosen) < MOST_FALSE_NEGATIVES and len(left):
+    pairs: list[dict[str, Any]] = []
+    while len(pairs) < MOST_FALSE_NEGATIVES and len(left):
         row, other = int(left[0]), int(nearest[left[0]])
-        if any(np.array_equal(queries[row], queries[shown["row"]]) for shown in chosen):
+        if any(np.array_equal(queries[row], queries[shown["row"]]) for shown in pairs):
             left = left[1:]
             continue
         pair = rankings.own[[row, other]]
-        chosen.append(
+        pairs.append(
             {
                 "row": row,
                 "other_row": other,
@@ -72,7 +72,7 @@ def likely_false_negatives(
             }
         )
         left = left[~(np.isin(rankings.own[left], pair) | np.isin(rankings.own[nearest[left]], pair))]
-    return chosen
+    return pairs
 
 
 def _rank(rankings: Rankings, row: int, target: int) -> int | None:

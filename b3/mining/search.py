@@ -28,7 +28,7 @@ Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def exact_search(targets: np.ndarray, depth: int, device: str | None = None) -> tuple[Search, int]:
-    """(search, queries to give it at a time).
+    """(search, number of queries per call that suits it).
 
     The search takes queries (n, D) to (ids (n, depth), exact scores (n, depth) float64) in rank order, ties by id.
 
@@ -118,25 +118,25 @@ class _TileSearch:
         rounding = (exact - rough.float()).double().norm(dim=1).numpy()
         error = 1.01 * (rounding + 1.01 * self.target_error) + error_of_products(queries.shape[1])
         bits: Any = torch.int16 if self.result_error else torch.int32
-        found = _Candidates(count, most + 2 * TILE, np.int16 if self.result_error else np.int32)
+        pool = _Candidates(count, most + 2 * TILE, np.int16 if self.result_error else np.int32)
         shares = [slice(s[0], s[-1] + 1) for s in np.array_split(np.arange(count), self.threads) if len(s)]
         for start in range(0, len(self.targets), TILE):
             with torch.inference_mode():
                 tile: Any = (rough @ self.rough_targets[start : start + TILE].T).view(bits).numpy()
 
             def add(s: slice, tile: Any = tile, start: int = start) -> None:
-                candidates = found.keys[s], found.ids[s], found.counts[s], found.floors[s]
+                candidates = pool.keys[s], pool.ids[s], pool.counts[s], pool.floors[s]
                 collect(tile[s], start, *candidates, error[s], self.result_error, self.depth, most)
 
             list(self.pool.map(add, shares))
         ids, scores = np.empty((count, self.depth), dtype=np.int64), np.empty((count, self.depth))
 
         def rank(s: slice) -> None:
-            candidates = found.keys[s], found.ids[s], found.counts[s]
+            candidates = pool.keys[s], pool.ids[s], pool.counts[s]
             finish(queries[s], self.targets, *candidates, error[s], self.result_error, ids[s], scores[s])
 
         list(self.pool.map(rank, shares))
-        in_full(queries, self.targets, np.flatnonzero(found.counts < 0), ids, scores)
+        in_full(queries, self.targets, np.flatnonzero(pool.counts < 0), ids, scores)
         return ids, scores
 
 
@@ -180,8 +180,8 @@ class _DeviceSearch:
 
         with torch.inference_mode():
             block = torch.from_numpy(np.ascontiguousarray(queries)).to(self.device)
-            found = torch.topk(block @ self.on_device.T, self.width, dim=1)
-            rough, columns = found.values.cpu().numpy(), found.indices.cpu().numpy()
+            top = torch.topk(block @ self.on_device.T, self.width, dim=1)
+            rough, columns = top.values.cpu().numpy(), top.indices.cpu().numpy()
         ids = np.sort(columns, axis=1)
         scores = np.empty(ids.shape)
         step = max(1, SCORES_IN_BLOCK // (self.width * queries.shape[1]))

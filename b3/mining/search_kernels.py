@@ -64,10 +64,10 @@ def _keep(keys, ids, count, floor):  # type: ignore[no-untyped-def]
 @_jit
 def _any_above(scores, start, floor):  # type: ignore[no-untyped-def]
     """Whether one of 64 scores exceeds the floor: a loop without branches, which compiles to vector instructions."""
-    found = np.int16(0)
+    flag = np.int16(0)
     for j in range(64):
-        found |= np.int16(scores[np.uint64(start + j)] > floor)
-    return found != 0
+        flag |= np.int16(scores[np.uint64(start + j)] > floor)
+    return flag != 0
 
 
 @_jit

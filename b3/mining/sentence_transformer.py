@@ -52,13 +52,13 @@ class SentenceTransformerTeacher:
         vectors: np.ndarray | None = None
         with bar(len(distinct), progress, "item") as shown:
             for batch in batches:
-                given = [self._input(distinct[i]) for i in batch]
-                found = self.model.encode(
-                    given, prompt="", batch_size=len(given), show_progress_bar=False, convert_to_numpy=True
+                inputs = [self._input(distinct[i]) for i in batch]
+                rows = self.model.encode(
+                    inputs, prompt="", batch_size=len(inputs), show_progress_bar=False, convert_to_numpy=True
                 )
                 if vectors is None:
-                    vectors = np.empty((len(distinct), found.shape[1]), dtype=np.float32)
-                vectors[batch] = found
+                    vectors = np.empty((len(distinct), rows.shape[1]), dtype=np.float32)
+                vectors[batch] = rows
                 shown.update(len(batch))
         if vectors is None:
             raise DataError(f"{progress or 'items'}: there is nothing to encode")

@@ -174,30 +174,19 @@ def load_trainable(wrapped: nn.Module, folder: Path) -> None:
 
     _, tensors = read_adapter(folder)
     groups = _group(tensors, folder)
-    own = {name: p for name, p in wrapped.named_parameters() if "lora_" in name}
+    parameters = {name: p for name, p in wrapped.named_parameters() if "lora_" in name}
     seen = set()
     for module, parts in groups.items():
         for part, value in parts.items():
-            found = [n for n in own if n.startswith(f"base_model.model.{module}.{part}.default")]
-            if len(found) != 1 or own[found[0]].numel() != value.numel():
+            names = [n for n in parameters if n.startswith(f"base_model.model.{module}.{part}.default")]
+            if len(names) != 1 or parameters[names[0]].numel() != value.numel():
                 raise InputError(f"adapter in {folder} does not fit the configured adapter at '{module}.{part}'")
             with torch.no_grad():
-                own[found[0]].copy_(value.reshape(own[found[0]].shape))
-            seen.add(found[0])
-    missing = sorted(set(own) - seen)
+                parameters[names[0]].copy_(value.reshape(parameters[names[0]].shape))
+            seen.add(names[0])
+    missing = sorted(set(parameters) - seen)
     if missing:
         raise InputError(f"adapter in {folder} lacks {len(missing)} tensors, first: '{missing[0]}'")
-
-
-def matched_modules(wrapped: nn.Module) -> list[str]:
-    """Names of the modules that carry an adapter, sorted."""
-    return sorted(
-        {
-            n.split(".lora_A")[0].removeprefix("base_model.model.")
-            for n, _ in wrapped.named_modules()
-            if n.endswith(".lora_A")
-        }
-    )
 
 
 def _dora_layers(module: nn.Module) -> list[Any]:

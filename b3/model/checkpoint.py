@@ -205,15 +205,15 @@ def freeze_matching(backbone: nn.Module, patterns: Sequence[str]) -> list[str]:
     frozen: dict[str, None] = {}
     for pattern in patterns:
         try:
-            found = [name for name in named if re.search(pattern, name)]
+            names = [name for name in named if re.search(pattern, name)]
         except re.error as error:
             raise InputError(f"model.freeze '{pattern}' is not a regular expression: {error}") from None
-        if not found:
+        if not names:
             some = ", ".join(list(named)[:: max(1, len(named) // 3)][:3])
             raise InputError(
                 f"model.freeze '{pattern}' matches none of the {len(named)} trained parameters (e.g. {some})"
             )
-        frozen.update(dict.fromkeys(found))
+        frozen.update(dict.fromkeys(names))
     if len(frozen) == len(named):
         raise InputError(f"model.freeze {list(patterns)} leaves none of the {len(named)} parameters to train")
     for name in frozen:

@@ -75,7 +75,7 @@ class Embedder(nn.Module):
     title: ClassVar[str]  # in messages: "a text encoder"
     reads_images: ClassVar[bool] = False
     setting_names: ClassVar[tuple[str, ...]] = ()  # fields of `Settings` that mean something here
-    adapter_targets: ClassVar[tuple[str, ...]] = ()  # suffixes of linear layers; none: takes no adapter
+    adapter_targets: ClassVar[tuple[str, ...]] = ()  # suffixes of linear layers; (): an adapter is refused
 
     def __init__(
         self,

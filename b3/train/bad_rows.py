@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,6 @@ from b3.errors import DataError
 from b3.files import write_text
 
 if TYPE_CHECKING:
-    from b3.data.items import Item
     from b3.train.inputs import StepCollator, StepInputs, StepRow
 
 BAD_ROWS = "bad_rows.jsonl"
@@ -56,50 +54,49 @@ class GuardedCollator:
             return self.collator(rows), []
         except DataError as error:
             original = error
+        readable = list(rows)
         replaced: list[Replaced] = []
-        good = list(rows)
-        for position, place in enumerate(rows):
-            problem = self._problem(place)
+        for position, (dataset, row) in enumerate(rows):
+            problem = self._problem(dataset, row)
             if problem is not None:
-                good[position] = self._other(place)
-                name = self.collator.datasets[place[0]].name
-                replaced.append(Replaced(name, place[1], good[position][1], problem))
+                other = self._other(dataset, row)
+                readable[position] = dataset, other
+                replaced.append(Replaced(self._name(dataset), row, other, problem))
         if not replaced:
             raise original
-        return self.collator(good), replaced
+        return self.collator(readable), replaced
 
     def describe(self, rows: list[StepRow]) -> str:
         """Which rows a batch reads, for errors."""
-        names = [f"{self.collator.datasets[place[0]].name} row {place[1]}" for place in rows[:5]]
+        names = [f"{self._name(dataset)} row {row}" for dataset, row in rows[:5]]
         return f"{len(rows)} rows: {', '.join(names)}" + (", ..." if len(rows) > 5 else "")
 
-    def _items(self, place: StepRow) -> Iterable[Item]:
-        dataset = self.collator.datasets[place[0]]
-        yield dataset.query(place[1])
-        yield dataset.target(place[1])
-        yield from (item for item in self.collator.negative_items(place) if item is not None)
+    def _name(self, dataset: int) -> str:
+        return self.collator.datasets[dataset].name
 
-    def _problem(self, place: StepRow) -> str | None:
+    def _problem(self, dataset: int, row: int) -> str | None:
         """Why a row cannot be used, or None. Raises `DataError` if that is not to be replaced."""
-        for item in self._items(place):
+        pairs = self.collator.datasets[dataset]
+        for item in (pairs.query(row), pairs.target(row), *self.collator.negative_items((dataset, row))):
+            if item is None:
+                continue
             try:
                 self.collator.processor(item)
             except DataError as error:
                 if not self.replace or item.image is None:
-                    raise DataError(f"{self.collator.datasets[place[0]].name} row {place[1]}: {error}") from None
+                    raise DataError(f"{self._name(dataset)} row {row}: {error}") from None
                 return str(error)
         return None
 
-    def _other(self, place: StepRow) -> StepRow:
+    def _other(self, dataset: int, row: int) -> int:
         """A readable row in place of this one, whatever else is in the batch: a rank knows only its share of it."""
-        dataset, row = place
         count = len(self.collator.datasets[dataset])
         for attempt in range(4 * count):
             digest = hashlib.sha256(f"{self.seed}/{dataset}/{row}/{attempt}".encode()).digest()
-            other = dataset, int.from_bytes(digest[:8], "big") % count
-            if self._problem(other) is None:
+            other = int.from_bytes(digest[:8], "big") % count
+            if self._problem(dataset, other) is None:
                 return other
-        name = self.collator.datasets[dataset].name
+        name = self._name(dataset)
         raise DataError(f"{name} row {row} cannot be read, and no other row of {name} can take its place")
 
 

@@ -76,10 +76,10 @@ def prune(run: Path, keep: int) -> None:
 
     A folder leaves its name before its files, so that a kill does not leave half of one under it.
     """
-    found = sorted((p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name)), key=checkpoint_step)
-    kept = [p for p in found if is_complete(p)][-keep:]
-    for folder in found:
-        if kept and folder not in kept and checkpoint_step(folder) < checkpoint_step(kept[-1]):
+    folders = sorted((p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name)), key=checkpoint_step)
+    complete = [p for p in folders if is_complete(p)][-keep:]
+    for folder in folders:
+        if complete and folder not in complete and checkpoint_step(folder) < checkpoint_step(complete[-1]):
             target = run / f"{REMOVED}{folder.name}"
             shutil.rmtree(target, ignore_errors=True)  # left by a kill
             folder.rename(target)
@@ -101,8 +101,8 @@ def checkpoint_step(folder: Path) -> int:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint with the most steps; torn ones are passed over."""
-    found = [p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name) and is_complete(p)]
-    return max(found, key=checkpoint_step, default=None)
+    folders = [p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name) and is_complete(p)]
+    return max(folders, key=checkpoint_step, default=None)
 
 
 def rewind_metrics(run: Path, step: int) -> None:

@@ -146,8 +146,8 @@ def _write_texts(config: Config) -> None:
         others = [rows[i - 1]["pos_text"] for i in range(len(rows))]
         rows = [{**row, "neg_text": other, "neg_image_path": ""} for row, other in zip(rows, others, strict=True)]
     for number, entry in enumerate(config.data.datasets):
-        own = rows[number :: len(config.data.datasets)][:ROWS]
-        text = "".join(json.dumps(row) + "\n" for row in own)
+        rows_of_entry = rows[number :: len(config.data.datasets)][:ROWS]
+        text = "".join(json.dumps(row) + "\n" for row in rows_of_entry)
         write_text(Path(config.data.source.removeprefix("jsonl:")) / entry.subset / "train.jsonl", text)
 
 

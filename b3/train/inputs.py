@@ -197,8 +197,8 @@ class StepCollator:
         number, row = place
         dataset = self.datasets[number]
         if self.stored_negatives:
-            found = dataset.negatives(row)[: self.stored_negatives]
-            return [*found, *[None] * (self.stored_negatives - len(found))]
+            items = dataset.negatives(row)[: self.stored_negatives]
+            return [*items, *[None] * (self.stored_negatives - len(items))]
         return [dataset.target(n) if n >= 0 else None for n in self._negative_rows(place)]
 
     def _negative_rows(self, place: StepRow) -> Sequence[int]:

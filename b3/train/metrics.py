@@ -141,17 +141,6 @@ class Window:
         }
 
 
-# Keys of a line that depend on the machine: they may differ between runs that are equal otherwise.
-TIMES = frozenset(
-    "pairs_per_second tokens_per_second waiting_for_data peak_memory_bytes tflops_per_rank mfu seconds".split()
-)
-
-
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of the log without what depends on the machine."""
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
 TIMED_STEPS = 5
 
 

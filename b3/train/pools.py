@@ -2,9 +2,9 @@
 
 Every part of a pool (a data set) keeps its communities on a wheel, a fixed random order. An epoch takes the next
 stretch of it, so how often two communities were used never differs by more than one, whatever fits into whole batches.
-In every other turn of the wheel one community, or as many as it takes, cedes random places to the rows that are in
-none. Batches are then drawn freshly from the stretch. All of it is a function of (communities, seed, epoch); the random
-orders come from hashes and so depend on no library's generator.
+In every other turn of the wheel the rows that are in no community take random places of one community, or of as many
+as it needs. Batches are then drawn freshly from the stretch. All of it is a function of (communities, seed, epoch); the
+random orders come from hashes and so depend on no library's generator.
 """
 
 from __future__ import annotations

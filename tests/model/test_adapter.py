@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from golden_data import GOLDEN, cases, checkpoint, item
 from safetensors.torch import load_file, save_file
 
 from b3 import Embedder
 from b3.errors import InputError
-from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable, matched_modules, new_name
+from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable, new_name
 from b3.model.batch import collate
 from b3.train.loop import save_adapter
 
@@ -57,7 +58,7 @@ def test_saved_and_merged_equals_trained(folder: Path, tmp_path: Path, dora: boo
 
 
 def test_paper_targets_hit_the_language_model_only(folder: Path) -> None:
-    names = matched_modules(trainable(folder, dora=True).backbone)
+    names = tiny.matched_modules(trainable(folder, dora=True).backbone)
     suffixes = ("mlp.down_proj", *(f"self_attn.{x}_proj" for x in "kqvo"))
     expected = {f"model.language_model.layers.{i}.{suffix}" for i in range(2) for suffix in suffixes}
     assert set(names) == expected

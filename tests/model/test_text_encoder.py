@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from b3 import Embedder
 from b3.data.items import Item
 from b3.errors import DataError, InputError
-from b3.model.adapter import AdapterSpec, attach_adapter, matched_modules
+from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.backbones.text_encoder import TextEncoder
 from b3.train.loop import save_adapter
 
@@ -150,7 +150,7 @@ def test_an_adapter_is_on_all_linear_layers_saved_and_merged(roberta: Path, tmp_
     spec = AdapterSpec(r=4, dropout=0.0, use_dora=dora, target_modules=model.adapter_targets)
     plain = model.encode(TEXTS)
     model.backbone = attach_adapter(model.backbone, spec)
-    assert matched_modules(model.backbone) == linear and len(linear) == 12
+    assert tiny.matched_modules(model.backbone) == linear and len(linear) == 12
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.backbone.named_parameters():
         if "lora_B" in name:

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 
 from b3.errors import EXIT_STOPPED
 from b3.train.checkpoint import is_complete, newest_checkpoint
-from b3.train.metrics import without_times
 
 STEPS = 10
 NOISY = ("adapter.dropout=0.2", "adapter.use_dora=true", f"train.steps={STEPS}", "train.log_every=2")
@@ -45,7 +44,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    assert without_times(lines(one)) == without_times(lines(other))
+    assert tiny.without_times(lines(one)) == tiny.without_times(lines(other))
     mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

@@ -14,7 +14,6 @@ import torch
 from forks import Job
 from safetensors.torch import load_file
 
-from b3.train.metrics import without_times
 from b3.train.sampler import BatchPlanSampler, random_rows
 
 BASE = ("adapter.dropout=0.2", "adapter.use_dora=true")
@@ -57,7 +56,7 @@ def scored(root: Path) -> Path:
 
 def test_evaluation_on_the_way_changes_no_loss_and_no_weight(root: Path, scored: Path) -> None:
     run(root, "plain")
-    assert without_times(lines(scored)) == without_times(lines(root / "plain"))
+    assert tiny.without_times(lines(scored)) == tiny.without_times(lines(root / "plain"))
     one, other = (load_file(folder / "adapter_model.safetensors") for folder in (scored, root / "plain"))
     assert all(torch.equal(one[name], other[name]) for name in other)
     assert [line["step"] for line in lines(scored, "evaluation")] == [2, 4, 6]

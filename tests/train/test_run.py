@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from b3.train import BatchPlanSampler
 from b3.train.checkpoint import mark_complete
-from b3.train.metrics import without_times
 from b3.train.sampler import random_rows
 
 ROOT = Path(__file__).parents[2]
@@ -173,7 +172,7 @@ def test_ranks_give_the_losses_of_one_process(root: Path, single: Path, ranks: i
 def test_workers_change_nothing(root: Path, single: Path) -> None:
     result = start(root, "workers", "train.workers=2")
     assert result.returncode == 0, result.output
-    assert without_times(metrics(root / "workers")) == without_times(metrics(single))
+    assert tiny.without_times(metrics(root / "workers")) == tiny.without_times(metrics(single))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from b3.config import load_config
 from b3.errors import ConfigError
-from b3.train.metrics import without_times
 
 
 def start(root: Path, run: str, *overrides: str, recipe: str = "recipe.yaml") -> tuple[int, str]:
@@ -58,7 +57,7 @@ def test_a_learned_temperature_survives_a_restart(root: Path) -> None:
     (torn / "config.yaml").write_text(text.replace(str(root / "whole"), str(torn)))
     code, text = start(root, "torn", *options)
     assert code == 0, text
-    assert without_times(metrics(torn)) == without_times(metrics(root / "whole"))
+    assert tiny.without_times(metrics(torn)) == tiny.without_times(metrics(root / "whole"))
     assert (load_file(torn / "checkpoint-4" / "loss.safetensors")["log_scale"] == learned).all()
 
 
@@ -118,6 +117,6 @@ def test_all_weights_but_the_frozen_are_trained_saved_and_resumed(root: Path) ->
     for name in ("result.json", "checkpoint-4/complete.json"):
         (root / "full" / name).unlink()
     run()
-    assert without_times(metrics(root / "full")) == without_times(lines)
+    assert tiny.without_times(metrics(root / "full")) == tiny.without_times(lines)
     again = load_file(root / "full" / "model.safetensors")
     assert all((again[n] == whole[n]).all() for n in whole)

@@ -58,7 +58,7 @@ def objective(graph: Graph, groups: np.ndarray, targets: np.ndarray) -> int:
 
 
 def temperatures(passes: int) -> list[float]:
-    """Of each pass: geometric from `HOTTEST` to `COOLEST`, then `COLD_PASSES` at 0; few passes are all cold."""
+    """Temperatures by pass: geometric from `HOTTEST` to `COOLEST`, then `COLD_PASSES` at 0; few passes are all cold."""
     warm = passes - COLD_PASSES
     if warm < 2:
         return [0.0] * passes
@@ -173,11 +173,11 @@ def _weight(indptr, indices, weights, row, other):  # type: ignore[no-untyped-de
 @_jit
 def _copies(targets, members, row):  # type: ignore[no-untyped-def]
     """Members of a community other than `row` that have its target."""
-    found = 0
+    num = 0
     for v in members:
         if v != row and targets[v] == targets[row]:
-            found += 1
-    return found
+            num += 1
+    return num
 
 
 @_jit

@@ -59,8 +59,8 @@ def above_positive(scores: Tensor, positives: Tensor, margin: float) -> Tensor:
         positives: (B,) int64, the column of each row's positive.
         margin: in units of cosine.
     """
-    own = scores.gather(1, positives[:, None])
-    return (scores > own + margin).scatter_(1, positives[:, None], False)
+    positive_scores = scores.gather(1, positives[:, None])
+    return (scores > positive_scores + margin).scatter_(1, positives[:, None], False)
 
 
 @dataclass(frozen=True, slots=True)
