@@ -5,43 +5,42 @@ from __future__ import annotations
 import numpy as np
 
 from b3 import registry
-from b3.console import Clock
 from b3.mining.graph import Problem, kept_rows, merge_facts
 
 
-def find_communities(problem: Problem, clock: Clock) -> tuple[np.ndarray, np.ndarray]:
+def find_communities(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """(communities (C, K) int64, remainder (R,) int64): the miner of `mining.partitioner` cuts all rows of the problem.
 
     Members ascend within a community, communities by their first member; `problem.facts` gets what the report says.
     """
     options = problem.options
     if options.piece_rows is not None and len(problem) > options.piece_rows:
-        community_of = _cut_in_pieces(problem, options.piece_rows, clock)
+        community_of = _cut_in_pieces(problem, options.piece_rows)
     else:
-        community_of = registry.load("miner", options.partitioner)(problem, options, clock)
+        community_of = registry.load("miner", options.partitioner)(problem, options, problem.clock)
     is_member = community_of >= 0
     communities = members_of(community_of[is_member], problem.rows[is_member], options.community_size)
     return communities, problem.rows[~is_member]
 
 
-def _cut_in_pieces(problem: Problem, piece_rows: int, clock: Clock) -> np.ndarray:
+def _cut_in_pieces(problem: Problem, piece_rows: int) -> np.ndarray:
     """(n,) community of each row, -1 for none: balanced k-means makes pieces, and the miner cuts them one by one."""
     from b3.mining.miners.kmeans import balanced_kmeans, pair_vectors
 
     options = problem.options
     cut = registry.load("miner", options.partitioner)
     positions = kept_rows(None, len(problem), options.community_size, options.seed)
-    with clock.stage("pieces"):
+    with problem.clock.stage("pieces"):
         num_pieces = -(-len(positions) // piece_rows)
         vectors = pair_vectors(problem.queries, problem.distinct)
         piece_of = balanced_kmeans(vectors, problem.rows[positions], num_pieces, options.community_size, options.seed)
     community_of = np.full(len(problem), -1, dtype=np.int64)
     facts, num_communities = [], 0
     for number in range(num_pieces):
-        inside = positions[piece_of == number]  # a multiple of K
-        piece = problem.part(inside)
-        community_of[inside] = num_communities + cut(piece, options, clock)
-        num_communities += len(inside) // options.community_size
+        members = positions[piece_of == number]  # a multiple of K, so that the miner leaves none out
+        piece = problem.part(members)
+        community_of[members] = num_communities + cut(piece, options, problem.clock)
+        num_communities += len(members) // options.community_size
         facts.append(piece.facts)
     problem.facts |= {"pieces": num_pieces, **merge_facts(facts)}
     return community_of

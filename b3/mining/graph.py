@@ -93,10 +93,10 @@ def window_rows(
         rows = start + np.flatnonzero(place[start : start + step] >= 0)
         if not len(rows):
             continue
-        num_taken, at = _reached(rankings.window(rows), slots[rows], phase, rankings.own[rows], distinct, budget)
+        num_near, at = _reached(rankings.window(rows), slots[rows], phase, rankings.own[rows], distinct, budget)
         ends = place[by_slot[at]]
         is_member = ends >= 0
-        degrees.append(np.bincount(np.repeat(np.arange(len(rows)), num_taken)[is_member], minlength=len(rows)))
+        degrees.append(np.bincount(np.repeat(np.arange(len(rows)), num_near)[is_member], minlength=len(rows)))
         neighbours.append(ends[is_member])
     return np.cumsum(np.concatenate(degrees)), np.concatenate(neighbours)
 
@@ -109,7 +109,13 @@ def _reached(
     distinct: DistinctTargets,
     budget: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows taken for each query (n,), their positions in the order of the slots), for targets `window` (n, k)."""
+    """(number of rows for each query (n,), positions (E,) of these rows in the order of the slots).
+
+    Args:
+        window: (n, k) distinct targets in the window of each query.
+        slots: (n,) of the queries; phase: (U,) of the targets; both in [0, 1), see `_slots`.
+        own: (n,) the queries' own targets, of which no row is taken.
+    """
     # Row r of a target with `size` rows has the slot (r + phase) / size; `low` and `high` are the r at both ends of
     # what is within reach, and may lie beyond 0 and size: the circle closes by the remainder below.
     size = np.where(window == own[:, None], 0, distinct.counts[window])
@@ -117,13 +123,13 @@ def _reached(
     reach = np.minimum(1.0, budget / np.maximum(total, 1))[:, None] / 2
     low = np.ceil((slots[:, None] - reach) * size - phase[window]).astype(np.int64)
     high = np.ceil((slots[:, None] + reach) * size - phase[window]).astype(np.int64)
-    num_taken = np.where((total <= budget)[:, None], size, np.minimum(high - low, size))
+    num_near = np.where((total <= budget)[:, None], size, np.minimum(high - low, size))
     # One entry per row taken: the r of its target (counting from `low`), then its position among all rows.
-    each = num_taken.ravel()
-    base = np.repeat(np.cumsum(each) - each, each)
-    place = np.repeat(low.ravel(), each) + np.arange(each.sum()) - base
+    each = num_near.ravel()
+    start = np.repeat(np.cumsum(each) - each, each)
+    place = np.repeat(low.ravel(), each) + np.arange(each.sum()) - start
     first = np.repeat(distinct.starts[window.ravel()], each)
-    return num_taken.sum(axis=1), first + place % np.repeat(size.ravel(), each)
+    return num_near.sum(axis=1), first + place % np.repeat(size.ravel(), each)
 
 
 def _by_slot(distinct: DistinctTargets, seed: int) -> np.ndarray:
@@ -185,6 +191,7 @@ def _adjacency(indptr: np.ndarray, rows: np.ndarray) -> Any:
 
 
 def _sources(matrix: Any) -> np.ndarray:
+    """(E,) int32: the row of each entry of a sparse matrix in compressed rows."""
     return np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
 
 

@@ -74,50 +74,42 @@ def mine(
         >>> plan.communities.shape
         (3125, 32)
     """
-    given = mining_options(p=p, m=m, community_size=community_size, hard_negatives=hard_negatives, seed=seed, **options)
+    values = {"p": p, "m": m, "community_size": community_size, "hard_negatives": hard_negatives, "seed": seed}
+    parameters = mining_options(**values, **options)
     clock = Clock(progress)
-    facts: dict[str, Any] = {"search": given.search}
+    facts: dict[str, Any] = {"search": parameters.search}
 
     # 1. Normalise: unit vectors on a grid on which sums are exact, and which targets are equal.
     with clock.stage("normalise"):
         pairs = normalise(*check_arrays(queries, targets))
-        window_options = _for_targets(given, len(pairs), len(pairs.distinct))
+        parameters = _for_targets(parameters, len(pairs), len(pairs.distinct))
 
     # 2. Rank all distinct targets for every query, as deep as the window of communities or of negatives needs.
     with clock.stage("rank"):
-        wide = _stored_rankings(pairs, window_options, stages)
+        wide = _stored_rankings(pairs, parameters, stages)
         if wide is None:
-            wide = _rank(pairs, window_options, clock.progress, device=device, block_rows=block_rows)
+            wide = _rank(pairs, parameters, clock.progress, device=device, block_rows=block_rows)
             if stages:
-                stages.save("rankings", _rankings_key(pairs, window_options), wide.arrays)
-    if window_options.search != "exact":
+                stages.save("rankings", _rankings_key(pairs, parameters), wide.arrays)
+    if parameters.search != "exact":
         with clock.stage("recall"):
             facts["search_recall"] = search_recall(pairs.queries, wide, pairs.distinct)
-    width, negatives_width = _widths(window_options, len(pairs.distinct))
+    width, negatives_width = _widths(parameters, len(pairs.distinct))
     rankings = wide.narrow(width)
 
     # 3. Graph: rows that are hard negatives of each other are linked. The problem builds it when the miner asks for it.
-    problem = Problem(pairs.queries, rankings, pairs.distinct, np.arange(len(pairs)), window_options, clock)
+    problem = Problem(pairs.queries, rankings, pairs.distinct, np.arange(len(pairs)), parameters, clock)
 
     # 4. Communities of exactly K rows that hold as much of the graph as possible.
-    key = Stages.key(rankings=_rankings_key(pairs, window_options), **window_options.model_dump())
-    stored = stages.load("communities", key) if stages else None
-    if stored is not None:
-        communities, remainder = stored["communities"], stored["remainder"]
-        problem.facts |= json.loads(str(stored["facts"]))
-    else:
-        communities, remainder = find_communities(problem, clock)
-        if stages:
-            arrays = {"communities": communities, "remainder": remainder}
-            stages.save("communities", key, {**arrays, "facts": np.asarray(json.dumps(problem.facts))})
+    communities, remainder = _communities(problem, _rankings_key(pairs, parameters), stages)
 
     # 5. Negatives: further hard negatives for each row, from what its community ranks.
     negatives = None
-    if window_options.hard_negatives:
+    if parameters.hard_negatives:
         with clock.stage("negatives"):
             negatives = draw_negatives(
-                wide.narrow(negatives_width), pairs.distinct, communities, remainder, window_options.hard_negatives,
-                window_options.seed, as_authors=window_options.preset == "paper",
+                wide.narrow(negatives_width), pairs.distinct, communities, remainder, parameters.hard_negatives,
+                parameters.seed, as_authors=parameters.preset == "paper",
             )  # fmt: skip
             facts["hard_negatives_missing"] = int((negatives < 0).sum())
 
@@ -131,7 +123,7 @@ def mine(
         "teacher": teacher,
         "N": len(pairs),
         "D": pairs.queries.shape[1],
-        **window_options.model_dump(),
+        **parameters.model_dump(),
         "versions": _versions(),
         "seconds": round(sum(clock.seconds.values()), 3),
     }
@@ -184,6 +176,20 @@ def _rankings_key(pairs: Pairs, options: MiningOptions) -> str:
         width=max(_widths(options, len(pairs.distinct))),
         **options.model_dump(include={"p", "community_size", "search", "preset", "classification"}),
     )
+
+
+def _communities(problem: Problem, rankings_key: str, stages: Stages | None) -> tuple[np.ndarray, np.ndarray]:
+    """`find_communities`, or what an interrupted call has kept of it in `stages`."""
+    key = Stages.key(rankings=rankings_key, **problem.options.model_dump())
+    arrays = stages.load("communities", key) if stages else None
+    if arrays is not None:
+        problem.facts |= json.loads(str(arrays["facts"]))
+        return arrays["communities"], arrays["remainder"]
+    communities, remainder = find_communities(problem)
+    if stages:
+        arrays = {"communities": communities, "remainder": remainder}
+        stages.save("communities", key, {**arrays, "facts": np.asarray(json.dumps(problem.facts))})
+    return communities, remainder
 
 
 def _widths(options: MiningOptions, num_targets: int) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def _draw(
     as_authors: bool = False,
 ) -> np.ndarray:
     """(K, h) distinct targets for one community of `members` (K,), -1 for none."""
-    order = rankings.order[members]
+    order = rankings.order[members]  # (K, p + m)
     # U candidates: all that the members rank, window and above; `place` (K, p + m) finds them in `candidate_ids`
     candidate_ids, place = np.unique(order, return_inverse=True)
     place = place.reshape(order.shape)
@@ -71,6 +71,7 @@ def _draw(
         # the smallest of these exponential keys are a draw without replacement, weighted by score
         hashes = mix64(seed, 6, int(members[0]), candidate_ids, *([copy] if copy else []))
         keys.append(-np.log(uniform(hashes))[usable] / np.maximum(scores[usable], 1e-9))
+    # all copies in one line, smallest key first; `usable` are places in `candidate_ids`
     queue = np.tile(usable, num_copies)[np.argsort(np.concatenate(keys), kind="stable")]
     if as_authors:
         dealt = np.full(num_wanted, -1, dtype=np.int64)
@@ -79,7 +80,7 @@ def _draw(
         is_banned = np.zeros((len(members), num_candidates), dtype=bool)  # a member's own top p
         np.put_along_axis(is_banned, place[:, : rankings.p], True, axis=1)
         dealt = _deal(queue, is_banned, num_wanted)
-    places = dealt.reshape(per_query, len(members)).T
+    places = dealt.reshape(per_query, len(members)).T  # dealt turn by turn: one row per turn, one column per member
     return np.where(places >= 0, candidate_ids[places], -1)
 
 

@@ -108,17 +108,17 @@ def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
     teacher = load_teacher(config)
     world = distributed.world_size()
     for start in range(0, len(jobs), world):
-        own: tuple[_Job, np.ndarray, np.ndarray] | None = None
+        own_job: tuple[_Job, np.ndarray, np.ndarray] | None = None  # with (N, D) queries and targets
         for owner, job in enumerate(jobs[start : start + world]):
             queries, targets = teacher_embeddings(config, job.entry, job.dataset, teacher)
             if owner == distributed.rank():
-                own = job, queries, targets
+                own_job = job, queries, targets
             if world > 1:
                 with stage_bar(job.entry.subset, show_progress) as progress:
                     options = options_for(config, job.entry)
                     rank_together(queries, targets, options, _stages(config, job), owner, progress)
-        if own is not None:
-            _mine_plan(config, *own, show_progress and world == 1)
+        if own_job is not None:
+            _mine_plan(config, *own_job, show_progress and world == 1)
     distributed.barrier()
     forget_teacher(config)
 

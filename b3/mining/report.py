@@ -1,4 +1,7 @@
-"""What a plan is worth: hard negatives that share a community, against random communities and the paper's recipe."""
+"""What a plan is worth: hard negatives that share a community, against random communities and the paper's recipe.
+
+Also what the page shows of it: communities by hardness, likely false negatives, repeated targets, and hubs.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,17 @@ from b3.console import Clock
 from b3.mining.communities import find_communities
 from b3.mining.graph import Problem
 from b3.mining.rankings import TEMPERATURE, TOP, WINDOW, Rankings
-from b3.mining.report_examples import community_examples, duplicate_examples, hubs, likely_false_negatives
 from b3.mining.vectors import DistinctTargets
 
 BLOCK_VALUES = 1 << 22
 BIN = 0.01
 MASS_BINS = 50
+PERCENTILES = (10, 50, 90)
+MOST_FALSE_NEGATIVES = 12
+MOST_DUPLICATES = 4
+MOST_HUBS = 10
+HUB_SHARE = 100  # one target in this many counts as a hub
+WINDOW_ROWS = 65536
 
 
 def quality(
@@ -115,6 +123,7 @@ def _member_scores(
     for start in range(0, num, together):
         block = communities[start : start + together]
         targets = distinct.of_row[block]
+        # sorted by target, a member is the first with its target where the one before has another
         order = np.argsort(targets, axis=1, kind="stable")
         ordered = np.take_along_axis(targets, order, axis=1)
         is_first = np.empty(block.shape, dtype=bool)
@@ -190,12 +199,14 @@ def make_report(
 def _others(problem: Problem, changed: dict[str, Any]) -> np.ndarray:
     """(C, K) communities of the same rows under changed options."""
     options = problem.options.model_copy(update={"piece_rows": None, **changed})
-    clock = Clock()
-    return find_communities(replace(problem, options=options, clock=clock, facts={}), clock)[0]
+    return find_communities(replace(problem, options=options, clock=Clock(), facts={}))[0]
 
 
 def random_expectation(rankings: Rankings, distinct: DistinctTargets, community_size: int) -> dict[str, float]:
-    """Expected counts for communities drawn at random from all N rows: (K - 1) / (N - 1) of what exists."""
+    """Expected counts for communities drawn at random from all N rows: (K - 1) / (N - 1) of what exists.
+
+    A target in a window stands for all rows that carry it, hence the sums of `distinct.counts`.
+    """
     counts, num = distinct.counts, len(rankings.own)
     share = (community_size - 1) / max(1, num - 1)
     totals = np.zeros(2)
@@ -228,3 +239,134 @@ def _histograms(measured: dict[str, dict[str, Any]], positive: np.ndarray) -> di
         "histogram": {"from": -1.0, "bin": BIN, "positive": bins(positive).tolist(), **scores},
         "teacher_mass_histogram": {"from": 0.0, "bin": 1 / MASS_BINS, **masses},
     }
+
+
+def community_examples(communities: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
+    """Communities by hardness (mean hits of their members): percentiles, and one community at each as example.
+
+    Args:
+        communities: (C, K) rows.
+        hits: (N,) of `quality`.
+    """
+    hardness = hits[communities].mean(axis=1)
+    order = np.argsort(hardness, kind="stable")
+    examples = []
+    for percent in PERCENTILES:
+        number = int(order[round(percent / 100 * (len(order) - 1))])
+        rows = communities[number]
+        examples.append(
+            {
+                "percentile": percent,
+                "community": number,
+                "mined_negatives_per_query": float(hardness[number]),
+                "rows": rows.tolist(),
+                "mined_negatives": hits[rows].tolist(),
+            }
+        )
+    levels = {str(q): float(np.percentile(hardness, q)) for q in (0, 10, 25, 50, 75, 90, 100)}
+    return {"hardness_percentiles": levels, "examples": examples}
+
+
+def likely_false_negatives(
+    queries: np.ndarray, rankings: Rankings, excess: np.ndarray, nearest: np.ndarray
+) -> list[dict[str, Any]]:
+    """The members that the teacher scores furthest above a query's own target, at most 12, the furthest first.
+
+    Args:
+        queries: (N, D) unit vectors.
+        rankings: their ranking.
+        excess: (N,) score of the best-scored other member minus that of the own target; ties by row.
+        nearest: (N,) row of that member.
+
+    No query (equal vectors are one) and no target, own or other, is shown twice. Each entry: row and other_row;
+    positive_score and negative_score; positive_rank and negative_rank, counted from 0, None beyond p + m.
+    """
+    rows_left = np.flatnonzero(excess > 0)
+    rows_left = rows_left[np.argsort(-excess[rows_left], kind="stable")]
+    pairs: list[dict[str, Any]] = []
+    while len(pairs) < MOST_FALSE_NEGATIVES and len(rows_left):
+        row, other = int(rows_left[0]), int(nearest[rows_left[0]])
+        if any(np.array_equal(queries[row], queries[shown["row"]]) for shown in pairs):
+            rows_left = rows_left[1:]
+            continue
+        both_targets = rankings.own[[row, other]]
+        pairs.append(
+            {
+                "row": row,
+                "other_row": other,
+                "positive_score": float(rankings.positive[row]),
+                "negative_score": float(rankings.positive[row] + excess[row]),
+                "positive_rank": _rank_of(rankings, row, int(both_targets[0])),
+                "negative_rank": _rank_of(rankings, row, int(both_targets[1])),
+            }
+        )
+        # no further pair with either target, as own or as other one
+        own_is_shown = np.isin(rankings.own[rows_left], both_targets)
+        other_is_shown = np.isin(rankings.own[nearest[rows_left]], both_targets)
+        rows_left = rows_left[~(own_is_shown | other_is_shown)]
+    return pairs
+
+
+def _rank_of(rankings: Rankings, row: int, target: int) -> int | None:
+    """Rank of a target for a query, counted from 0; None beyond p + m."""
+    at = np.flatnonzero(rankings.order[row] == target)
+    return int(at[0]) if at.size else None
+
+
+def duplicate_examples(communities: np.ndarray, distinct: DistinctTargets) -> list[dict[str, Any]]:
+    """The targets that most rows share with another member of their community, at most 4, ties by first row.
+
+    Each entry: rows, the first two members of a community that share it (lowest community); members, how many rows in
+    all share it with another member.
+    """
+    # (C, K), each community sorted by target: a member shares its target if the one before or after has the same
+    targets = distinct.of_row[communities]
+    order = np.argsort(targets, axis=1, kind="stable")
+    ordered = np.take_along_axis(targets, order, axis=1)
+    is_repeat = ordered[:, 1:] == ordered[:, :-1]
+    edge = np.zeros((len(is_repeat), 1), dtype=bool)
+    is_shared = np.concatenate([is_repeat, edge], axis=1) | np.concatenate([edge, is_repeat], axis=1)
+    ids, first, counts = np.unique(ordered[is_shared], return_index=True, return_counts=True)
+    rows = np.take_along_axis(communities, order, axis=1)[is_shared]
+    top = np.lexsort((ids, -counts))[:MOST_DUPLICATES]
+    return [{"rows": rows[first[i] : first[i] + 2].tolist(), "members": int(counts[i])} for i in top]
+
+
+def hubs(rankings: Rankings, distinct: DistinctTargets, negatives: np.ndarray | None) -> dict[str, Any]:
+    """Targets that are in the windows of many queries.
+
+    A target's count is the number of queries that have it in their window and do not own it. Of these counts: mean,
+    max, p99; unused (share of targets in no window); top_share (share of all window entries that the most frequent 1 %
+    of the targets take, at least one target); histogram of targets over counts [0, 1), [1, 2), [2, 4), [4, 8), ...
+    With `negatives` (N, h) also drawn_top_share: the share of drawn hard negatives that are one of those 1 %.
+    targets: the ten most frequent ones (ties by number), each with its first row, its count (windows), and how often it
+    is drawn (None without `negatives`).
+    """
+    counts = np.zeros(len(distinct), dtype=np.int64)
+    for start in range(0, len(rankings.own), WINDOW_ROWS):
+        window = rankings.window(slice(start, start + WINDOW_ROWS))
+        is_own = window == rankings.own[start : start + WINDOW_ROWS, None]
+        counts += np.bincount(window[~is_own], minlength=len(counts))
+    order = np.argsort(-counts, kind="stable")
+    top = order[: -(-len(order) // HUB_SHARE)]
+    levels = np.frexp(counts.astype(np.float64))[1]  # 0 for 0, else 1 + floor(log2)
+    histogram = np.bincount(levels)
+    drawn = None
+    if negatives is not None:
+        drawn = np.bincount(distinct.of_row[negatives[negatives >= 0]], minlength=len(counts))
+    first_row = distinct.rows[distinct.starts[:-1]]
+    facts = {
+        "mean": float(counts.mean()),
+        "max": int(counts.max()),
+        "p99": float(np.percentile(counts, 99)),
+        "unused": float((counts == 0).mean()),
+        "top_share": float(counts[top].sum() / max(1, counts.sum())),
+        "histogram": histogram.tolist(),
+        "targets": [
+            {"row": int(first_row[u]), "windows": int(counts[u]), "drawn": None if drawn is None else int(drawn[u])}
+            for u in order[:MOST_HUBS]
+        ],
+    }
+    if drawn is not None:
+        facts["drawn_top_share"] = float(drawn[top].sum() / max(1, drawn.sum()))
+    return facts

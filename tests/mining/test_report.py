@@ -15,8 +15,7 @@ from mining import reference
 from b3.errors import RunError
 from b3.mining import BatchPlan, mine
 from b3.mining.rankings import Rankings, rank_targets
-from b3.mining.report import quality
-from b3.mining.report_examples import duplicate_examples, hubs, likely_false_negatives
+from b3.mining.report import duplicate_examples, hubs, likely_false_negatives, quality
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
 ROWS, SIZE, P, M = 90, 8, 3, 12

@@ -47,7 +47,7 @@ def cut(problem: Problem, options: MiningOptions, clock: Clock) -> np.ndarray:
 
 
 def objective(graph: Graph, groups: np.ndarray, targets: np.ndarray) -> int:
-    """Weight of the edges inside communities, minus `DUPLICATE_COST` a pair of members with equal targets.
+    """Weight of the edges inside communities, minus `DUPLICATE_COST` per pair of members with equal targets.
 
     For the union graph of distinct targets this is the number of window hits inside communities (eq. 6 of the paper
     asks to maximise the hard negatives that share a batch), minus what the veto dropped.
@@ -124,11 +124,13 @@ class _State(NamedTuple):
 
 
 def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int) -> _State:
+    """The state before the first pass, of `groups` (N,) and distinct `targets` (N,)."""
     count = len(groups)
     members = np.argsort(groups, kind="stable").reshape(num_parts, -1).astype(np.int32)
     sources = graph.sources()
-    same = groups[sources] == groups[graph.indices]
-    inside = np.bincount(sources[same], weights=graph.weights[same], minlength=count).astype(np.int32)
+    is_inside = groups[sources] == groups[graph.indices]
+    inside = np.bincount(sources[is_inside], weights=graph.weights[is_inside], minlength=count).astype(np.int32)
+    # (community, target) as one number: rows that share it are copies of each other
     _, group, sizes = np.unique(groups * (int(targets.max()) + 1) + targets, return_inverse=True, return_counts=True)
     copies = (sizes[group.ravel()] - 1).astype(np.int32)
     stay = inside - DUPLICATE_COST * copies
@@ -202,7 +204,7 @@ def _raise_pull(state, row, num):  # type: ignore[no-untyped-def]
 
 @_jit
 def _enter(state, home):  # type: ignore[no-untyped-def]
-    """Fill what is known of the visited community; returns the number of communities with a `pull`."""
+    """Fill `in_home`, `to_home`, `pull` for the visited community; returns the number of communities with a `pull`."""
     num = 0
     for i in state.members[home]:
         state.in_home[state.targets[i]] += 1
@@ -263,6 +265,7 @@ def _best_swap(state, row, home, num, cost, floor):  # type: ignore[no-untyped-d
             continue
         there = _copies(state.targets, state.members[away], row) if state.crowded else 0
         for v in state.members[away]:
+            # both rows gain what they find minus what they leave; the edge between them is lost twice
             gain = side + state.to_home[v] - state.stay[v]
             if gain <= best:
                 continue

@@ -66,7 +66,7 @@ def balanced_kmeans(vectors: np.ndarray, rows: np.ndarray, clusters: int, unit: 
 
 
 def _split(vectors: np.ndarray, rows: np.ndarray, first: int, seed: int) -> np.ndarray:
-    """(n,) bool: the `first` rows of one side."""
+    """(n,) bool: which of `rows` (n,) go to one side, exactly `first` of them; `vectors` (N, D) are on the grid."""
     pivot = rows[int(mix64(seed, 8, rows).argmin())]
     one = rows[int(_products(vectors, rows, vectors[pivot].astype(np.float64)).argmin())]
     two = rows[int(_products(vectors, rows, vectors[one].astype(np.float64)).argmin())]
