@@ -205,10 +205,18 @@ class Embedder(nn.Module):
         self.backbone.load_state_dict(saved.state_dict())
 
     def save(self, folder: Path) -> None:
-        """Write all weights with `save_settings`, as a checkpoint that `from_pretrained` and others load."""
+        """Write a checkpoint that `from_pretrained` and others load: weights with `save_settings`.
+
+        With an adapter attached only that, in peft's layout, and the config of its base.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         backbone: Any = self.backbone
-        backbone.save_pretrained(str(folder))
+        if hasattr(backbone, "get_base_model"):
+            backbone.save_pretrained(str(folder), save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+            backbone.get_base_model().config.save_pretrained(str(folder))
+        else:
+            backbone.save_pretrained(str(folder))
         self.save_settings(folder)
 
     def save_settings(self, folder: Path) -> None:

@@ -112,9 +112,8 @@ def build_trainer(
     """The parts of a run around its model; `sampler` says at which step it starts."""
     from transformers import set_seed
 
-    from b3.train.evaluation import Evaluator
     from b3.train.inputs import StepCollator
-    from b3.train.loop import Trainer
+    from b3.train.loop import Evaluator, Trainer
 
     loss = registry.load("loss", config.train.loss).from_config(config)
     teachers = open_teachers(config, datasets) if loss.reads_teacher else None

@@ -20,7 +20,7 @@ from b3.data.datasets import load_pairs
 from b3.data.tables import embedded_families
 from b3.errors import RunError
 from b3.files import write_json, write_text
-from b3.train.claim import DEBUG
+from b3.train.checkpoint import DEBUG
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder

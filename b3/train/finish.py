@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from b3.config import Config, dump_config
 from b3.files import publish, write_json, write_text
-from b3.train.checkpoint import RESULT, read_metrics
-from b3.train.claim import plan_digest
+from b3.train.checkpoint import RESULT, plan_digest, read_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +25,10 @@ COMPANIONS = ("chat_template.json", "chat_template.jinja", "generation_config.js
 
 def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan], seconds: float) -> None:
     """Write everything; last the file that says the run is complete. On the first rank only."""
-    from b3.train.loop import save_adapter
     from b3.train.page import write_page
 
     folder = Path(config.output_dir)
-    save_adapter(trainer.embedder, folder)
+    trainer.embedder.save(folder)
     if config.train.save_merged and config.model.train == "adapter":  # a full run's folder is a whole model already
         save_merged(config, folder, trainer.embedder.dtype)
     metrics, evaluations = read_metrics(folder), read_metrics(folder, "evaluation")

@@ -17,10 +17,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from b3 import distributed
 from b3.config import Config
+from b3.data.datasets import EvalDataset, load_eval
 from b3.errors import DataError, InputError, RunError
+from b3.eval.run import EvalSpec, evaluate_subset
 from b3.files import write_json
 from b3.model.adapter import load_trainable
 from b3.model.embedder import Embedder
+from b3.model.encode import Encoder
 from b3.model.workers import run_ahead
 from b3.train import checkpoint as checkpoints
 from b3.train.bad_rows import BadRows, GuardedCollator, Replaced
@@ -243,7 +246,7 @@ class Trainer:
         if self.is_first:
             checkpoints.sync_metrics(self.folder)
             staged = checkpoints.stage(self.folder, self.done)
-            save_adapter(self.embedder, staged)
+            self.embedder.save(staged)
             self.loss.save(staged)
             checkpoints.save_moments(staged, self.optimizer, self.parameters)
             checkpoints.save_random_states(staged, random_states)
@@ -267,17 +270,40 @@ class Trainer:
         checkpoints.restore_random_state(checkpoint, distributed.rank())
 
 
-def save_adapter(embedder: Embedder, folder: Path) -> None:
-    """Write the adapter in peft's layout, with tokenizer, image budget and the backbone's config beside it.
+class Evaluator:
+    """Scores the recipe's `eval` section with the weights as they are; ranks share the encoding, all get the scores.
 
-    Without an adapter all weights are written.
+    Differs from `eval_mmeb.py` in rounding only: the adapter is not merged, and the backbone runs in the precision of
+    training. Takes nothing from the random state of training.
+
+    Raises:
+        DataError: the evaluation data cannot be read; when built, so before the first step.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    backbone: Any = embedder.backbone
-    if not hasattr(backbone, "get_base_model"):
-        embedder.save(folder)
-        return
-    backbone.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; ours is written at the end
-    embedder.save_settings(folder)
-    backbone.get_base_model().config.save_pretrained(str(folder))
+
+    def __init__(self, config: Config, embedder: Embedder) -> None:
+        assert config.eval is not None
+        self.embedder = embedder
+        self.autocast = config.train.bf16
+        self.workers = config.train.workers
+        settings = config.eval
+        self.spec = EvalSpec(config.model.name, settings.source)
+        self.datasets: list[EvalDataset] = [
+            load_eval(
+                settings.source,
+                name,
+                settings.split,
+                image_dir=settings.image_dir,
+                prefix_targets=settings.prefix_targets,
+                max_rows=settings.max_rows,
+            )
+            for name in settings.subsets
+        ]
+
+    def __call__(self) -> dict[str, float]:
+        """Precision@1 by subset, and their `mean`. A collective call."""
+        device = self.embedder.device.type
+        encoder = Encoder(self.embedder, workers=self.workers)
+        devices = [self.embedder.device] if device == "cuda" else []
+        with torch.random.fork_rng(devices), torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+            scores = {d.name: float(evaluate_subset(d, encoder, self.spec).precision) for d in self.datasets}
+        return {**scores, "mean": sum(scores.values()) / len(scores)}

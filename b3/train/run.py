@@ -22,10 +22,11 @@ from b3.train.checkpoint import (
     check_format,
     checkpoint_facts,
     checkpoint_step,
+    claim_folder,
+    data_facts,
     newest_checkpoint,
     rewind_metrics,
 )
-from b3.train.claim import claim_folder, data_facts
 from b3.train.stop import Stopped, StopRequest
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from b3 import Embedder
 from b3.errors import InputError
 from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable, new_name
 from b3.model.batch import collate
-from b3.train.loop import save_adapter
 
 ITEMS = [item(case) for case in cases()[:8]]
 
@@ -51,7 +50,7 @@ def test_saved_and_merged_equals_trained(folder: Path, tmp_path: Path, dora: boo
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    save_adapter(model, tmp_path / "adapter")
+    model.save(tmp_path / "adapter")
     model.eval()
     merged = Embedder.from_pretrained(folder, adapter=tmp_path / "adapter", dtype="float32")
     assert np.abs(model.encode(ITEMS) - merged.encode(ITEMS)).max() < 1e-5

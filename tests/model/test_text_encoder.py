@@ -18,7 +18,6 @@ from b3.data.items import Item
 from b3.errors import DataError, InputError
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.backbones.text_encoder import TextEncoder
-from b3.train.loop import save_adapter
 
 KINDS = ("bert", "roberta", "xlm-roberta")
 # 20 distinct lengths, and several texts of one length
@@ -157,7 +156,7 @@ def test_an_adapter_is_on_all_linear_layers_saved_and_merged(roberta: Path, tmp_
             parameter.data.normal_(0, 0.02, generator=generator)
     attached = model.encode(TEXTS)
     assert np.abs(attached - plain).max() > 1e-3
-    save_adapter(model, tmp_path / "adapter")
+    model.save(tmp_path / "adapter")
     for merged in (
         Embedder.from_pretrained(roberta, adapter=tmp_path / "adapter", dtype="float32"),
         Embedder.from_pretrained(tmp_path / "adapter", dtype="float32"),
