@@ -103,3 +103,14 @@ def test_a_key_that_changes_nothing_is_no_error() -> None:
     config = load_config("configs/demo.yaml", ["model.train=full", "train.save_merged=true"])
     assert config.model.train == "full"
     assert load_config("configs/demo.yaml", ["data.max_bad_images=5"]).data.max_bad_images == 5
+
+
+def test_a_recipe_that_is_no_file_is_checked_too(tmp_path: Path) -> None:
+    from b3.mining.recipe import mine_recipe
+    from b3.train.debug import prepare
+    from b3.train.run import train
+
+    config = Config.model_validate(tiny.recipe(tmp_path, batch={"policy": "b3", "size": 10}))
+    for entrance in (train, mine_recipe, prepare):
+        with pytest.raises(ConfigError, match="is not a multiple of mining"):
+            entrance(config)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from b3.config.schema import Config
+from b3.errors import ConfigError
 
 
 def check(config: Config) -> None:
-    """Raise `ValueError` with one line on the first contradiction."""
+    """Raise `ConfigError` with one line on the first contradiction."""
     model, train = config.model, config.train
     if model.shard and config.eval is not None and config.eval.every is not None:
-        raise ValueError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
+        raise ConfigError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
     if config.negatives.source == "data" and train.mask_teacher_margin is not None:
-        raise ValueError(
+        raise ConfigError(
             "train.mask_teacher_margin needs the teacher's vectors of all targets, and there are none of those that"
             " negatives.source data brings; leave one out"
         )
     if model.train == "full" and model.shard:
-        raise ValueError("model.shard spreads frozen weights, and model.train full has none; leave one out")
+        raise ConfigError("model.shard spreads frozen weights, and model.train full has none; leave one out")
     low, high = config.model.min_pixels, config.model.max_pixels
     if low is not None and high is not None and low > high:
-        raise ValueError(f"model.min_pixels {low} exceeds model.max_pixels {high}")
+        raise ConfigError(f"model.min_pixels {low} exceeds model.max_pixels {high}")
     _check_policy(config)
     if config.batch.mined:
         _check_size(config)
@@ -28,19 +29,19 @@ def check(config: Config) -> None:
 def _check_policy(config: Config) -> None:
     batch, entries = config.batch, config.data.datasets
     if batch.policy != "random" and batch.random_steps > config.train.steps:
-        raise ValueError(f"batch.random_steps {batch.random_steps} exceeds train.steps {config.train.steps}")
+        raise ConfigError(f"batch.random_steps {batch.random_steps} exceeds train.steps {config.train.steps}")
     labelled = sum(entry.family == "classification" for entry in entries)
     if batch.policy == "b3_merged" and labelled < 2:
-        raise ValueError(
+        raise ConfigError(
             f"batch.policy b3_merged merges data sets of family classification, and the recipe has {labelled};"
             " use policy b3"
         )
     if batch.policy == "b3_mixed" and len(entries) < 2:
-        raise ValueError("batch.policy b3_mixed mixes data sets, and the recipe has one; use policy b3")
+        raise ConfigError("batch.policy b3_mixed mixes data sets, and the recipe has one; use policy b3")
 
 
 def _check_size(config: Config) -> None:
     size, k = config.batch.size, config.mining.community_size
     if size % k:
         lower = max(k, size // k * k)
-        raise ValueError(f"batch.size {size} is not a multiple of mining.k {k}; use {lower} or {lower + k}")
+        raise ConfigError(f"batch.size {size} is not a multiple of mining.k {k}; use {lower} or {lower + k}")

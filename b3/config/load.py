@@ -171,7 +171,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(_explain(error, path, overrides)) from None
     try:
         check(config)
-    except ValueError as error:
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return config
 

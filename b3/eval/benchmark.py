@@ -52,6 +52,24 @@ class Benchmark:
     def names(self) -> list[str]:
         return [task.name for task in self.tasks]
 
+    def family_means(self, scores: dict[str, float]) -> dict[str, float]:
+        """Plain means over tasks by family, 'IND', 'OOD' and 'overall'; only groups that `scores` covers in full.
+
+        Subsets that are no task of this benchmark play no part.
+        """
+        groups: dict[str, list[str]] = {}
+        for task in self.tasks:
+            groups.setdefault(task.family, []).append(task.name)
+        for label, is_in_domain in (("IND", True), ("OOD", False)):
+            if names := [task.name for task in self.tasks if task.in_domain is is_in_domain]:
+                groups[label] = names
+        groups["overall"] = self.names
+        return {
+            group: sum(scores[name] for name in names) / len(names)
+            for group, names in groups.items()
+            if all(name in scores for name in names)
+        }
+
     def expand(self, names: list[str], available: list[str]) -> list[str]:
         """Subset names from the command line, each once.
 

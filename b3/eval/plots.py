@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from b3.errors import InputError
-from b3.eval.benchmark import FAMILIES, family_of, family_order
-from b3.eval.benchmarks.mmeb import family_means, load_baselines
+from b3.eval.benchmark import Benchmark, family_of, family_order
 from b3.html import running_mean
 
 COLOURS = {"untrained": "#9aa0a6", "random": "#4c78a8", "b3": "#e4572e"}
@@ -90,7 +89,11 @@ def _errors(summary: dict[str, Any], groups: list[str], means: list[float]) -> l
 
 
 def plot_families(
-    summary: dict[str, Any], path: Path, baselines: list[str] | None = None, name: str = "this run"
+    summary: dict[str, Any],
+    path: Path,
+    benchmark: Benchmark,
+    baselines: list[str] | None = None,
+    name: str = "this run",
 ) -> bool:
     """Bars of precision@1 by family and overall: published models, then the run, as a PNG.
 
@@ -100,21 +103,22 @@ def plot_families(
     Args:
         summary: as of `b3.eval.report.summarise`; an optional `interval` draws error bars: (low, high) of the mean, or
             a dict with such pairs under 'mean' and under the families' names (these may lie below a key 'families').
-        baselines: models of `b3.eval.benchmarks.mmeb.load_baselines`; default `DEFAULT_BASELINES`.
+        benchmark: whose tasks and published scores.
+        baselines: models with published scores; default those of `DEFAULT_BASELINES`.
         name: label of the run.
 
     Raises `InputError` for a model without published scores.
     """
-    published = load_baselines()
-    models = list(DEFAULT_BASELINES if baselines is None else dict.fromkeys(baselines))
+    published = benchmark.published() if benchmark.published else {}
+    models = [m for m in DEFAULT_BASELINES if m in published] if baselines is None else list(dict.fromkeys(baselines))
     for model in models:
         if model not in published:
             raise InputError(f"no published scores of '{model}'; known: {', '.join(sorted(published))}")
-    ours = family_means(summary["subsets"])
-    groups = [group for group in (*FAMILIES, "overall") if group in ours]
+    ours = benchmark.family_means(summary["subsets"])
+    groups = [group for group in ours if group not in ("IND", "OOD")]
     if not groups:
         return False
-    columns = {model: family_means(published[model]) for model in models} | {name: ours}
+    columns = {model: benchmark.family_means(published[model]) for model in models} | {name: ours}
     figure, axes = new_figure(max(5.0, 2.0 + len(groups) * (0.5 + 0.22 * len(columns))), 3.8)
     width = 0.84 / len(columns)
     for index, (label, means) in enumerate(columns.items()):

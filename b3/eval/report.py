@@ -10,7 +10,7 @@ import numpy as np
 
 from b3.data.datasets import EvalDataset
 from b3.errors import InputError
-from b3.eval.benchmark import benchmarks, family_of, family_order, task_of
+from b3.eval.benchmark import Benchmark, family_of, family_order, task_of
 from b3.eval.score import METRICS, SubsetScore
 from b3.files import write_json, write_text
 
@@ -143,8 +143,8 @@ def markdown_table(columns: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_summary(folder: Path, summary: dict[str, Any], model: str) -> None:
-    """summary.json, summary.md and, of a benchmark that has them, leaderboard.json and families.png."""
+def write_summary(folder: Path, summary: dict[str, Any], model: str, benchmark: Benchmark) -> None:
+    """summary.json, summary.md and, if the benchmark has them, leaderboard.json and families.png."""
     from b3.eval.plots import plot_families
 
     write_json(folder / "summary.json", summary)
@@ -156,7 +156,7 @@ def write_summary(folder: Path, summary: dict[str, Any], model: str) -> None:
     if "items" in summary:
         text += f"{summary['items']:,} distinct items in {summary['seconds']:.0f} s.\n"
     write_text(folder / "summary.md", text)
-    for benchmark in benchmarks():
-        if benchmark.leaderboard and any(name in benchmark.names for name in summary["subsets"]):
-            write_json(folder / "leaderboard.json", benchmark.leaderboard(summary, {"model_name": model}))
-            plot_families(summary, folder / "families.png", name=model.rstrip("/").rsplit("/", 1)[-1])
+    if benchmark.leaderboard and any(name in benchmark.names for name in summary["subsets"]):
+        write_json(folder / "leaderboard.json", benchmark.leaderboard(summary, {"model_name": model}))
+    if benchmark.published:
+        plot_families(summary, folder / "families.png", benchmark, name=model.rstrip("/").rsplit("/", 1)[-1])

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from b3 import distributed
-from b3.data.datasets import EvalDataset, load_eval
+from b3 import distributed, registry
+from b3.data.datasets import EvalDataset
 from b3.errors import RunError
 from b3.eval.benchmark import Benchmark
 from b3.eval.page import write_explanations
@@ -111,7 +111,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate `spec` on `subsets` and write all files to `folder`; subsets scored before are not scored again.
 
-    A `benchmark` loads its rows; without one they are MMEB's schema (`b3.data.datasets.load_eval`).
+    The benchmark (by default MMEB) loads the rows and has its own leaderboard file and published scores; its name is
+    one of the facts that decide whose folder it is.
 
     All ranks of a process group share the encoding; rank 0 writes. Vectors are kept below `folder`/embeddings, so an
     interrupted run continues. With `explain`, each newly scored subset also gets <subset>_errors.html with so many
@@ -121,12 +122,13 @@ def evaluate(
     holds another evaluation.
     """
     started = time.perf_counter()
-    load = load_eval if benchmark is None else benchmark.load
+    benchmark = benchmark or registry.load("benchmark", "mmeb")
     datasets = [
-        load(spec.source, name, spec.split, image_dir=spec.image_dir, prefix_targets=spec.prefix_targets)
+        benchmark.load(spec.source, name, spec.split, image_dir=spec.image_dir, prefix_targets=spec.prefix_targets)
         for name in subsets
     ]
     facts = asdict(spec) | {
+        "benchmark": benchmark.name,
         "model": checkpoint_key(spec.model),
         "adapter": None if spec.adapter is None else adapter_key(spec.adapter),
     }
@@ -156,5 +158,5 @@ def evaluate(
     seconds = time.perf_counter() - started
     summary |= {"seconds": round(seconds, 2), "items": num_items, "items_per_second": round(num_items / seconds, 2)}
     if distributed.rank() == 0:
-        write_summary(folder, summary, spec.model)
+        write_summary(folder, summary, spec.model, benchmark)
     return summary

@@ -11,6 +11,7 @@ import numpy as np
 
 from b3 import distributed
 from b3.config import Config, DatasetConfig
+from b3.config.checks import check
 from b3.config.schema import MiningOptions
 from b3.console import Progress, bar
 from b3.data.datasets import PairDataset, load_dataset
@@ -85,6 +86,7 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
     """
     from b3.mining.page import Section, write_page
 
+    check(config)
     jobs = [_Job(entry, load_dataset(config, entry)) for entry in config.data.datasets]
     missing = [job for job in jobs if not (plan_folder(config, job.entry.subset) / "manifest.json").exists()]
     for job in jobs:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from b3 import distributed, registry
 from b3.config import Config, DatasetConfig
+from b3.config.checks import check
 from b3.data.datasets import load_pairs
 from b3.data.tables import embedded_families
 from b3.errors import RunError
@@ -159,7 +160,9 @@ def prepare(config: Config) -> Config:
     """
     from b3.mining.recipe import mine_recipe
 
+    check(config)
     small = debug_config(config, distributed.launched_ranks())
+    check(small)
     distributed.start(config.train.timeout_minutes)
     problem = None
     if distributed.rank() == 0:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from b3 import __version__, distributed
 from b3.config import Config
+from b3.config.checks import check
 from b3.data.datasets import load_datasets
 from b3.errors import RunError
 from b3.files import write_json
@@ -56,6 +57,7 @@ def train(config: Config) -> Trained:
 
     folder = Path(config.output_dir)
     config = follow_launcher(config)
+    check(config)  # a `Config` may come from a dictionary, not from `load_config`
     check_ranks(config)
     check_machine(config)
     if (folder / RESULT).exists() and _steps_done(folder) >= config.train.steps:

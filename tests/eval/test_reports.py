@@ -14,7 +14,7 @@ from b3.data.datasets import EvalDataset
 from b3.data.images import FolderImages
 from b3.errors import InputError
 from b3.eval.benchmarks.emoji import EMOJI
-from b3.eval.benchmarks.mmeb import MMEB, family_means, leaderboard_json, load_baselines
+from b3.eval.benchmarks.mmeb import MMEB, leaderboard_json, load_baselines
 from b3.eval.page import margin, sample_errors, write_explanations
 from b3.eval.plots import DEFAULT_BASELINES, plot_families
 from b3.eval.report import bootstrap_interval, bootstrap_mean, summarise
@@ -41,7 +41,7 @@ def all_36(value: float = 0.5) -> dict[str, float]:
 def test_family_means_of_the_published_scores(model: str) -> None:
     scores = load_baselines()[model]
     assert len(scores) == 36
-    assert [100 * mean for mean in family_means(scores).values()] == pytest.approx(PUBLISHED[model], abs=0.05)
+    assert [100 * mean for mean in MMEB.family_means(scores).values()] == pytest.approx(PUBLISHED[model], abs=0.05)
 
 
 def test_published_scores_are_shares_and_cannot_be_changed_from_outside() -> None:
@@ -56,10 +56,10 @@ def test_published_scores_are_shares_and_cannot_be_changed_from_outside() -> Non
 def test_family_means_only_of_whole_families() -> None:
     scores = all_36()
     del scores["WebQA"]
-    assert family_means(scores).keys() == {"Classification", "VQA", "Visual grounding", "OOD"}
-    assert family_means({task.name: 1.0 for task in EMOJI.tasks}) == {}
+    assert MMEB.family_means(scores).keys() == {"Classification", "VQA", "Visual grounding", "OOD"}
+    assert MMEB.family_means({task.name: 1.0 for task in EMOJI.tasks}) == {}
     summary = summarise(all_36())
-    assert family_means(all_36()) == pytest.approx(
+    assert MMEB.family_means(all_36()) == pytest.approx(
         summary["families"] | {"IND": summary["IND"], "OOD": summary["OOD"], "overall": summary["mean"]}
     )
 
@@ -202,17 +202,17 @@ def test_page_without_wrong_predictions(dataset: EvalDataset, tmp_path: Path) ->
 
 def test_plot_by_family(tmp_path: Path) -> None:
     summary = summarise(all_36()) | {"interval": {"mean": (0.49, 0.56), "VQA": (0.5, 0.6)}}
-    assert plot_families(summary, tmp_path / "new" / "families.png")
+    assert plot_families(summary, tmp_path / "new" / "families.png", MMEB)
     assert (tmp_path / "new" / "families.png").read_bytes().startswith(b"\x89PNG")
     one = {task.name: 0.5 for task in MMEB.tasks if task.family == "VQA"}
-    assert plot_families(summarise(one) | {"interval": (0.4, 0.6)}, tmp_path / "one.png", baselines=["LamRA-Ret"])
+    assert plot_families(summarise(one) | {"interval": (0.4, 0.6)}, tmp_path / "one.png", MMEB, baselines=["LamRA-Ret"])
     assert set(DEFAULT_BASELINES) <= load_baselines().keys()
     with pytest.raises(InputError, match="colpali"):
-        plot_families(summary, tmp_path / "no.png", baselines=["nobody"])
+        plot_families(summary, tmp_path / "no.png", MMEB, baselines=["nobody"])
 
 
 def test_no_plot_without_a_whole_family(tmp_path: Path) -> None:
     emoji = summarise({task.name: 0.5 for task in EMOJI.tasks})
-    assert plot_families(emoji, tmp_path / "emoji.png") is False
-    assert plot_families(summarise({"OK-VQA": 0.5}), tmp_path / "emoji.png") is False
+    assert plot_families(emoji, tmp_path / "emoji.png", MMEB) is False
+    assert plot_families(summarise({"OK-VQA": 0.5}), tmp_path / "emoji.png", MMEB) is False
     assert not list(tmp_path.iterdir())

@@ -48,6 +48,9 @@ def test_a_benchmark_from_outside_the_package(
     assert summary["subsets"] == {"echo": 1.0, "wrong": 0.0}
     assert summary["families"] == {"Toys": 0.5}
     assert "| echo | Toys | 100.0 |" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("leaderboard*"))
+    other = f"--benchmark emoji --model_name {model} --subset_name emoji_vqa --dataset_name toy:"
+    assert eval_mmeb.main([*other.split(), "--encode_output_path", str(tmp_path / "out"), "--normalize", "True"]) == 2
 
 
 def test_an_unknown_benchmark_lists_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

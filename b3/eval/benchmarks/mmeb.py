@@ -20,7 +20,7 @@ from importlib.resources import files
 from typing import Any
 
 from b3.errors import InputError
-from b3.eval.benchmark import FAMILIES, Benchmark, Task
+from b3.eval.benchmark import Benchmark, Task
 
 _MMEB = {
     "Classification": (
@@ -63,22 +63,6 @@ def load_baselines(version: str = VERSIONS[0]) -> dict[str, dict[str, float]]:
     if version not in VERSIONS:
         raise InputError(f"no published scores of version '{version}'; use one of {', '.join(VERSIONS)}")
     return {model: dict(scores) for model, scores in _columns(version).items()}
-
-
-def family_means(scores: dict[str, float]) -> dict[str, float]:
-    """Plain means over MMEB's subsets by family, 'IND', 'OOD' and 'overall'; only groups that `scores` covers in full.
-
-    Subsets that are not MMEB's play no part.
-    """
-    groups: dict[str, list[str]] = {family: [t.name for t in TASKS if t.family == family] for family in FAMILIES}
-    groups["IND"] = [task.name for task in TASKS if task.in_domain]
-    groups["OOD"] = [task.name for task in TASKS if not task.in_domain]
-    groups["overall"] = [task.name for task in TASKS]
-    return {
-        group: sum(scores[name] for name in names) / len(names)
-        for group, names in groups.items()
-        if all(name in scores for name in names)
-    }
 
 
 def leaderboard_json(
