@@ -37,11 +37,14 @@ def end(mark: str, grace: float = 0.0) -> list[int]:
     limit = time.monotonic() + grace
     while marked(mark) and time.monotonic() < limit:
         time.sleep(0.05)
-    left = marked(mark)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return left
+    left: dict[int, None] = {}
+    while running := marked(mark):  # one may start another between the look and the kill
+        left.update(dict.fromkeys(running))
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    return list(left)
 
 
 def run_python(

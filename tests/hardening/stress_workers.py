@@ -4,18 +4,21 @@
     python tests/hardening/stress_workers.py --starts 1000 --light   only pools, from a process with many threads
 
 Not part of `make test`: 200 starts take an hour or more. A start that takes longer than --limit seconds counts as a
-hang and is killed with all that it has started. Exit code 1 if any start hung, failed or left a process behind.
+hang and is killed with all that it has started, and so is the current one when SIGTERM or SIGINT ends the program.
+Exit code 1 if any start hung, failed or left a process behind.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
@@ -23,7 +26,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 from golden_data import GOLDEN, checkpoint  # noqa: E402
 from processes import run_python  # noqa: E402
 
-BUSY = "while True: sum(range(100000))"
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: sum(range(100000))"
 LIGHT = """
 import sys, threading
 import torch
@@ -68,6 +71,13 @@ def outcome(arguments: list[str | Path], ranks: int, limit: float) -> str:
     return f"exit code {done.returncode}"
 
 
+def leave(number: int, frame: Any) -> None:
+    """Unwinds to whoever has started something, who then ends it."""
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=200)
@@ -75,6 +85,8 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a start has hung")
     parser.add_argument("--light", action="store_true", help="pools without a model, ten to a process")
     options = parser.parse_args()
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, leave)
     busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(options.busy)]
     counts: Counter[str] = Counter()
     started = time.monotonic()
