@@ -69,7 +69,7 @@ def published(model: Path, items: list[dict[str, Any]]) -> tuple[np.ndarray, flo
     from transformers import Qwen2VLForConditionalGeneration
 
     from b3.data.items import Item
-    from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor
+    from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, pixels_of
 
     network = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
     processor = Qwen2VLProcessor.from_pretrained(model)
@@ -85,10 +85,11 @@ def published(model: Path, items: list[dict[str, Any]]) -> tuple[np.ndarray, flo
         for row, one in enumerate(inputs):
             ids[row, longest - one.num_tokens :] = torch.from_numpy(one.input_ids)
             mask[row, longest - one.num_tokens :] = 1
-        images = [one for one in inputs if one.pixels is not None]
+        images = [one for one in inputs if one.patches is not None]
         extra: dict[str, Any] = {}
         if images:
-            extra["pixel_values"] = torch.from_numpy(np.concatenate([one.pixels for one in images]))  # type: ignore[misc]
+            patches = np.concatenate([one.patches for one in images])  # type: ignore[misc]
+            extra["pixel_values"] = pixels_of(torch.from_numpy(patches))
             extra["image_grid_thw"] = torch.tensor([(1, *one.grid) for one in images])  # type: ignore[misc]
         positions = (mask.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)
         with torch.no_grad():

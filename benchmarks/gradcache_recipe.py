@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from b3.model.backbones.qwen2_vl_images import pixels_of
 from b3.model.batch import Processed
 
 
@@ -25,7 +26,7 @@ def padded(items: list[Processed]) -> dict[str, Any]:
     for row, item in enumerate(items):
         ids[row, longest - item.num_tokens :] = torch.from_numpy(item.input_ids)
         mask[row, longest - item.num_tokens :] = 1
-    pixels = [torch.from_numpy(item.pixels) if item.pixels is not None else None for item in items]
+    pixels = [pixels_of(torch.from_numpy(item.patches)) if item.patches is not None else None for item in items]
     return {"ids": ids, "mask": mask, "pixels": pixels, "grids": [item.grid for item in items]}
 
 

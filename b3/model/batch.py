@@ -26,12 +26,12 @@ class Processed:
     """One item as the model takes it.
 
     input_ids: (L,) int64 token ids, image tokens expanded.
-    pixels: (P, 1176) float32 patches, or None.
-    grid: (rows, columns) of 14-pixel patches, or None.
+    patches: (P, C, n) uint8 of its image, or None.
+    grid: (rows, columns) of patches, P in all, or None.
     """
 
     input_ids: np.ndarray
-    pixels: np.ndarray | None = None
+    patches: np.ndarray | None = None
     grid: tuple[int, int] | None = None
 
     @property
@@ -42,7 +42,7 @@ class Processed:
 class Processor(ABC):
     """Turns an `Item` into `Processed` inputs. Cheap to pickle; safe in worker processes and in threads.
 
-    A backbone without images implements neither `patch_bytes` nor `byte_values`; its `check` refuses images.
+    A backbone without images does not implement `patch_bytes`; its `check` refuses images.
     """
 
     image_token_id: Any = -1  # the token that stands for a feature of an image; -1 equals no token
@@ -75,13 +75,8 @@ class Processor(ABC):
         return Processed(self.token_ids(item, None))
 
     def patch_bytes(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        """An image before normalisation: patches (P, C, n) uint8 and the grid (rows, columns), P = rows * columns."""
+        """Patches (P, C, n) uint8 of an image and the grid (rows, columns), P = rows * columns."""
         raise NotImplementedError
-
-    @property
-    def byte_values(self) -> np.ndarray:
-        """(256, C) float32: the value of each byte in each of C channels; none without images."""
-        return np.empty((256, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +84,14 @@ class Batch:
     """Processed items, packed end to end without padding.
 
     input_ids: (T,) int64. lengths: tokens of each of the B items, T in all.
-    pixels: (P, 1176) float32 patches of all images in item order, or None. grids: (images, 3) int64 (1, rows,
-    columns). slots: (S,) int64, positions of the tokens that stand for the images' features, in the same order.
+    patches: (P, C, n) uint8 of all images in item order, or None: bytes, which `Embedder.features` makes numbers on its
+    device. grids: (images, 3) int64 (1, rows, columns). slots: (S,) int64, positions of the tokens that stand for the
+    images' features, in the same order.
     """
 
     input_ids: Tensor
     lengths: list[int]
-    pixels: Tensor | None = None
+    patches: Tensor | None = None
     grids: Tensor | None = None
     slots: Tensor | None = None
 
@@ -109,8 +105,8 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        pixels, grids, slots = (None if t is None else change(t) for t in (self.pixels, self.grids, self.slots))
-        return Batch(change(self.input_ids), self.lengths, pixels, grids, slots)
+        patches, grids, slots = (None if t is None else change(t) for t in (self.patches, self.grids, self.slots))
+        return Batch(change(self.input_ids), self.lengths, patches, grids, slots)
 
 
 def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
@@ -121,19 +117,19 @@ def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
     """
     lengths = [item.num_tokens for item in items]
     input_ids = torch.from_numpy(np.concatenate([item.input_ids for item in items]))
-    pixels, grids, slots, start = [], [], [], 0
+    patches, grids, slots, start = [], [], [], 0
     for item, length in zip(items, lengths, strict=True):
-        if item.pixels is not None and item.grid is not None:
-            pixels.append(item.pixels)
+        if item.patches is not None and item.grid is not None:
+            patches.append(item.patches)
             grids.append((1, *item.grid))
             slots.append(start + np.flatnonzero(item.input_ids == image_token_id))
         start += length
-    if not pixels:
+    if not patches:
         return Batch(input_ids, lengths)
     return Batch(
         input_ids,
         lengths,
-        torch.from_numpy(np.concatenate(pixels)),
+        torch.from_numpy(np.concatenate(patches)),
         torch.tensor(grids, dtype=torch.int64),
         torch.from_numpy(np.concatenate(slots)),
     )

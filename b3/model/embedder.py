@@ -151,7 +151,7 @@ class Embedder(nn.Module):
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         """Vectors (B, D) float32 of a batch, L2-normalised if asked.
 
-        `features` (S, D), if given, stand for the images in place of `batch.pixels`.
+        `features` (S, D), if given, stand for the images in place of `batch.patches`.
         """
 
     @property
@@ -177,11 +177,11 @@ class Embedder(nn.Module):
         """The part that reads images; None if there is none."""
         return None
 
-    def features(self, pixels: Tensor, grids: Tensor) -> Tensor:
+    def features(self, patches: Tensor, grids: Tensor) -> Tensor:
         """What the text model sees of images: (S, D), the features of their image tokens, in order.
 
         Args:
-            pixels: patches of all images, as the processor makes them.
+            patches: (P, C, n) uint8 of all images, on this device, as the processor makes them.
             grids: (images, 3) int64, as in `Batch`.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no images")

@@ -24,15 +24,13 @@ StepRow = tuple[int, int]  # number of the data set, row number in it
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """Distinct images as bytes, an eighth of what the vision tower takes (see `Processor.patch_bytes`).
+    """Distinct images.
 
-    patches: (P, 3, 196) uint8 of all images in order. grids: (images, 3) int64 (1, rows, columns).
-    table: (256, 3) float32, what each byte stands for in each channel.
+    patches: (P, C, n) uint8 of all images in order. grids: (images, 3) int64 (1, rows, columns).
     """
 
     patches: Tensor
     grids: Tensor
-    table: Tensor
 
     def __len__(self) -> int:
         return len(self.grids)
@@ -42,22 +40,18 @@ class Images:
         """Patches of each image."""
         return self.grids.prod(dim=1).tolist()
 
-    def pixels(self, chosen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """(pixels (P, 1176) float32, grids) of some images, as `Batch` holds them."""
+    def select(self, numbers: Sequence[int]) -> Images:
+        """Some images, in this order."""
         edges = np.concatenate([[0], np.cumsum(self.sizes)])
-        parts = [self.patches[edges[i] : edges[i + 1]] for i in chosen]
-        values = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device, non_blocking=True)
-        table = self.table.to(device)
-        channels = torch.stack([table[:, c][values[:, c].int()] for c in range(3)], dim=1)
-        frames = channels[:, :, None].expand(-1, -1, 2, -1)  # an image is a film of two equal frames
-        return frames.reshape(len(values), -1), self.grids[list(chosen)].to(device)
+        parts = [self.patches[edges[i] : edges[i + 1]] for i in numbers]
+        return Images(parts[0] if len(parts) == 1 else torch.cat(parts), self.grids[list(numbers)])
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Some of a rank's distinct items, as one forward pass takes them.
 
-    batch: without pixels. rows: (B,) int64 positions among the rank's distinct items.
+    batch: without patches. rows: (B,) int64 positions among the rank's distinct items.
     images: number of the image of each item that has one, in item order.
     """
 
@@ -135,13 +129,12 @@ class _Packed:
     patches: list[np.ndarray] = field(default_factory=list)
     grids: list[tuple[int, int]] = field(default_factory=list)
 
-    def images(self, table: np.ndarray) -> Images | None:
+    def images(self) -> Images | None:
         if not self.grids:
             return None
         return Images(
             torch.from_numpy(np.concatenate(self.patches)),
             torch.tensor([(1, *grid) for grid in self.grids], dtype=torch.int64),
-            torch.from_numpy(table),
         )
 
 
@@ -180,7 +173,7 @@ class StepCollator:
             input_ids=torch.from_numpy(np.concatenate(packed.ids)),
             lengths=lengths,
             image_of=packed.image_of,
-            images=packed.images(self.processor.byte_values),
+            images=packed.images(),
             groups=token_batches(lengths, self.chunk_tokens),
             image_token_id=self.processor.image_token_id,
             query_index=torch.from_numpy(index[: len(queries)]),

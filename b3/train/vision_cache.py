@@ -52,11 +52,11 @@ class VisionCache:
     def _compute(self, numbers: list[int]) -> list[Tensor]:
         """Features of some images, each (tokens, D); kept as long as there is room."""
         assert self.images is not None
-        pixels, grids = self.images.pixels(numbers, self.embedder.device)
+        images, device = self.images.select(numbers), self.embedder.device
+        patches, grids = images.patches.to(device, non_blocking=True), images.grids.to(device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            output = self.embedder.features(pixels, grids)
-        sizes = self.images.sizes
-        parts = list(output.split([sizes[number] // (MERGE * MERGE) for number in numbers]))
+            output = self.embedder.features(patches, grids)
+        parts = list(output.split([size // (MERGE * MERGE) for size in images.sizes]))
         for number, part in zip(numbers, parts, strict=True):
             size = part.numel() * part.element_size()
             if self.kept_bytes + size <= self.limit_bytes:

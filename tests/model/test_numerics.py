@@ -13,6 +13,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from b3 import Embedder
 from b3.errors import InputError
+from b3.model.backbones.qwen2_vl_images import pixels_of
 
 EXPECTED = load_file(GOLDEN / "embed_expected.safetensors")
 CASES = [case for case in cases() if not case["id"].startswith("stray")]
@@ -32,8 +33,8 @@ def test_mrope_equals_upstream(folder: Path) -> None:
         one = model.processor(item(case))
         ids = torch.from_numpy(one.input_ids)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if one.pixels is not None and one.grid is not None:
-            inputs["pixel_values"] = torch.from_numpy(one.pixels)
+        if one.patches is not None and one.grid is not None:
+            inputs["pixel_values"] = pixels_of(torch.from_numpy(one.patches))
             inputs["image_grid_thw"] = torch.tensor([[1, *one.grid]])
             inputs["mm_token_type_ids"] = (ids == model.processor.image_token_id).int()
         with torch.no_grad():

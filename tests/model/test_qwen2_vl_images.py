@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from golden_data import GOLDEN, cases, item
 from PIL import Image
 
 from b3.data.items import Item
 from b3.errors import DataError, InputError
-from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, target_size
+from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, pixels_of, target_size
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +28,16 @@ def test_ids_grid_and_pixels_equal_the_reference(processor: Qwen2VLProcessor, ca
     assert result.input_ids.tolist() == case["input_ids"]
     if case["image"]:
         assert [[1, *result.grid]] == case["image_grid_thw"]
-        assert hashlib.sha256(np.ascontiguousarray(result.pixels).tobytes()).hexdigest() == case["pixel_values_sha256"]
+        pixels = pixels_of(torch.from_numpy(result.patches)).numpy()
+        assert hashlib.sha256(pixels.tobytes()).hexdigest() == case["pixel_values_sha256"]
     else:
-        assert result.pixels is None
+        assert result.patches is None
 
 
 def test_processing_survives_pickling(processor: Qwen2VLProcessor) -> None:
     case = next(c for c in cases() if c["id"] == "img_photo1")
     copy = pickle.loads(pickle.dumps(processor))
-    assert np.array_equal(copy(item(case)).pixels, processor(item(case)).pixels)
+    assert np.array_equal(copy(item(case)).patches, processor(item(case)).patches)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +57,8 @@ def test_target_size_by_hand(size: tuple[int, int], expected: tuple[int, int]) -
 def test_token_count_needs_no_pixels(processor: Qwen2VLProcessor) -> None:
     for width, height in ((64, 64), (20, 300), (640, 480), (3000, 9)):
         image = Image.new("RGB", (width, height))
-        pixels, _ = processor.process_image(image)
-        assert processor.tokens_of_image(width, height) == len(pixels) // 4
+        patches, _ = processor.patch_bytes(image)
+        assert processor.tokens_of_image(width, height) == len(patches) // 4
 
 
 @pytest.mark.parametrize("text", ["no token", "<|image_1|> and <|image_1|>"])
@@ -79,7 +81,7 @@ def test_an_animation_is_its_first_frame(processor: Qwen2VLProcessor, tmp_path: 
     frames = [Image.new("RGB", (60, 60), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     frames[0].save(tmp_path / "y.gif")
-    moving, still = (processor(Item("<|image_1|>", tmp_path / name)).pixels for name in ("x.gif", "y.gif"))
+    moving, still = (processor(Item("<|image_1|>", tmp_path / name)).patches for name in ("x.gif", "y.gif"))
     assert np.array_equal(moving, still)
 
 
@@ -95,6 +97,6 @@ def test_a_decompression_bomb_is_refused_by_its_header(
 
 def test_squared_images(processor: Qwen2VLProcessor) -> None:
     squared = Qwen2VLProcessor(processor.tokenizer, square=672)
-    pixels, grid = squared.process_image(Image.new("RGB", (100, 400)))
+    patches, grid = squared.patch_bytes(Image.new("RGB", (100, 400)))
     assert grid == (48, 48)
-    assert squared.tokens_of_image(100, 400) == len(pixels) // 4 == 576
+    assert squared.tokens_of_image(100, 400) == len(patches) // 4 == 576

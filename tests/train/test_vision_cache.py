@@ -124,12 +124,13 @@ def test_one_chunk_takes_one_pass(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert calls == [3] and len(forwards) == 1
 
 
-def test_bytes_become_the_processors_pixels(folder: Path) -> None:
+def test_selected_images_are_the_processors(folder: Path) -> None:
     model = Embedder.from_pretrained(folder, dtype="float32")
     inputs = inputs_of(model, 200)
-    pixels, grids = inputs.images.pixels([2, 0], torch.device("cpu"))
+    images = inputs.images.select([2, 0])
     expected = [model.processor(Repeating().query(i)) for i in (5, 0)]
     order = {i: inputs.image_of[int(inputs.query_index[i])] for i in (5, 0)}
     assert order == {5: 2, 0: 0}
-    assert np.array_equal(pixels.numpy(), np.concatenate([e.pixels for e in expected]))
-    assert grids.tolist() == [[1, *e.grid] for e in expected]
+    assert images.patches.dtype == torch.uint8
+    assert np.array_equal(images.patches.numpy(), np.concatenate([e.patches for e in expected]))
+    assert images.grids.tolist() == [[1, *e.grid] for e in expected]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from b3.errors import InputError
 from b3.model.adapter import PAPER_TARGETS
 from b3.model.attention import Packing, kernel_arguments, use_packed_attention
-from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor
+from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, pixels_of
 from b3.model.backbones.tiny import make_tiny_model
 from b3.model.batch import Batch
 from b3.model.checkpoint import load_transformers
@@ -130,17 +130,17 @@ class Qwen2VL(Embedder):
         weights, trained = (a - b + b // square for a, b in zip(everything, merger, strict=True))
         return Tower(weights, trained, vision.config.depth * vision.config.embed_dim)
 
-    def features(self, pixels: Tensor, grids: Tensor) -> Tensor:
-        """(S, D) features of the image tokens of (P, 1176) patches."""
-        output: Tensor = self.core.visual(pixels.to(self.dtype), grid_thw=grids).pooler_output
+    def features(self, patches: Tensor, grids: Tensor) -> Tensor:
+        """(S, D) features of the image tokens of (P, 3, 196) uint8 patches."""
+        output: Tensor = self.core.visual(pixels_of(patches).to(self.dtype), grid_thw=grids).pooler_output
         return output
 
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         language = self.core.language_model
         embeds = language.embed_tokens(batch.input_ids)
-        if features is None and batch.pixels is not None:
+        if features is None and batch.patches is not None:
             assert batch.grids is not None
-            features = self.features(batch.pixels, batch.grids)
+            features = self.features(batch.patches, batch.grids)
         if features is not None:
             assert batch.slots is not None
             embeds = embeds.index_copy(0, batch.slots, features.to(embeds.dtype))

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER, to_backbone
@@ -84,6 +86,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def byte_values() -> np.ndarray:
+    """(256, 3) float32: the value of each byte in each channel, by the stock formula in its own precision."""
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    mean, std = np.asarray(MEAN, dtype=np.float32), np.asarray(STD, dtype=np.float32)
+    return (scaled[:, None] - mean) / std
+
+
+def pixels_of(patches: Tensor) -> Tensor:
+    """(P, 1176) float32, what the vision tower takes, of patches (P, 3, 196) uint8 on the same device."""
+    table = torch.from_numpy(byte_values()).to(patches.device)
+    channels = torch.stack([table[:, c][patches[:, c].int()] for c in range(3)], dim=1)
+    frames = channels[:, :, None].expand(-1, -1, TEMPORAL, -1)  # an image is a film of two equal frames
+    return frames.reshape(len(patches), -1)
+
+
 @dataclass(frozen=True)
 class Qwen2VLProcessor(Processor):
     """Turns an `Item` into `Processed` inputs. Cheap to pickle; safe in worker processes.
@@ -116,16 +133,8 @@ class Qwen2VLProcessor(Processor):
     def image_token_id(self) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(self.image_token))
 
-    @cached_property
-    def byte_values(self) -> np.ndarray:
-        """(256, 3) float32: the value of each byte in each channel, by the stock formula in its own precision."""
-        scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-        mean, std = np.asarray(MEAN, dtype=np.float32), np.asarray(STD, dtype=np.float32)
-        return (scaled[:, None] - mean) / std
-
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("byte_values", "image_token_id")
-        return {k: v for k, v in self.__dict__.items() if k not in hidden}
+        return {k: v for k, v in self.__dict__.items() if k != "image_token_id"}
 
     def tokens_of_image(self, width: int, height: int) -> int:
         """How many image tokens an image of this size takes; reads no pixels."""
@@ -136,16 +145,11 @@ class Qwen2VLProcessor(Processor):
         rows, columns = target_size(height, width, self.min_pixels, self.max_pixels)
         return rows * columns // (FACTOR * FACTOR)
 
-    def process_image(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        """Patches (P, 1176) float32 in the backbone's order and the grid (rows, columns) with P = rows * columns."""
-        patches, grid = self.patch_bytes(image)
-        pixels = np.empty((len(patches), 3, TEMPORAL, PATCH * PATCH), dtype=np.float32)
-        for channel in range(3):
-            pixels[:, channel] = self.byte_values[:, channel][patches[:, channel, None]]
-        return pixels.reshape(len(patches), -1), grid
-
     def patch_bytes(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        """As `process_image` before normalisation and without the repeated frame: (P, 3, 196) uint8, an eighth."""
+        """Patches (P, 3, 196) uint8 in the backbone's order and the grid (rows, columns) with P = rows * columns.
+
+        An eighth of what `pixels_of` makes of them.
+        """
         if self.square is not None:
             image = _resize(to_rgb(image), self.square, self.square)
         if min(image.size) < FACTOR:
@@ -193,8 +197,8 @@ class Qwen2VLProcessor(Processor):
         image = item.open_image()
         if image is None:
             return Processed(self.token_ids(item, None))
-        pixels, grid = self.process_image(image)
-        return Processed(self.token_ids(item, grid), pixels, grid)
+        patches, grid = self.patch_bytes(image)
+        return Processed(self.token_ids(item, grid), patches, grid)
 
     def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
         """(L,) int64 ids of an item whose image has this grid of patches (None: no image); reads no pixels.

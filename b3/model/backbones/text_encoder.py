@@ -156,7 +156,7 @@ class TextEncoder(Embedder):
 
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         """Vectors (B, D) float32 of a batch of texts, L2-normalised if asked. `features` must be None."""
-        assert features is None and batch.pixels is None, "a text encoder reads no images"
+        assert features is None and batch.patches is None, "a text encoder reads no images"
         core, ids = self.core, batch.input_ids[None]
         packing = Packing.of(batch.lengths, ids.device, causal=False)
         hidden = core(
