@@ -66,32 +66,58 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     assert lines[-1]["loss"] != lines[0]["loss"]
 
 
-# Every file that a run with an adapter may leave: nothing of it can execute.
-OF_ADAPTER = (
-    "adapter_model.safetensors adapter_config.json config.json preprocessor_config.json b3_settings.json".split()
-)
+# Every file that a run may leave: nothing of it can execute.
+OF_ADAPTER = ["adapter_model.safetensors", "adapter_config.json"]
+OF_WHOLE_MODEL = ["model.safetensors", "generation_config.json"]
+OF_MODEL = "config.json preprocessor_config.json b3_settings.json".split()
 OF_TOKENIZER = "tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json".split()
 OF_CHECKPOINT = "optimizer.safetensors random.json complete.json".split()
 OF_RUN = "config.yaml data.json environment.json metrics.jsonl result.json README.md report.html".split()
 
 
-def test_every_file_that_a_run_leaves_is_known_and_opens(whole: Path) -> None:
-    files = [file for file in whole.rglob("*") if file.is_file()]
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_file_that_a_run_leaves_is_known_and_opens(root: Path, kind: str, ranks: int) -> None:
+    run = root / f"files-{kind}-{ranks}"
+    result = start(root, run.name, f"model.train={kind}", ranks=ranks)
+    assert result.returncode == 0, result.output
+    weights = OF_ADAPTER if kind == "adapter" else OF_WHOLE_MODEL
+    files = [file for file in run.rglob("*") if file.is_file()]
     for file in files:
-        place = str(file.parent.relative_to(whole))
+        place = str(file.parent.relative_to(run))
         known = OF_RUN if place == "." else OF_CHECKPOINT if place.startswith("checkpoint-") else []
-        assert file.name in [*known, *OF_ADAPTER, *OF_TOKENIZER], f"{file} is no file that a run should leave"
+        assert file.name in [*known, *weights, *OF_MODEL, *OF_TOKENIZER], f"{file} is no file that a run should leave"
         if file.suffix == ".safetensors":
             assert load_file(file)
         elif file.suffix == ".json":
             json.loads(file.read_text())
         elif file.suffix == ".jsonl":
-            assert metrics(whole)
+            assert metrics(run)
         elif file.suffix == ".yaml":
             assert yaml.safe_load(file.read_text())
         else:
             assert file.suffix in (".md", ".html", ".jinja") and file.read_text()
-    assert len(files) > 20
+    for folder in (run, run / f"checkpoint-{STEPS}"):
+        names = {file.name for file in folder.iterdir()}
+        assert names >= {weights[0], *OF_MODEL, *(OF_RUN if folder == run else OF_CHECKPOINT)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_tensorboard_reads_the_numbers_of_the_log(root: Path, ranks: int) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = root / f"tensorboard-{ranks}"
+    result = start(root, run.name, "train.trackers=[tensorboard]", ranks=ranks)
+    assert result.returncode == 0, result.output
+    (events,) = (run / "runs" / "test").glob("events.out.tfevents.*")  # of the first rank alone
+    reader = EventAccumulator(str(events)).Reload()
+    lines = metrics(run)
+    names = {name for name, value in lines[0].items() if isinstance(value, (int, float))}
+    assert set(reader.Tags()["scalars"]) == {f"train/{name}" for name in names}
+    for name in names:
+        scalars = reader.Scalars(f"train/{name}")
+        assert [scalar.step for scalar in scalars] == [line["step"] for line in lines]
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in lines], rel=1e-6)
 
 
 def test_moments_are_stored_by_parameter_name(whole: Path) -> None:
