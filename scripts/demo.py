@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Threads that wait spin only shortly: on a machine with other work, spinning takes the core from what is waited for.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
@@ -36,21 +35,22 @@ def make_model(config: Config) -> None:
     """The random backbone, once."""
     if (Path(config.model.name) / "model.safetensors").exists():
         return
-    from scripts.make_tiny_model import main
+    from b3.data.datasets import load_datasets, texts_of
+    from b3.model.backbones.tiny import make_tiny_model
 
     say(f"a tiny random Qwen2-VL, its tokenizer trained on the data's texts -> {config.model.name}")
-    if main([str(RECIPE), "--out", config.model.name]):
-        raise RunError("the tiny model could not be made")
+    texts = texts_of(load_datasets(load_config(RECIPE)))
+    make_tiny_model(Path(config.model.name), texts, hidden=128, layers=2, vision_layers=2, vocab_size=2048, seed=0)
 
 
 def mine(config: Config) -> dict[str, Any]:
     """Plans of all data sets; returns their reports."""
+    from b3.mining.plan import describe_plans
     from b3.mining.recipe import mine_recipe
-    from scripts.mine import show
 
     say("mine: rank targets by the teacher, cut the graph into communities of hard negatives")
     plans = mine_recipe(config, show_progress=True)
-    show(plans)
+    print(describe_plans(plans))
     return {name: plan.report for name, plan in plans.items()}
 
 

@@ -16,7 +16,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from b3.data.own import Columns, OwnData, describe_checkpoint, identity_of, is_done, read_rows, save_index
+from b3.data.own import (
+    OwnData,
+    add_rows_arguments,
+    columns_of,
+    describe_checkpoint,
+    identity_of,
+    is_done,
+    model_arguments,
+    read_rows,
+    save_index,
+)
 from b3.errors import command
 
 
@@ -38,29 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that say how to read a file of rows."""
-    rows, names = parser.add_argument_group("rows"), Columns()
-    rows.add_argument("--text-column", default=names.text)
-    rows.add_argument("--image-column", default=names.image)
-    rows.add_argument("--id-column", default=names.id)
-    rows.add_argument("--image-dir", type=Path, help="folder of the image paths (default: that of the file)")
-
-
-def columns_of(arguments: argparse.Namespace) -> Columns:
-    return Columns(arguments.text_column, arguments.image_column, arguments.id_column)
-
-
-def load_model(manifest: dict[str, Any]) -> Any:
-    """The embedder that a manifest describes."""
-    from b3 import Embedder
-
-    options = manifest["options"]
-    pixels = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
-    adapter = manifest["adapter"] and manifest["adapter"]["name"]
-    return Embedder.from_pretrained(manifest["model"]["name"], adapter=adapter, dtype=options["dtype"], **pixels)
-
-
 def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]) -> dict[str, Any]:
     """Encode all rows and write the folder; returns the manifest."""
     import numpy as np
@@ -68,11 +55,12 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
     import transformers
 
     import b3
+    from b3 import Embedder
     from b3.model.cache import EmbeddingCache
     from b3.model.encode import Encoder, unit
 
     start = time.monotonic()
-    embedder = load_model(identity)
+    embedder = Embedder.from_pretrained(**model_arguments(identity))
     partial = arguments.out / ".partial"
     facts = {part: identity[part] for part in ("model", "adapter", "options")}
     facts["numerics"] = f"{embedder.dtype} on {embedder.device.type}"

@@ -7,22 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from b3.config import Config, load_config
-from b3.data.prompts import PLACEHOLDER
+from b3.config import load_config
 from b3.errors import command
-
-
-def texts(config: Config) -> Iterator[str]:
-    """All training texts, without the image placeholder."""
-    from b3.data.datasets import load_datasets
-
-    for dataset in load_datasets(config):
-        for query, target in dataset:
-            yield query.text.replace(PLACEHOLDER, "")
-            yield target.text.replace(PLACEHOLDER, "")
 
 
 @command
@@ -37,11 +25,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
 
+    from b3.data.datasets import load_datasets, texts_of
     from b3.model.backbones.tiny import make_tiny_model
 
     make_tiny_model(
         arguments.out,
-        texts(load_config(arguments.config)),
+        texts_of(load_datasets(load_config(arguments.config))),
         hidden=arguments.hidden,
         layers=arguments.layers,
         vision_layers=arguments.vision_layers,

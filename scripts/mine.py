@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -49,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 def mine_arrays(arguments: argparse.Namespace) -> None:
     from b3.files import Stages
     from b3.mining import mine
+    from b3.mining.plan import describe_plans
     from b3.mining.recipe import stage_bar
     from b3.mining.teacher import load_matrix
 
@@ -71,23 +71,7 @@ def mine_arrays(arguments: argparse.Namespace) -> None:
         )
     plan.save(arguments.out)
     stages.remove()
-    show({str(arguments.out): plan})
-
-
-def show(plans: dict[str, Any]) -> None:
-    """Print a line per plan."""
-    width = max(map(len, plans))
-    for name, plan in plans.items():
-        report = plan.report
-        if not plan.measured:
-            print(f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities, imported")
-            continue
-        seconds = sum(report["seconds"].values())
-        print(
-            f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities of"
-            f" {report['community_size']}  mined negatives per query {report['mined_negatives_per_query']:.2f}"
-            f" (random {report['random_mined_negatives_per_query']:.2f})  {seconds:.1f} s"
-        )
+    print(describe_plans({str(arguments.out): plan}))
 
 
 @command
@@ -100,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError("give either a recipe or --queries, --targets and --out, not both")
     from b3 import distributed
     from b3.config import load_config
+    from b3.mining.plan import describe_plans
     from b3.mining.recipe import mine_recipe
 
     config = load_config(arguments.config, arguments.overrides)
@@ -109,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         distributed.stop()
     if distributed.is_first():
-        show(plans)
+        print(describe_plans(plans))
         if any(plan.measured for plan in plans.values()):
             print(f"report: {Path(config.mining.dir) / 'report.html'}")
     return 0

@@ -18,14 +18,20 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from b3 import html
 from b3.data.items import Item
-from b3.data.own import Columns, load_index, prompt, read_rows
+from b3.data.own import (
+    Columns,
+    add_rows_arguments,
+    columns_of,
+    load_index,
+    model_arguments,
+    prompt,
+    read_rows,
+)
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_text
 from b3.html import image_tag, shorten
-from scripts.embed import add_rows_arguments, columns_of, load_model
 
 # Backends round differently; what lies this close (relative to the vectors' lengths) is compared again exactly.
 CLOSE = 1e-5
@@ -68,6 +74,7 @@ def read_queries(arguments: argparse.Namespace) -> list[tuple[str, Item]]:
 
 def embed_queries(arguments: argparse.Namespace, items: Sequence[Item], manifest: dict[str, Any]) -> np.ndarray:
     """(Q, D) vectors by the model of the index. Raises `RunError` if that is not there any more."""
+    from b3 import Embedder
     from b3.model.checkpoint import adapter_key, checkpoint_key
 
     for part, key_of in (("model", checkpoint_key), ("adapter", adapter_key)):
@@ -80,7 +87,9 @@ def embed_queries(arguments: argparse.Namespace, items: Sequence[Item], manifest
                 f"{part} {manifest[part]['name']} is not the one that made {arguments.index}; embed the rows again,"
                 f" or give --{part}"
             )
-    vectors: np.ndarray = load_model(manifest).encode(items, normalize=manifest["options"]["normalize"])
+    vectors: np.ndarray = Embedder.from_pretrained(**model_arguments(manifest)).encode(
+        items, normalize=manifest["options"]["normalize"]
+    )
     return vectors
 
 

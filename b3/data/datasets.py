@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from b3.config import Config, DatasetConfig
 from b3.data.images import FolderImages, ImageRef, ParquetImages
 from b3.data.items import Item
-from b3.data.prompts import target_prefix
+from b3.data.prompts import PLACEHOLDER, target_prefix
 from b3.data.tables import (
     EVAL_COLUMNS,
     PAIR_COLUMNS,
@@ -223,3 +223,11 @@ def load_dataset(config: Config, entry: DatasetConfig) -> PairDataset:
 def load_datasets(config: Config) -> list[PairDataset]:
     """All training data sets, in the recipe's order."""
     return [load_dataset(config, entry) for entry in config.data.datasets]
+
+
+def texts_of(datasets: list[PairDataset]) -> Iterator[str]:
+    """All texts of queries and targets, without the image placeholder."""
+    for dataset in datasets:
+        for query, target in dataset:
+            yield query.text.replace(PLACEHOLDER, "")
+            yield target.text.replace(PLACEHOLDER, "")

@@ -10,6 +10,7 @@ The index folder: `embeddings.npy` (N, D) float32, `ids.json`, `rows.jsonl` (wha
 
 from __future__ import annotations
 
+import argparse
 import base64
 import binascii
 import hashlib
@@ -281,6 +282,27 @@ def describe_checkpoint(name: str | None, key_of: Callable[[str], str]) -> dict[
         return None
     folder = Path(name).expanduser()
     return {"name": str(folder.resolve()) if folder.is_dir() else name, "key": key_of(name)}
+
+
+def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how to read a file of rows."""
+    rows, names = parser.add_argument_group("rows"), Columns()
+    rows.add_argument("--text-column", default=names.text)
+    rows.add_argument("--image-column", default=names.image)
+    rows.add_argument("--id-column", default=names.id)
+    rows.add_argument("--image-dir", type=Path, help="folder of the image paths (default: that of the file)")
+
+
+def columns_of(arguments: argparse.Namespace) -> Columns:
+    return Columns(arguments.text_column, arguments.image_column, arguments.id_column)
+
+
+def model_arguments(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Embedder.from_pretrained` for the model of an index."""
+    options = manifest["options"]
+    pixels = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
+    adapter = manifest["adapter"] and manifest["adapter"]["name"]
+    return {"name": manifest["model"]["name"], "adapter": adapter, "dtype": options["dtype"], **pixels}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

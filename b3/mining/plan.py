@@ -153,3 +153,20 @@ def _read_array(folder: Path, name: str, checksums: Mapping[str, str]) -> np.nda
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def describe_plans(plans: Mapping[str, BatchPlan]) -> str:
+    """A line per plan, under its name."""
+    width, lines = max(map(len, plans)), []
+    for name, plan in plans.items():
+        report = plan.report
+        line = f"{name:{width}}  {report['n']:>7,} rows  {len(plan.communities):>6,} communities"
+        if not plan.measured:
+            lines.append(f"{line}, imported")
+            continue
+        lines.append(
+            f"{line} of {report['community_size']}  mined negatives per query"
+            f" {report['mined_negatives_per_query']:.2f} (random {report['random_mined_negatives_per_query']:.2f})"
+            f"  {sum(report['seconds'].values()):.1f} s"
+        )
+    return "\n".join(lines)
