@@ -198,6 +198,13 @@ def test_measures_of_a_plan(kind: str, distinct: bool, p: int, m: int, partition
     assert report["duplicate_targets_in_community"] == pytest.approx(np.mean(copies), rel=1e-12)
     assert report["teacher_mass_captured"] == pytest.approx(np.mean(masses), rel=1e-5)
     assert min(masses) >= 0 and max(masses) <= 1 + 1e-9
+    share = (len(plan.communities[0]) - 1) / (len(queries) - 1)
+    for key, matrix in (("mined_negatives", expected.hit), ("skipped_ranks", expected.top)):
+        assert report[f"random_{key}_per_query"] == pytest.approx(np.sum(matrix) / len(queries) * share)
+    example = report["examples"][1]
+    members = plan.communities[example["community"]]
+    assert example["rows"] == members.tolist()
+    assert example["mined_negatives"] == [sum(expected.hit[i, j] for j in members) for i in members]
     if distinct:
         assert report["duplicate_targets_in_community"] == 0
 

@@ -1,21 +1,17 @@
-"""`mine` as a whole: invariants, determinism, measures against a plain reference, decided edge cases, bad input."""
+"""`mine` as a whole: decided edge cases and bad parameters. Invariants are in test_properties.py, bad arrays in
+test_bad_input.py, numbers against plain loops in test_brute_force.py."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from mining import reference
 
 from b3.errors import InputError
 from b3.mining import BatchPlan, mine
-from b3.mining.vectors import unit_rows
 
 
 def check(plan: BatchPlan, rows: int, size: int) -> None:
@@ -24,71 +20,6 @@ def check(plan: BatchPlan, rows: int, size: int) -> None:
     used = np.concatenate([plan.communities.ravel(), plan.remainder])
     assert np.array_equal(np.sort(used), np.arange(rows))
     json.dumps([plan.report, plan.manifest], allow_nan=False)
-
-
-def same(a: BatchPlan, b: BatchPlan) -> bool:
-    pairs = [(a.communities, b.communities), (a.remainder, b.remainder), (a.hard_negatives, b.hard_negatives)]
-    measured = [{k: v for k, v in plan.report.items() if k not in ("seconds", "peak_memory_bytes")} for plan in (a, b)]
-    return all(np.array_equal(x, y) for x, y in pairs) and measured[0] == measured[1]  # type: ignore[arg-type]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(2, 60),
-    st.integers(1, 70),
-    st.integers(0, 40),
-    st.integers(1, 60),
-    st.sampled_from([None, 2, 5, 20]),
-    st.sampled_from(["anneal", "paper", "kmeans", "random"]),
-    st.integers(0, 2**31),
-)
-def test_every_row_is_in_exactly_one_place(
-    rows: int, size: int, p: int, m: int, labels: int | None, partitioner: str, seed: int
-) -> None:
-    queries, targets = reference.clustered(rows, dim=5, labels=labels, seed=seed)
-    num_targets = reference.distinct_of(targets).max() + 1
-    options: dict[str, Any] = {"p": p, "m": m, "community_size": size, "seed": seed, "partitioner": partitioner}
-    if size > rows or p >= num_targets - 1:
-        with pytest.raises(InputError):
-            mine(queries, targets, **options)
-        return
-    plan = mine(queries, targets, hard_negatives=2, **options)
-    check(plan, rows, size)
-    assert plan.report["window"] == [p, min(num_targets, p + m)]
-    assert 0 <= plan.report["teacher_mass_captured"] <= 1
-
-
-@pytest.mark.parametrize("labels", [None, 60])
-@pytest.mark.parametrize("partitioner", ["anneal", "kmeans", "random"])
-def test_the_report_equals_a_plain_count(labels: int | None, partitioner: str) -> None:
-    queries, targets = reference.clustered(130, labels=labels)
-    p, m, size = 4, 20, 8
-    plan = mine(queries, targets, p=p, m=m, community_size=size, partitioner=partitioner)
-    number, orders = reference.distinct_of(targets), reference.ranking(queries, targets)
-    hits, above = reference.window_hits(orders, number, p, m), reference.skipped(orders, number, p)
-    scores = unit_rows(queries, "queries").astype(float) @ unit_rows(targets, "targets").astype(float).T
-    found: dict[str, list[float]] = {"hits": [], "above": [], "copies": [], "mass": []}
-    for members in plan.communities:
-        for i in members:
-            others = members[members != i]
-            found["hits"].append(hits[i, others].sum())
-            found["above"].append(above[i, others].sum())
-            found["copies"].append((number[others] == number[i]).sum())
-            first = {int(number[j]): scores[i, j] for j in others if number[j] != number[i] and not above[i, j]}
-            best = [scores[i, np.flatnonzero(number == u)[0]] for u in orders[i][p:] if u != number[i]][: size - 1]
-            found["mass"].append(np.exp(np.array([*first.values()]) / 0.02).sum() / np.exp(np.array(best) / 0.02).sum())
-    report = plan.report
-    assert report["mined_negatives_per_query"] == pytest.approx(np.mean(found["hits"]), rel=1e-12)
-    assert report["skipped_ranks_per_query"] == pytest.approx(np.mean(found["above"]), rel=1e-12)
-    assert report["duplicate_targets_in_community"] == pytest.approx(np.mean(found["copies"]), rel=1e-12)
-    assert report["teacher_mass_captured"] == pytest.approx(np.mean(found["mass"]), rel=1e-9)
-    share = (size - 1) / 129
-    assert report["random_mined_negatives_per_query"] == pytest.approx(hits.sum(axis=1).mean() * share)
-    assert report["random_skipped_ranks_per_query"] == pytest.approx(above.sum(axis=1).mean() * share)
-    assert sum(report["histogram"]["positive"]) == plan.communities.size
-    members = plan.communities[report["examples"][1]["community"]]
-    assert report["examples"][1]["rows"] == members.tolist()
-    assert report["examples"][1]["mined_negatives"] == [int(hits[i, members].sum()) for i in members]
 
 
 def test_the_expectation_for_random_communities_is_what_they_have() -> None:
@@ -105,20 +36,6 @@ def test_labels_are_kept_apart_and_still_give_hard_negatives(monkeypatch: pytest
     monkeypatch.setattr("b3.mining.miners.anneal.DUPLICATE_COST", 0)
     careless = mine(queries, targets, p=3, m=15, community_size=8).report
     assert report["duplicate_targets_in_community"] < 0.6 * careless["duplicate_targets_in_community"]
-
-
-@pytest.mark.parametrize("labels", [None, 50])
-def test_a_plan_depends_on_neither_blocks_threads_types_nor_memory_order(labels: int | None, tmp_path: Path) -> None:
-    queries, targets = (a.astype(np.float16).astype(np.float64) for a in reference.clustered(500, labels=labels))
-    options: dict[str, Any] = {"p": 3, "m": 20, "community_size": 12, "seed": 3}
-    first = mine(queries, targets, **options)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    np.save(tmp_path / "queries.npy", queries.astype(np.float16))
-    mapped = np.load(tmp_path / "queries.npy", mmap_mode="r")
-    assert same(first, mine(mapped, np.asfortranarray(targets, dtype=np.float32), **options, block_rows=37))
-    torch.set_num_threads(threads)
-    assert not same(first, mine(queries, targets, **{**options, "seed": 4}))
 
 
 def test_progress_names_the_stages() -> None:
@@ -201,32 +118,16 @@ def test_bad_parameters(change: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def spoiled(row: int, value: float) -> np.ndarray:
-    array = np.ones((50, 4), dtype=np.float32)
-    array[row, 2 if value else slice(None)] = value
-    return array
-
-
 GOOD = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
     ("queries", "targets", "message"),
     [
-        (GOOD[:49], GOOD, "49 queries but 50 targets"),
-        (GOOD[:, :3], GOOD, "queries have 3 dimensions, targets 4"),
-        (GOOD[0], GOOD, r"queries have shape \(4,\)"),
-        (GOOD, GOOD[:, :0], r"targets have shape \(50, 0\)"),
-        (GOOD.astype(np.int64), GOOD, "queries have type int64"),
-        (GOOD.astype(complex), GOOD, "queries have type complex128"),
-        (GOOD[:0], GOOD[:0], "no rows to mine"),
-        (spoiled(7, np.nan), GOOD, "row 7 of the queries has NaN"),
-        (GOOD, spoiled(8, np.inf), "row 8 of the targets has NaN or infinite"),
-        (spoiled(9, 0.0), GOOD, "row 9 of the queries is a zero vector"),
         (GOOD, np.ones((50, 4)), "all rows have the same target"),
         (GOOD[:1], GOOD[:1], "all rows have the same target"),
     ],
 )
-def test_bad_arrays(queries: np.ndarray, targets: np.ndarray, message: str) -> None:
+def test_one_target_leaves_no_negatives(queries: np.ndarray, targets: np.ndarray, message: str) -> None:
     with pytest.raises(InputError, match=message):
         mine(queries, targets, p=2, m=10, community_size=min(5, max(1, len(queries))))

@@ -89,22 +89,6 @@ def test_blocks_threads_and_runs_do_not_matter(
         numba.set_num_threads(threads[1])
 
 
-@pytest.mark.parametrize("labels", [0, 90])
-def test_threads_and_blocks_do_not_matter_for_the_float32_search(labels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search for large inputs, with every thread setting, against the plain one."""
-    queries, targets = make(400, labels, 12, 24, 1)
-    options: dict[str, Any] = {"p": 5, "m": 20, "community_size": 16, "hard_negatives": 3}
-    first = mine(queries, targets, **options)
-    monkeypatch.setattr("b3.mining.search.SMALL", 0)
-    threads = torch.get_num_threads()
-    try:
-        for number, block_rows in ((1, None), (2, 1), (4, 399)):
-            torch.set_num_threads(number)
-            assert_same(first, mine(queries, targets, **options, block_rows=block_rows))
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("partitioner", ["anneal", "paper", "kmeans", "random"])
 @pytest.mark.parametrize("labels", [0, 40])
 def test_another_seed_gives_another_plan(partitioner: str, labels: int) -> None:
