@@ -6,7 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+
+from b3 import Embedder
 from b3.data.items import Item
+from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable
+from b3.train.inputs import StepCollator
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -25,3 +30,38 @@ def cases() -> list[dict]:
 
 def item(case: dict) -> Item:
     return Item(case["text"], GOLDEN / "images" / case["image"] if case["image"] else None)
+
+
+PAIRS = json.loads((GOLDEN / "train" / "train.json").read_text())["pairs"]
+
+
+def to_item(side: list) -> Item:
+    return Item(side[0], GOLDEN / "images" / side[1] if side[1] else None)
+
+
+class GoldenPairs:
+    """The recorded pairs as a data set; rows 8 + 2i, 9 + 2i have pair i's negatives as targets."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def query(self, row: int) -> Item:
+        return to_item(PAIRS[row]["qry"])
+
+    def target(self, row: int) -> Item:
+        return to_item(PAIRS[row]["pos"] if row < 8 else PAIRS[(row - 8) // 2]["neg"][row % 2])
+
+
+NEGATIVES = np.array([[8 + 2 * i, 9 + 2 * i] for i in range(8)])
+
+
+def embedder(folder: Path, kind: str, dropout: float = 0.0) -> Embedder:
+    model = Embedder.from_pretrained(folder, dtype="float32")
+    model.backbone = attach_adapter(model.backbone, AdapterSpec(use_dora=kind == "dora", dropout=dropout))
+    load_trainable(model.backbone, GOLDEN / f"adapter-{kind}")
+    return model.train()
+
+
+def collator(model: Embedder, chunk_tokens: int, negatives: int = 0, share: bool = True) -> StepCollator:
+    hard = [NEGATIVES[:, :negatives]] if negatives else None
+    return StepCollator([GoldenPairs()], model.processor, chunk_tokens, hard, share_duplicates=share)  # type: ignore[list-item]

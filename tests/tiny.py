@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+
+if TYPE_CHECKING:
+    import torch
+
+    from b3 import Embedder
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white", "orange", "purple"]
 SHAPES = ["square", "disc", "bar", "frame"]
@@ -124,3 +129,13 @@ def matched_modules(wrapped: Any) -> list[str]:
     """Names of the modules that carry an adapter, sorted."""
     names = [name for name, _ in wrapped.named_modules() if name.endswith(".lora_A")]
     return sorted(name.removesuffix(".lora_A").removeprefix("base_model.model.") for name in names)
+
+
+def gradients(model: Embedder) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.backbone.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-12))

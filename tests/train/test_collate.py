@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_gradcache import NEGATIVES, GoldenPairs, checkpoint
+from golden_data import NEGATIVES, GoldenPairs, checkpoint
 
 from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor
 from b3.train.inputs import StepCollator

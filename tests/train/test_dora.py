@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_gradcache import PLAIN, checkpoint, collator, embedder, gradients
+from golden_data import checkpoint, collator, embedder
+from tiny import gradients
 
 from b3.model.adapter import _dora_layers
 from b3.train import step as gradcache
+from b3.train.losses.info_nce import InfoNCE
 from b3.train.step import CachedStep
+
+PLAIN = InfoNCE(mask_duplicates=False)
 
 
 @pytest.fixture(scope="module")

@@ -2,72 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from golden_data import GOLDEN, checkpoint
+from golden_data import GOLDEN, GoldenPairs, checkpoint, collator, embedder
 from safetensors.torch import load_file
+from tiny import gradients, relative
 
 from b3 import Embedder
-from b3.data.items import Item
-from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable, new_name
-from b3.train.inputs import StepCollator
+from b3.model.adapter import new_name
 from b3.train.losses.info_nce import InfoNCE, info_nce
 from b3.train.step import CachedStep
 from b3.train.vision_cache import VisionCache
 
-PAIRS = json.loads((GOLDEN / "train" / "train.json").read_text())["pairs"]
-
-
-def to_item(side: list) -> Item:
-    return Item(side[0], GOLDEN / "images" / side[1] if side[1] else None)
-
-
-class GoldenPairs:
-    """The recorded pairs as a data set; rows 8 + 2i, 9 + 2i have pair i's negatives as targets."""
-
-    def __len__(self) -> int:
-        return 24
-
-    def query(self, row: int) -> Item:
-        return to_item(PAIRS[row]["qry"])
-
-    def target(self, row: int) -> Item:
-        return to_item(PAIRS[row]["pos"] if row < 8 else PAIRS[(row - 8) // 2]["neg"][row % 2])
-
-
 PLAIN = InfoNCE(mask_duplicates=False)
-NEGATIVES = np.array([[8 + 2 * i, 9 + 2 * i] for i in range(8)])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("golden"))
-
-
-def embedder(folder: Path, kind: str, dropout: float = 0.0) -> Embedder:
-    model = Embedder.from_pretrained(folder, dtype="float32")
-    model.backbone = attach_adapter(model.backbone, AdapterSpec(use_dora=kind == "dora", dropout=dropout))
-    load_trainable(model.backbone, GOLDEN / f"adapter-{kind}")
-    return model.train()
-
-
-def collator(model: Embedder, chunk_tokens: int, negatives: int = 0, share: bool = True) -> StepCollator:
-    hard = [NEGATIVES[:, :negatives]] if negatives else None
-    return StepCollator([GoldenPairs()], model.processor, chunk_tokens, hard, share_duplicates=share)  # type: ignore[list-item]
-
-
-def gradients(model: Embedder) -> dict[str, torch.Tensor]:
-    found = {n: p.grad.clone() for n, p in model.backbone.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-12))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

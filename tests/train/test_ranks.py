@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from golden_data import checkpoint, collator, embedder
 from reference_loss import as_inputs, random_batch
-from test_gradcache import checkpoint, collator, embedder
 
 from b3.train.losses.info_nce import InfoNCE
 from b3.train.objective import whole_batch

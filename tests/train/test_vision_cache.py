@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_data import GOLDEN
-from test_gradcache import checkpoint, embedder, gradients, relative
+from golden_data import GOLDEN, checkpoint, embedder
+from tiny import gradients, relative
 
 from b3 import Embedder
 from b3.data.items import Item
