@@ -65,10 +65,9 @@ class ModelConfig(Section):
     def _full(self) -> ModelConfig:
         if self.train == "full" and self.init_adapter is not None:
             raise ValueError(
-                "model.init_adapter has no effect with model.train full; name an adapter repository instead"
+                "model.init_adapter would not be loaded: model.train full starts from the weights of model.name;"
+                " give the adapter's repository as model.name, which merges it"
             )
-        if self.train == "full" and self.dtype == "bfloat16":
-            raise ValueError("model.dtype bfloat16 has no effect with model.train full; use float32 and train.bf16")
         return self
 
 

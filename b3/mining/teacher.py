@@ -37,7 +37,10 @@ def load_teacher(config: Config) -> Encode | None:
     mining = config.mining
     if mining.teacher.startswith(SENTENCE_TRANSFORMER):
         if mining.teacher_adapter is not None:
-            raise RunError(f"mining.teacher_adapter has no effect with mining.teacher {mining.teacher}; leave it out")
+            raise RunError(
+                f"mining.teacher_adapter would not be loaded: mining.teacher {mining.teacher} encodes with its own"
+                " weights; leave it out"
+            )
         from b3.mining.sentence_transformer import SentenceTransformerTeacher
 
         return SentenceTransformerTeacher(mining.teacher.removeprefix(SENTENCE_TRANSFORMER)).encode

@@ -111,15 +111,17 @@ class Embedder(nn.Module):
                 says.
 
         Raises:
-            InputError: the checkpoint or the adapter is missing, incomplete or of another architecture, or a setting
-                has no meaning for it.
+            InputError: the checkpoint or the adapter is missing, incomplete or of another architecture, or a value of
+                a setting is not for it.
         """
         base, adapter_folder = locate(name, adapter)
         kind = backbone_class(base)
         merged = Settings(**{**read_settings(adapter_folder, base), **settings})
         kind.check_settings(merged)
         if adapter_folder is not None and not kind.adapter_targets:
-            raise InputError(f"the model in {base} takes no adapter ({adapter_folder}); leave it out")
+            raise InputError(
+                f"the model in {base} takes no adapter, its vectors would be those without {adapter_folder}; leave it out"
+            )
         target = choose_device(device)
         torch_dtype = choose_dtype(dtype, target)
         backbone = kind.load(base, torch_dtype, target, choose_attention(attention, target, torch_dtype))
@@ -129,8 +131,8 @@ class Embedder(nn.Module):
 
     @classmethod
     def check_settings(cls, settings: Settings) -> None:
-        """Raise `InputError` for a setting that this kind of model does not have."""
-        settings.check_only(cls.setting_names, cls.title)
+        """Say which settings change nothing for this kind of model. Raises `InputError` for a value it cannot take."""
+        settings.note_unused(cls.setting_names, cls.title)
 
     @classmethod
     @abstractmethod

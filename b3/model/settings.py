@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from b3.distributed import is_first
 from b3.errors import InputError
 from b3.files import write_json
 from b3.model.checkpoint import SETTINGS_FILE, read_json
@@ -42,12 +44,12 @@ class Settings:
             if value not in known:
                 raise InputError(f"'{value}' is not known; use one of {', '.join(known)}")
 
-    def check_only(self, names: tuple[str, ...], backbone: str) -> None:
-        """Raise `InputError` for a setting beside `names` that is not at its default."""
+    def note_unused(self, names: tuple[str, ...], backbone: str) -> None:
+        """Print a note on stderr for each setting beside `names` that is not at its default."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in names and value != field.default:
-                raise InputError(f"{field.name} {value} has no meaning for {backbone}; leave it out")
+            if field.name not in names and value != field.default and is_first():
+                print(f"note: {field.name} {value} changes nothing for {backbone}", file=sys.stderr)
 
     def save(self, folder: Path, names: tuple[str, ...]) -> None:
         """Write the settings `names` to b3_settings.json."""

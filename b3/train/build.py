@@ -48,6 +48,8 @@ def build_embedder(config: Config) -> Embedder:
     from b3.model.embedder import Embedder
 
     model = config.model
+    if model.train == "full" and model.dtype == "bfloat16" and distributed.is_first():
+        print("note: model.train full keeps its weights in float32; model.dtype bfloat16 changes nothing")
     embedder = Embedder.from_pretrained(
         model.name,
         dtype="float32" if model.train == "full" else model.dtype,
@@ -55,7 +57,9 @@ def build_embedder(config: Config) -> Embedder:
         **{**_settings_of_adapter(config), **model.settings()},
     )
     if model.shard and not embedder.layers():
-        raise RunError(f"model.shard spreads decoder layers, and {model.name} has none; leave it out")
+        raise RunError(
+            f"model.shard spreads decoder layers, and {model.name} has none: every rank would hold all; leave it out"
+        )
     if model.train == "full":
         unfreeze_all(embedder.backbone)
     else:

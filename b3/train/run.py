@@ -157,7 +157,7 @@ def check_machine(config: Config) -> None:
             "DeepSpeed is not supported: its engine owns backward and step, and the cached step does both in parts."
             " Start with torchrun; model.shard=true spreads the frozen weights over the ranks as ZeRO-3 would"
         )
-    if config.train.bf16 or config.model.dtype == "bfloat16":
+    if config.train.bf16 or (config.model.dtype == "bfloat16" and config.model.train != "full"):
         import torch
 
         if not torch.cuda.is_available():

@@ -108,7 +108,7 @@ def test_the_missing_library_is_named(root: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_adapter_beside_it_is_refused(root: Path) -> None:
     recipe = tiny.write_recipe(root, mining={"teacher": "st:some/model", "teacher_adapter": "x"})
-    with pytest.raises(RunError, match=r"teacher_adapter has no effect with mining\.teacher st:some/model"):
+    with pytest.raises(RunError, match=r"teacher_adapter would not be loaded: mining\.teacher st:some/model"):
         mine_recipe(load_config(recipe))
 
 

@@ -180,15 +180,20 @@ def test_images_and_empty_texts_are_refused(roberta: Path) -> None:
     [
         ({"pooling": "last"}, "not for text encoders"),
         ({"pooling": "max"}, "'max' is not known"),
-        ({"max_pixels": 50176}, "max_pixels 50176 has no meaning"),
-        ({"square": 128}, "square 128 has no meaning"),
-        ({"positions": "mrope"}, "positions mrope has no meaning"),
-        ({"numerics": "reference"}, "numerics reference has no meaning"),
     ],
 )
-def test_options_without_meaning(roberta: Path, options: dict, message: str) -> None:
+def test_a_pooling_that_is_not_for_it(roberta: Path, options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Embedder.from_pretrained(roberta, dtype="float32", **options)
+
+
+def test_settings_that_change_nothing_are_noted(roberta: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"max_pixels": 50176, "square": 128, "positions": "mrope", "numerics": "reference"}
+    model = Embedder.from_pretrained(roberta, dtype="float32", **options)
+    notes = capsys.readouterr().err
+    assert all(f"note: {name} {value} changes nothing for a text encoder" in notes for name, value in options.items())
+    plain = Embedder.from_pretrained(roberta, dtype="float32")
+    assert (model.encode(["a red square"]) == plain.encode(["a red square"])).all()
 
 
 def test_qwen_pools_its_last_token_only(tmp_path: Path) -> None:

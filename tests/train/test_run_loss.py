@@ -77,7 +77,7 @@ def test_weight_decay_spares_a_learned_temperature(root: Path) -> None:
     [
         (["train.learn_temperature=true", "train.temperature=0.005"], "below 0.01"),
         (["train.mask_margin=-0.1"], "train.mask_margin"),
-        (["model.train=full", "model.init_adapter=x"], "init_adapter has no effect"),
+        (["model.train=full", "model.init_adapter=x"], "init_adapter would not be loaded"),
         (["train.share_duplicates=sometimes"], "train.share_duplicates"),
     ],
 )

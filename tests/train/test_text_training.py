@@ -174,8 +174,6 @@ def test_equal_texts_share_a_pass_only_without_dropout(root: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("model", "max_pixels", 50176, "max_pixels 50176 has no meaning for a text encoder"),
-        ("model", "positions", "mrope", "positions mrope has no meaning"),
         ("model", "pooling", "last", "pooling 'last' is not for text encoders"),
         ("model", "shard", True, "model.shard spreads decoder layers"),
     ],
