@@ -120,7 +120,7 @@ class Embedder(nn.Module):
         kind.check_settings(merged)
         if adapter_folder is not None and not kind.adapter_targets:
             raise InputError(
-                f"the model in {base} takes no adapter, its vectors would be those without {adapter_folder}; leave it out"
+                f"the model in {base} takes no adapter, {adapter_folder} would count for nothing; leave it out"
             )
         target = choose_device(device)
         torch_dtype = choose_dtype(dtype, target)
