@@ -1,0 +1,168 @@
+"""The zip archives of MMEB's images: extracted below a folder, member by member, so that a run can be continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from b3.console import bar
+from b3.errors import InputError
+from b3.files import write_json
+
+MARKERS = ".extracted"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of the data set: its path there and its size in bytes."""
+
+    path: str
+    size: int
+
+
+def targets_of(
+    infos: Sequence[zipfile.ZipInfo], stem: str, wanted: set[str], subsets: Sequence[str] | None
+) -> list[tuple[zipfile.ZipInfo, str]]:
+    place = placement(infos, stem, wanted)
+    placed = [(info, place(info.filename)) for info in infos]
+    return placed if subsets is None else [(info, path) for info, path in placed if path in wanted]
+
+
+def is_there(out: Path, info: zipfile.ZipInfo, path: str) -> bool:
+    try:
+        found = (out / path).stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == info.file_size
+
+
+def members(archive: Path) -> list[zipfile.ZipInfo]:
+    """The files of an archive. Raises `InputError` if it is broken or a member could leave the target folder."""
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            infos = opened.infolist()
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise _broken(archive, error) from None
+    kept = []
+    for info in infos:
+        _check_member(archive, info)
+        hidden = info.filename.startswith("__MACOSX/") or info.filename.endswith("/.DS_Store")
+        if not info.is_dir() and not hidden:
+            kept.append(info)
+    return kept
+
+
+def _check_member(archive: Path, info: zipfile.ZipInfo) -> None:
+    name = info.filename
+    path = PurePosixPath(name)
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    reason = ""
+    if path.is_absolute() or "\\" in name or name[1:2] == ":":
+        reason = "is an absolute path or not a POSIX path"
+    elif ".." in path.parts:
+        reason = "leaves the folder"
+    elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        reason = "is a symbolic link" if kind == stat.S_IFLNK else "is a special file"
+    elif info.flag_bits & 0x1:
+        reason = "is encrypted"
+    elif path.suffix == ".parquet" or (path.parts and path.parts[0].startswith(".")):
+        reason = "would replace a data file"
+    if reason:
+        raise InputError(f"{archive}: member '{name}' {reason}; nothing of it was extracted, get a clean copy")
+
+
+def placement(infos: Sequence[zipfile.ZipInfo], stem: str, wanted: set[str]) -> Callable[[str], str]:
+    """How a member's name becomes a path below the image folder, so that most of the rows' paths are met.
+
+    Archives are packed from different depths; the rows decide.
+    """
+    choices: list[Callable[[str], str]] = [
+        lambda name: name,
+        lambda name: f"images/{name}",
+        lambda name: f"{stem}/{name}",
+        lambda name: f"images/{stem}/{name}",
+        lambda name: name.partition("/")[2] or name,
+    ]
+    return max(choices, key=lambda choice: sum(choice(info.filename) in wanted for info in infos))
+
+
+def extract(
+    archive: Path, out: Path, file: RemoteFile, wanted: set[str], subsets: Sequence[str] | None, progress: bool = False
+) -> int:
+    """Extract an archive below `out` and leave its marker; returns the number of files written.
+
+    Members that are there with the right size are skipped. With `subsets` only the images of their rows are taken.
+
+    Raises:
+        InputError: the archive is broken, or a member could leave the folder; no file is left half-written.
+    """
+    targets = targets_of(members(archive), archive.stem, wanted, subsets)
+    written = 0
+    with zipfile.ZipFile(archive) as opened, bar(len(targets), archive.name if progress else None, "file") as shown:
+        for info, path in targets:
+            if not is_there(out, info, path):
+                _extract_member(opened, info, out / path, archive)
+                written += 1
+            shown.update(1)
+    os.sync()
+    marker = {"path": file.path, "size": file.size, "members": len(targets), "subsets": _named(subsets)}
+    write_json(_marker(out, file), marker)
+    return written
+
+
+def _extract_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, archive: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    size = 0
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            try:
+                with opened.open(info) as member:
+                    while chunk := member.read(_CHUNK):  # the CRC is tested at the end of the member
+                        size += len(chunk)
+                        file.write(chunk)
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                raise _broken(archive, error) from None
+        if size != info.file_size:
+            raise _broken(archive, f"'{info.filename}' has {size} bytes, its header says {info.file_size}")
+        temporary.replace(target)
+    except OSError as error:
+        raise unwritable(target, error) from None
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def unwritable(target: Path, error: OSError) -> InputError:
+    return InputError(f"{target} cannot be written ({error.strerror}); see to it and run the same command again")
+
+
+def _broken(archive: Path, error: object) -> InputError:
+    return InputError(f"{archive} is not a complete zip archive ({error}); delete it and run the same command again")
+
+
+def _marker(out: Path, file: RemoteFile) -> Path:
+    return out / MARKERS / (file.path.replace("/", "__") + ".json")
+
+
+def _named(subsets: Sequence[str] | None) -> list[str] | None:
+    return None if subsets is None else sorted(subsets)
+
+
+def marked(out: Path, file: RemoteFile, subsets: Sequence[str] | None) -> bool:
+    """Whether an earlier run extracted this very archive, for these subsets or more."""
+    try:
+        marker = json.loads(_marker(out, file).read_text())
+    except (OSError, ValueError):
+        return False
+    if marker.get("size") != file.size:
+        return False
+    known = marker.get("subsets")
+    return known is None or (subsets is not None and set(subsets) <= set(known))
