@@ -214,8 +214,12 @@ class Embedder(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         backbone: Any = self.backbone
         if hasattr(backbone, "get_base_model"):
+            card = folder / "README.md"
+            text = card.read_bytes() if card.exists() else None
             backbone.save_pretrained(str(folder), save_embedding_layers=False)
-            (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+            card.unlink(missing_ok=True)  # peft's empty model card
+            if text is not None:
+                card.write_bytes(text)
             backbone.get_base_model().config.save_pretrained(str(folder))
         else:
             backbone.save_pretrained(str(folder))
