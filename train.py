@@ -13,7 +13,6 @@ on stderr for a mistake in the input.
 from __future__ import annotations
 
 import argparse
-import sys
 
 from b3.config import describe_keys, load_config
 from b3.errors import EXIT_STOPPED, command
@@ -56,4 +55,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from b3 import distributed
+
+    distributed.leave(main())

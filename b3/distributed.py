@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -49,6 +51,21 @@ def stop() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code; as one of several ranks without taking the interpreter apart.
+
+    Threads of the process group or of a library that still run while Python finalises abort a rank now and then
+    (SIGABRT, "terminate called without an active exception", after everything was written), and torchrun then reports
+    a failed job. Exit handlers run and the streams are flushed first.
+    """
+    if launched_ranks() > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def world_size() -> int:

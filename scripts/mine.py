@@ -11,7 +11,6 @@ manifest.json, report.json and report.html.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import yaml
@@ -101,4 +100,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from b3 import distributed
+
+    distributed.leave(main())

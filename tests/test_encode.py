@@ -165,6 +165,7 @@ model = Embedder.from_pretrained(sys.argv[1], dtype="float32")
 vectors = Encoder(model, batch_tokens=256).encode([item(case) for case in cases()])
 np.save(f"{sys.argv[2]}-{distributed.rank()}.npy", vectors)
 distributed.stop()
+distributed.leave(0)
 """
 
 
