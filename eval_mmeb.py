@@ -91,7 +91,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--lora_dropout", type=float, help="checked against the adapter")
     add("--lora_target_modules", help="checked against the adapter")
     more = parser.add_argument_group("not in the published program")
-    more.add_argument("--benchmark", default="mmeb", help="whose tasks and rows, see b3/registry.py (default mmeb)")
+    more.add_argument("--benchmark", help="whose tasks and rows, see b3/registry.py (default: of the data, else mmeb)")
     more.add_argument(
         "--numerics",
         choices=("clean", "reference"),
@@ -195,25 +195,30 @@ def main(argv: list[str] | None = None) -> int:
     adapter = check(arguments)
 
     from b3 import distributed, registry
+    from b3.eval.benchmark import of_source
     from b3.eval.report import markdown_table
     from b3.eval.run import EvalSpec, evaluate
+    from b3.model.settings import Settings
 
-    benchmark = registry.load("benchmark", arguments.benchmark)
+    name, source = arguments.benchmark, arguments.dataset_name
+    benchmark = of_source(source) if name is None else registry.load("benchmark", name)
     spec = EvalSpec(
         model=arguments.model_name,
         adapter=adapter,
-        source=arguments.dataset_name or benchmark.source,
+        source=source or benchmark.source,
         split=arguments.dataset_split,
         image_dir=arguments.image_dir,
         prefix_targets=arguments.tgt_prefix_mod,
         normalize=arguments.normalize,
         dtype="bfloat16" if arguments.bf16 else "float32",
-        numerics=arguments.numerics,
-        positions=arguments.positions,
-        min_pixels=arguments.resize_min_pixels,
-        max_pixels=arguments.resize_max_pixels,
-        max_length=arguments.max_len,
-        square=None if arguments.image_resolution is None else RESOLUTIONS[arguments.image_resolution],
+        settings=Settings(
+            min_pixels=arguments.resize_min_pixels,
+            max_pixels=arguments.resize_max_pixels,
+            max_length=arguments.max_len,
+            positions=arguments.positions,
+            numerics=arguments.numerics,
+            square=arguments.image_resolution and RESOLUTIONS[arguments.image_resolution],
+        ),
         on_error=arguments.on_error,
     )
     subsets = benchmark.expand(arguments.subset_name, benchmark.subsets(spec.source, spec.split))
@@ -233,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         distributed.stop()
     if first:
-        print(markdown_table({"precision@1": summary}))
+        print(markdown_table({"precision@1": summary}, benchmark))
     return 0
 
 

@@ -64,6 +64,7 @@ def train(config: Config) -> None:
 def evaluate(config: Config, name: str, adapter: str | None) -> dict[str, Any]:
     from b3.eval.run import EvalSpec
     from b3.eval.run import evaluate as run
+    from b3.model.settings import Settings
 
     assert config.eval is not None
     spec = EvalSpec(
@@ -74,7 +75,7 @@ def evaluate(config: Config, name: str, adapter: str | None) -> dict[str, Any]:
         image_dir=config.eval.image_dir,
         prefix_targets=config.eval.prefix_targets,
         dtype="float32",
-        **config.model.settings(),
+        settings=Settings(**config.model.settings()),
     )
     return run(spec, config.eval.subsets, ROOT / "eval" / name, progress=True)
 
@@ -83,17 +84,21 @@ def summarise(
     configs: dict[str, Config], results: dict[str, Any], mining: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Write summary.json, summary.md and the plots; returns the summary."""
+    from b3.eval.benchmark import of_source
     from b3.eval.plots import plot_losses, plot_precision
     from b3.eval.report import markdown_table
     from b3.files import write_json, write_text
     from b3.train.checkpoint import read_metrics
 
+    evaluation = configs["b3"].eval
+    assert evaluation is not None
+    benchmark = of_source(evaluation.source)
     arms = {name: {**result["subsets"], "mean": result["mean"]} for name, result in results.items()}
     summary = {"arms": arms, "seconds": round(seconds, 1), "mining": mining}
     write_json(ROOT / "summary.json", summary)
-    write_text(ROOT / "summary.md", markdown_table(results) + "\n")
+    write_text(ROOT / "summary.md", markdown_table(results, benchmark) + "\n")
     plot_losses({arm: read_metrics(Path(c.output_dir)) for arm, c in configs.items()}, ROOT / "loss.png")
-    plot_precision(results, ROOT / "precision.png")
+    plot_precision(results, ROOT / "precision.png", benchmark)
     return summary
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ from b3 import registry
 from b3.data.datasets import EvalDataset, load_eval
 from b3.data.tables import list_subsets
 
-FAMILIES = ("Classification", "VQA", "Retrieval", "Visual grounding")
 OTHER = "Other"
 
 
@@ -52,18 +51,31 @@ class Benchmark:
     def names(self) -> list[str]:
         return [task.name for task in self.tasks]
 
+    def task(self, subset: str) -> Task:
+        """The task of that name; data of the user's own belongs to the family 'Other'."""
+        return next((task for task in self.tasks if task.name == subset), Task(subset, OTHER))
+
+    def families(self, subsets: Iterable[str]) -> dict[str, list[str]]:
+        """Subsets by family, in the order given; families in that of the tasks, 'Other' last, none empty."""
+        family_of = {subset: self.task(subset).family for subset in subsets}
+        order = dict.fromkeys([*(task.family for task in self.tasks), OTHER])
+        members = {family: [subset for subset in family_of if family_of[subset] == family] for family in order}
+        return {family: names for family, names in members.items() if names}
+
+    def domains(self, subsets: Iterable[str]) -> dict[str, list[str]]:
+        """Subsets in domain ('IND') and out of it ('OOD'); neither where that has no meaning."""
+        members: dict[str, list[str]] = {"IND": [], "OOD": []}
+        for subset in subsets:
+            if (in_domain := self.task(subset).in_domain) is not None:
+                members["IND" if in_domain else "OOD"].append(subset)
+        return {domain: names for domain, names in members.items() if names}
+
     def family_means(self, scores: dict[str, float]) -> dict[str, float]:
         """Plain means over tasks by family, 'IND', 'OOD' and 'overall'; only groups that `scores` covers in full.
 
         Subsets that are no task of this benchmark play no part.
         """
-        groups: dict[str, list[str]] = {}
-        for task in self.tasks:
-            groups.setdefault(task.family, []).append(task.name)
-        for label, is_in_domain in (("IND", True), ("OOD", False)):
-            if names := [task.name for task in self.tasks if task.in_domain is is_in_domain]:
-                groups[label] = names
-        groups["overall"] = self.names
+        groups = {**self.families(self.names), **self.domains(self.names), "overall": self.names}
         return {
             group: sum(scores[name] for name in names) / len(names)
             for group, names in groups.items()
@@ -77,38 +89,25 @@ class Benchmark:
         grounding', 'visual-grounding') means its subsets among those.
         """
         everything = available or self.names
-        families = {family.lower().replace(" ", "-"): family for family in family_order()}
+        families = {_plain(family): subsets for family, subsets in self.families(everything).items()}
+        known = {_plain(task.family) for task in self.tasks}
         result: list[str] = []
         for name in names:
-            family = families.get(name.lower().replace(" ", "-"))
             if name == "all":
                 result += everything
-            elif family is not None and name not in everything:
-                result += [subset for subset in everything if family_of(subset) == family]
+            elif name not in everything and _plain(name) in known:
+                result += families.get(_plain(name), [])
             else:
                 result.append(name)
         return list(dict.fromkeys(result))
 
 
-def benchmarks() -> list[Benchmark]:
-    """All that the registry names."""
-    return [registry.load("benchmark", name) for name in registry.BENCHMARKS]
+def _plain(family: str) -> str:
+    return family.lower().replace(" ", "-")
 
 
-def task_of(subset: str) -> Task:
-    """The task of that name in any benchmark; data of the user's own belongs to the family 'Other'."""
-    for benchmark in benchmarks():
-        for task in benchmark.tasks:
-            if task.name == subset:
-                return task
-    return Task(subset, OTHER)
-
-
-def family_of(subset: str) -> str:
-    return task_of(subset).family
-
-
-def family_order() -> list[str]:
-    """Families in the order of tables: the usual four, those of other benchmarks, and last 'Other'."""
-    more = [task.family for benchmark in benchmarks() for task in benchmark.tasks]
-    return [*dict.fromkeys([*FAMILIES, *more]), OTHER]
+def of_source(source: str | None) -> Benchmark:
+    """The benchmark whose rows `source` has by its name; MMEB for None and for any other source."""
+    benchmarks: list[Benchmark] = [registry.load("benchmark", name) for name in registry.BENCHMARKS]
+    mmeb: Benchmark = registry.load("benchmark", "mmeb")
+    return next((benchmark for benchmark in benchmarks if benchmark.source == source), mmeb)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from b3.errors import InputError
-from b3.eval.benchmark import Benchmark, family_of, family_order
+from b3.eval.benchmark import Benchmark
 from b3.html import running_mean
 
 COLOURS = {"untrained": "#9aa0a6", "random": "#4c78a8", "b3": "#e4572e"}
@@ -54,10 +54,10 @@ def plot_losses(metrics: dict[str, list[dict[str, Any]]], path: Path, width: int
     save_figure(figure, axes, path)
 
 
-def plot_precision(results: dict[str, dict[str, Any]], path: Path) -> None:
+def plot_precision(results: dict[str, dict[str, Any]], path: Path, benchmark: Benchmark) -> None:
     """Precision@1 by subset and over all, a bar per model; `results` maps a name to a summary of `b3.eval.report`."""
-    first = next(iter(results.values()))
-    subsets = sorted(first["subsets"], key=lambda s: (family_order().index(family_of(s)), s))
+    families = benchmark.families(sorted(next(iter(results.values()))["subsets"]))
+    subsets = [subset for names in families.values() for subset in names]
     labels = [*subsets, "mean"]
     figure, axes = new_figure(max(7.0, 0.9 * len(labels) + 1.5), 3.6)
     width = 0.8 / len(results)

@@ -10,15 +10,16 @@ import numpy as np
 
 from b3.data.datasets import EvalDataset
 from b3.errors import InputError
-from b3.eval.benchmark import Benchmark, family_of, family_order, task_of
+from b3.eval.benchmark import Benchmark
 from b3.eval.score import METRICS, SubsetScore
 from b3.files import write_json, write_text
 
 
-def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore, skipped: dict[str, str]) -> None:
+def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore, metric: str, skipped: dict[str, str]) -> None:
     """`<subset>_pred.txt` (a line per row: the predicted candidate) and, last, `<subset>_score.json`.
 
-    `skipped` says which items could not be read and why; the score file then has `num_incomplete` and `skipped` too.
+    `metric` is a name of `METRICS`. `skipped` says which items could not be read and why; the score file then has
+    `num_incomplete` and `skipped` too.
     """
     lines = [
         str(dataset.raw_candidates(row)[index] if index >= 0 else ("<unreadable>", ""))
@@ -26,7 +27,7 @@ def write_subset(folder: Path, dataset: EvalDataset, score: SubsetScore, skipped
     ]
     write_text(folder / f"{score.name}_pred.txt", "".join(line + "\n" for line in lines))
     facts: dict[str, Any] = {
-        "acc": METRICS[task_of(score.name).metric](score),
+        "acc": METRICS[metric](score),
         "num_correct": score.num_correct,
         "num_pred": score.num_rows,
         "num_data": len(dataset),
@@ -50,7 +51,9 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def summarise(precision: dict[str, float], num_correct: dict[str, tuple[int, int]] | None = None) -> dict[str, Any]:
+def summarise(
+    precision: dict[str, float], benchmark: Benchmark, num_correct: dict[str, tuple[int, int]] | None = None
+) -> dict[str, Any]:
     """Means by family, in and out of domain, and overall, from precision@1 by subset.
 
     With `num_correct` ((right, rows) by subset) also `interval`: bootstrap 95 % intervals of each subset, each family
@@ -58,29 +61,21 @@ def summarise(precision: dict[str, float], num_correct: dict[str, tuple[int, int
     """
     if not precision:
         raise InputError("no subset was scored")
-    families = {}
-    for family in family_order():
-        values = [value for name, value in precision.items() if family_of(name) == family]
-        if values:
-            families[family] = mean(values)
-    summary: dict[str, Any] = {"subsets": precision, "families": families, "mean": mean(list(precision.values()))}
-    for label, is_in_domain in (("IND", True), ("OOD", False)):
-        values = [v for name, v in precision.items() if task_of(name).in_domain is is_in_domain]
-        if values:
-            summary[label] = mean(values)
-    if num_correct is not None:
-        summary["interval"] = intervals({name: np.arange(rows) < right for name, (right, rows) in num_correct.items()})
-    return summary
-
-
-def intervals(correct: dict[str, np.ndarray]) -> dict[str, Any]:
-    """95 % intervals (low, high) of the mean, of families and of subsets, from which rows were right."""
-    families = sorted({family_of(name) for name in correct})
-    return {
-        "mean": bootstrap_mean(correct),
-        "families": {f: bootstrap_mean({n: c for n, c in correct.items() if family_of(n) == f}) for f in families},
-        "subsets": {name: bootstrap_interval(rows) for name, rows in correct.items()},
+    families, domains = benchmark.families(precision), benchmark.domains(precision)
+    summary: dict[str, Any] = {
+        "subsets": precision,
+        "families": {family: mean([precision[name] for name in names]) for family, names in families.items()},
+        "mean": mean(list(precision.values())),
+        **{domain: mean([precision[name] for name in names]) for domain, names in domains.items()},
     }
+    if num_correct is not None:
+        is_correct = {name: np.arange(num_rows) < right for name, (right, num_rows) in num_correct.items()}
+        summary["interval"] = {
+            "mean": bootstrap_mean(is_correct),
+            "families": {f: bootstrap_mean({n: is_correct[n] for n in families[f]}) for f in sorted(families)},
+            "subsets": {name: bootstrap_interval(rows) for name, rows in is_correct.items()},
+        }
+    return summary
 
 
 # How far a precision@1 could move with other rows of the same kind: percentile bootstrap over rows. Drawing n rows with
@@ -124,15 +119,13 @@ def bootstrap_mean(
     return _percentiles(total / len(correct_by_subset), level)
 
 
-def markdown_table(columns: dict[str, dict[str, Any]]) -> str:
+def markdown_table(columns: dict[str, dict[str, Any]], benchmark: Benchmark) -> str:
     """Precision@1 in percent, a row per subset, then families and mean; a column for each summary."""
     names = list(columns)
-    subsets = list(next(iter(columns.values()))["subsets"])
-    order = family_order()
-    subsets.sort(key=lambda s: (order.index(family_of(s)), s))
     rows = [["subset", "family", *names]]
-    for subset in subsets:
-        rows.append([subset, family_of(subset), *(f"{100 * columns[n]['subsets'][subset]:.1f}" for n in names)])
+    for family, subsets in benchmark.families(sorted(columns[names[0]]["subsets"])).items():
+        for subset in subsets:
+            rows.append([subset, family, *(f"{100 * columns[n]['subsets'][subset]:.1f}" for n in names)])
     for family in columns[names[0]]["families"]:
         rows.append([f"**{family}**", "", *(f"{100 * columns[n]['families'][family]:.1f}" for n in names)])
     for label in ("IND", "OOD", "mean"):
@@ -148,7 +141,7 @@ def write_summary(folder: Path, summary: dict[str, Any], model: str, benchmark: 
     from b3.eval.plots import plot_families
 
     write_json(folder / "summary.json", summary)
-    text = f"Precision@1, percent; plain means over subsets.\n\n{markdown_table({'precision@1': summary})}\n"
+    text = f"Precision@1, percent; plain means over subsets.\n\n{markdown_table({'precision@1': summary}, benchmark)}\n"
     low, high = summary["interval"]["mean"]
     text += (
         f"\nMean: {100 * summary['mean']:.2f}, 95 % interval {100 * low:.2f} to {100 * high:.2f} (rows resampled).\n"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from b3 import distributed, registry
+from b3 import distributed
 from b3.data.datasets import EvalDataset
 from b3.errors import RunError
-from b3.eval.benchmark import Benchmark
+from b3.eval.benchmark import Benchmark, of_source
 from b3.eval.page import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
@@ -20,18 +20,22 @@ from b3.files import claim, write_json
 from b3.model.cache import EmbeddingCache
 from b3.model.checkpoint import adapter_key, checkpoint_key
 from b3.model.encode import Encoder, unique_items, unit
+from b3.model.settings import Settings
 
 if TYPE_CHECKING:
     from b3.model.embedder import Embedder
 
 MANIFEST = "manifest.json"
 # What decides a vector beside the item itself; prompts and prefixes are part of the item.
-CACHE_FACTS = ("model", "adapter", "dtype", "numerics", "positions", "min_pixels", "max_pixels", "max_length", "square")
+CACHE_FACTS = ("model", "adapter", "dtype", "settings")
 
 
 @dataclass(frozen=True, slots=True)
 class EvalSpec:
-    """Everything that decides the numbers of an evaluation."""
+    """Everything that decides the numbers of an evaluation.
+
+    All `settings` count, whatever the checkpoint says (the published rule), but for pooling "auto".
+    """
 
     model: str
     source: str
@@ -41,46 +45,42 @@ class EvalSpec:
     prefix_targets: bool = False
     normalize: bool = True
     dtype: str = "float32"
-    numerics: str = "clean"
-    positions: str = "1d"
-    min_pixels: int = 3136
-    max_pixels: int = 1003520
-    max_length: int | None = None
-    square: int | None = None
+    settings: Settings = field(default_factory=Settings)
     on_error: str = "fail"
 
     def load(self) -> Embedder:
         from b3.model.embedder import Embedder
 
-        return Embedder.from_pretrained(
-            self.model,
-            adapter=self.adapter,
-            dtype=self.dtype,
-            numerics=self.numerics,
-            positions=self.positions,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-            max_length=self.max_length,
-            square=self.square,
-        )
+        return Embedder.from_pretrained(self.model, self.adapter, self.dtype, **asdict(self.settings))
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON values, checkpoints by the key of their content."""
+        adapter = None if self.adapter is None else adapter_key(self.adapter)
+        return asdict(self) | {"model": checkpoint_key(self.model), "adapter": adapter}
 
     @property
     def round_targets(self) -> bool:
         """The reference's target side leaves the model in bfloat16; its query side is autocast and stays float32."""
-        return self.numerics == "reference" and self.dtype == "bfloat16" and self.normalize
+        return self.settings.numerics == "reference" and self.dtype == "bfloat16" and self.normalize
 
 
-def evaluate_subset(dataset: EvalDataset, encoder: Encoder, spec: EvalSpec, progress: bool = False) -> SubsetScore:
-    """Encode and score one subset."""
+def evaluate_subset(
+    dataset: EvalDataset,
+    encoder: Encoder,
+    normalize: bool = True,
+    round_targets: bool = False,
+    progress: bool = False,
+) -> SubsetScore:
+    """Encode and score one subset; a collective call. Arguments as in `EvalSpec` and `score_subset`."""
     candidates = [dataset.candidates(row) for row in range(len(dataset))]
     queries = [dataset.query(row) for row in range(len(dataset))]
     items, index = unique_items(queries + [item for row in candidates for item in row])
     vectors = encoder.encode(items, dataset.name if progress else None)
-    if spec.normalize:  # in float32, whatever the model's dtype
+    if normalize:  # in float32, whatever the model's dtype
         vectors = unit(vectors)
     ends = np.cumsum([len(dataset), *map(len, candidates)])
     parts = [index[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
-    return score_subset(dataset, vectors, index[: len(dataset)], parts, spec.round_targets)
+    return score_subset(dataset, vectors, index[: len(dataset)], parts, round_targets)
 
 
 def _claim(folder: Path, facts: dict[str, Any], names: dict[str, Any]) -> None:
@@ -111,29 +111,31 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate `spec` on `subsets` and write all files to `folder`; subsets scored before are not scored again.
 
-    The benchmark (by default MMEB) loads the rows and has its own leaderboard file and published scores; its name is
-    one of the facts that decide whose folder it is.
-
     All ranks of a process group share the encoding; rank 0 writes. Vectors are kept below `folder`/embeddings, so an
-    interrupted run continues. With `explain`, each newly scored subset also gets <subset>_errors.html with so many
-    wrong predictions. Returns the summary (see `b3.eval.report.summarise`) with `seconds`.
+    interrupted run continues.
 
-    Raises `InputError` (before the model is loaded) for an unknown subset, a missing image folder, or a folder that
-    holds another evaluation.
+    Args:
+        benchmark: loads the rows and has its own leaderboard file and published scores; by default that of the source.
+            Its name is one of the facts that decide whose folder it is.
+        max_items, workers, batch_tokens: as in `Encoder`.
+        explain: also write <subset>_errors.html with so many wrong predictions of each newly scored subset.
+
+    Returns:
+        The summary (see `b3.eval.report.summarise`) with `seconds`.
+
+    Raises:
+        InputError: an unknown subset, a missing image folder, or a folder that holds another evaluation; before the
+            model is loaded.
     """
     started = time.perf_counter()
-    benchmark = benchmark or registry.load("benchmark", "mmeb")
+    benchmark = benchmark or of_source(spec.source)
     datasets = [
         benchmark.load(spec.source, name, spec.split, image_dir=spec.image_dir, prefix_targets=spec.prefix_targets)
         for name in subsets
     ]
-    facts = asdict(spec) | {
-        "benchmark": benchmark.name,
-        "model": checkpoint_key(spec.model),
-        "adapter": None if spec.adapter is None else adapter_key(spec.adapter),
-    }
+    facts = spec.facts()
     if distributed.rank() == 0:
-        _claim(folder, facts, {"model": spec.model, "adapter": spec.adapter})
+        _claim(folder, facts | {"benchmark": benchmark.name}, {"model": spec.model, "adapter": spec.adapter})
     distributed.barrier()
     todo = [dataset for dataset in datasets if read_score(folder, dataset.name) is None]
     distributed.barrier()  # all ranks have looked before rank 0 writes the first score
@@ -143,20 +145,23 @@ def evaluate(
         encoder = Encoder(spec.load(), batch_tokens, max_items, workers, cache, spec.on_error)
         for dataset in todo:
             encoder.skipped.clear()
-            scored = evaluate_subset(dataset, encoder, spec, progress)
-            num_items = encoder.num_encoded
+            score = evaluate_subset(dataset, encoder, spec.normalize, spec.round_targets, progress)
             if distributed.rank() == 0:
-                write_subset(folder, dataset, scored, encoder.skipped)
+                write_subset(folder, dataset, score, benchmark.task(dataset.name).metric, encoder.skipped)
                 if explain:
-                    write_explanations(folder, dataset, scored, explain)
+                    write_explanations(folder, dataset, score, explain)
+        num_items = encoder.num_encoded
     distributed.barrier()
-    scores = {name: score for name in subsets if (score := read_score(folder, name)) is not None}
-    summary = summarise(
-        {name: score["acc"] for name, score in scores.items()},
-        {name: (score["num_correct"], score["num_data"]) for name, score in scores.items()},
-    )
+    summary = _summary(folder, subsets, benchmark)
     seconds = time.perf_counter() - started
     summary |= {"seconds": round(seconds, 2), "items": num_items, "items_per_second": round(num_items / seconds, 2)}
     if distributed.rank() == 0:
         write_summary(folder, summary, spec.model, benchmark)
     return summary
+
+
+def _summary(folder: Path, subsets: list[str], benchmark: Benchmark) -> dict[str, Any]:
+    """Of the score files in `folder`."""
+    scores = {name: score for name in subsets if (score := read_score(folder, name)) is not None}
+    num_correct = {name: (score["num_correct"], score["num_data"]) for name, score in scores.items()}
+    return summarise({name: score["acc"] for name, score in scores.items()}, benchmark, num_correct)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as l2_normalize
 
 from b3 import registry
-from b3.data.items import Item
+from b3.data.items import Item, as_item
 from b3.errors import InputError
 from b3.model import adapter as adapters
 from b3.model.batch import Batch, Processor
@@ -108,7 +108,7 @@ class Embedder(nn.Module):
             device: None means the GPU of the local rank if there is one, else the CPU.
             attention: "auto", "flash_attention_2" or "sdpa".
             settings: fields of `Settings`; each replaces what b3_settings.json of the adapter, or else of the base,
-                says.
+                says; "auto" leaves it.
 
         Raises:
             InputError: the checkpoint or the adapter is missing, incomplete or of another architecture, or a value of
@@ -116,7 +116,8 @@ class Embedder(nn.Module):
         """
         base, adapter_folder = locate(name, adapter)
         kind = backbone_class(base)
-        merged = Settings(**{**read_settings(adapter_folder, base), **settings})
+        explicit = {name: value for name, value in settings.items() if value != "auto"}
+        merged = Settings(**{**read_settings(adapter_folder, base), **explicit})
         kind.check_settings(merged)
         if adapter_folder is not None and not kind.adapter_targets:
             raise InputError(
@@ -239,10 +240,21 @@ class Embedder(nn.Module):
         workers: int = 0,
         progress: str | None = None,
     ) -> np.ndarray:
-        """Vectors (N, D) float32 in the order of `items`; see `b3.model.encode.encode_items`."""
-        from b3.model.encode import encode_items
+        """Vectors (N, D) float32 in the order of `items`; L2-normalised in float32 if asked.
 
-        return encode_items(self, items, normalize, batch_tokens, max_items, workers, progress)
+        Args:
+            items: as `b3.data.items.as_item` takes them.
+            batch_tokens, max_items, workers: as in `b3.model.encode.Encoder`.
+            progress: label of a bar; None: no bar.
+
+        Raises:
+            DataError: an item is empty, or its image is missing, does not decode or lacks its token.
+        """
+        from b3.model.encode import Encoder, unit
+
+        encoder = Encoder(self, batch_tokens, max_items, workers)
+        vectors = encoder.encode([as_item(item) for item in items], progress)
+        return unit(vectors) if normalize else vectors
 
 
 def finish(pooled: Tensor, normalize: bool) -> Tensor:

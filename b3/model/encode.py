@@ -20,7 +20,7 @@ import numpy as np
 
 from b3 import distributed
 from b3.console import bar
-from b3.data.items import Item, as_item
+from b3.data.items import Item
 from b3.errors import DataError
 from b3.model.batch import token_batches
 from b3.model.workers import run_ahead
@@ -321,26 +321,7 @@ def _describe(task: tuple[np.ndarray, list[Item]]) -> str:
     return f"{len(task[1])} items: {shown}" + (", ..." if len(task[1]) > 3 else "")
 
 
-def encode_items(
-    embedder: Embeds,
-    items: Sequence[Item | dict[str, Any] | str],
-    normalize: bool = True,
-    batch_tokens: int | None = None,
-    max_items: int | None = None,
-    workers: int = 0,
-    progress: str | None = None,
-) -> np.ndarray:
-    """Vectors (N, D) float32 of `items`, in their order; see `Encoder`. L2-normalised in float32 if asked.
-
-    Raises:
-        DataError: an item is empty, or its image is missing, does not decode or lacks its token.
-    """
-    encoder = Encoder(embedder, batch_tokens, max_items, workers)
-    vectors = encoder.encode([as_item(item) for item in items], progress)
-    return unit(vectors) if normalize else vectors
-
-
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows divided by their L2 norm, in float32; a zero row stays zero."""
+    """Rows (N, D) float32 divided by their L2 norm; a zero row stays zero."""
     norms: Callable[..., np.ndarray] = np.linalg.norm
     return vectors / np.maximum(norms(vectors, axis=1, keepdims=True), 1e-12)

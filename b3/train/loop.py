@@ -19,7 +19,7 @@ from b3 import distributed
 from b3.config import Config
 from b3.data.datasets import EvalDataset, load_eval
 from b3.errors import DataError, InputError, RunError
-from b3.eval.run import EvalSpec, evaluate_subset
+from b3.eval.run import evaluate_subset
 from b3.files import write_json
 from b3.model.adapter import load_trainable
 from b3.model.embedder import Embedder
@@ -286,7 +286,6 @@ class Evaluator:
         self.autocast = config.train.bf16
         self.workers = config.train.workers
         settings = config.eval
-        self.spec = EvalSpec(config.model.name, settings.source)
         self.datasets: list[EvalDataset] = [
             load_eval(
                 settings.source,
@@ -305,5 +304,5 @@ class Evaluator:
         encoder = Encoder(self.embedder, workers=self.workers)
         devices = [self.embedder.device] if device == "cuda" else []
         with torch.random.fork_rng(devices), torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-            scores = {d.name: float(evaluate_subset(d, encoder, self.spec).precision) for d in self.datasets}
+            scores = {d.name: float(evaluate_subset(d, encoder).precision) for d in self.datasets}
         return {**scores, "mean": sum(scores.values()) / len(scores)}

@@ -60,16 +60,16 @@ def wordnet_ranks(model: str, folder: Path) -> dict[str, np.ndarray]:
 def emoji_ranks(config: Config) -> dict[str, np.ndarray]:
     """0 where the right candidate comes first, else 1, by subset of the recipe's evaluation."""
     from b3.data.datasets import load_eval
-    from b3.eval.run import EvalSpec, evaluate_subset
+    from b3.eval.run import evaluate_subset
     from b3.model.embedder import Embedder
     from b3.model.encode import Encoder
 
     assert config.eval is not None
     model = Embedder.from_pretrained(config.model.name, adapter=config.output_dir, dtype="float32")
-    encoder, spec, found = Encoder(model), EvalSpec(config.model.name, config.eval.source), {}
+    encoder, found = Encoder(model), {}
     for name in config.eval.subsets:
         data = load_eval(config.eval.source, name, config.eval.split, prefix_targets=config.eval.prefix_targets)
-        found[name] = np.asarray(evaluate_subset(data, encoder, spec).predicted != 0, dtype=np.int64)
+        found[name] = np.asarray(evaluate_subset(data, encoder).predicted != 0, dtype=np.int64)
     return found
 
 

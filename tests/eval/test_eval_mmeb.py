@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 from golden_data import GOLDEN, checkpoint
 from safetensors.numpy import load_file
 
 import eval_mmeb
 from b3.data.datasets import load_eval
-from b3.eval.run import EvalSpec, evaluate_subset
+from b3.errors import RunError
+from b3.eval.run import CACHE_FACTS, EvalSpec, evaluate, evaluate_subset
+from b3.model.cache import EmbeddingCache
 from b3.model.encode import Encoder
+from b3.model.settings import Settings
 
 SUBSETS = ["ImageNet-1K", "MSCOCO_i2t", "MSCOCO_t2i", "OK-VQA", "RefCOCO-Matching", "WebQA"]
 DATA = GOLDEN / "mmeb-eval"
@@ -66,8 +71,34 @@ def test_every_score_equals_the_reference(folder: Path) -> None:
     recorded = load_file(GOLDEN / "mmeb-eval-results" / "dora_fp32_prefix" / "scores.safetensors")
     for subset in SUBSETS:
         dataset = load_eval(str(DATA), subset, image_dir=str(DATA / "eval_images"), prefix_targets=True)
-        scores = np.concatenate(evaluate_subset(dataset, encoder, spec).scores)
+        scores = np.concatenate(evaluate_subset(dataset, encoder).scores)
         assert np.abs(scores - recorded[f"{subset}/scores"]).max() < 1e-5
+
+
+@pytest.mark.parametrize("field", Settings.__slots__)
+def test_vectors_under_one_setting_are_never_taken_for_another(folder: Path, tmp_path: Path, field: str) -> None:
+    values = {"positions": "mrope", "numerics": "reference", "pooling": "cls"}
+    usual = EvalSpec(str(folder), str(DATA))
+    other = replace(usual, settings=replace(Settings(), **{field: values.get(field, 6272)}))
+    caches = [EmbeddingCache(tmp_path, {k: spec.facts()[k] for k in CACHE_FACTS}).folder for spec in (usual, other)]
+    assert caches[0] != caches[1]
+
+
+def test_pooling_is_part_of_an_evaluation(tmp_path: Path) -> None:
+    model = tiny.write_text_model(tmp_path / "model")
+    data, summaries = tiny.write_data(tmp_path / "data", rows=12), {}
+    for pooling in ("mean", "cls"):
+        spec = EvalSpec(str(model), f"parquet:{data}", settings=Settings(pooling=pooling))
+        summaries[pooling] = evaluate(spec, ["words"], tmp_path / pooling)
+        again = replace(spec, settings=Settings(pooling="cls" if pooling == "mean" else "mean"))
+        with pytest.raises(RunError, match=f"settings.pooling was '{pooling}', now"):
+            evaluate(again, ["words"], tmp_path / pooling)
+    for name in ("manifest.json", "words_score.json"):
+        (tmp_path / "mean" / name).unlink()
+    third = evaluate(spec, ["words"], tmp_path / "mean")  # beside the vectors of the other pooling
+    assert third["items"] == summaries["cls"]["items"] > 0
+    predictions = [(tmp_path / p / "words_pred.txt").read_text() for p in ("mean", "cls")]
+    assert predictions[0] == predictions[1]
 
 
 def test_hub_loader_reads_the_same_rows() -> None:

@@ -58,7 +58,7 @@ def test_family_means_only_of_whole_families() -> None:
     del scores["WebQA"]
     assert MMEB.family_means(scores).keys() == {"Classification", "VQA", "Visual grounding", "OOD"}
     assert MMEB.family_means({task.name: 1.0 for task in EMOJI.tasks}) == {}
-    summary = summarise(all_36())
+    summary = summarise(all_36(), MMEB)
     assert MMEB.family_means(all_36()) == pytest.approx(
         summary["families"] | {"IND": summary["IND"], "OOD": summary["OOD"], "overall": summary["mean"]}
     )
@@ -103,7 +103,7 @@ def test_interval_of_the_mean_draws_within_subsets() -> None:
 def test_leaderboard_file_round_trip() -> None:
     precision = all_36() | {"emoji_cls": 1.0}
     rows = dict.fromkeys(precision, 1000)
-    result = leaderboard_json(summarise(precision), {"model_name": "mine", "model_size": 2.2}, rows)
+    result = leaderboard_json(summarise(precision, MMEB), {"model_name": "mine", "model_size": 2.2}, rows)
     read = json.loads(json.dumps(result))
     assert read["metadata"]["model_name"] == "mine"
     assert read["metadata"]["model_size"] == 2.2
@@ -114,12 +114,12 @@ def test_leaderboard_file_round_trip() -> None:
 
 
 def test_leaderboard_file_needs_a_name_and_a_subset() -> None:
-    summary = summarise({"OK-VQA": 0.5})
+    summary = summarise({"OK-VQA": 0.5}, MMEB)
     assert leaderboard_json(summary, {"model_name": "x"})["metrics"]["image"] == {"OK-VQA": {"hit@1": 0.5}}
     with pytest.raises(InputError, match="model name"):
         leaderboard_json(summary, {})
     with pytest.raises(InputError, match="none of them"):
-        leaderboard_json(summarise({"emoji_cls": 0.5}), {"model_name": "x"})
+        leaderboard_json(summarise({"emoji_cls": 0.5}, MMEB), {"model_name": "x"})
 
 
 @pytest.fixture
@@ -201,18 +201,19 @@ def test_page_without_wrong_predictions(dataset: EvalDataset, tmp_path: Path) ->
 
 
 def test_plot_by_family(tmp_path: Path) -> None:
-    summary = summarise(all_36()) | {"interval": {"mean": (0.49, 0.56), "VQA": (0.5, 0.6)}}
+    summary = summarise(all_36(), MMEB) | {"interval": {"mean": (0.49, 0.56), "VQA": (0.5, 0.6)}}
     assert plot_families(summary, tmp_path / "new" / "families.png", MMEB)
     assert (tmp_path / "new" / "families.png").read_bytes().startswith(b"\x89PNG")
     one = {task.name: 0.5 for task in MMEB.tasks if task.family == "VQA"}
-    assert plot_families(summarise(one) | {"interval": (0.4, 0.6)}, tmp_path / "one.png", MMEB, baselines=["LamRA-Ret"])
+    interval = {"interval": (0.4, 0.6)}
+    assert plot_families(summarise(one, MMEB) | interval, tmp_path / "one.png", MMEB, baselines=["LamRA-Ret"])
     assert set(DEFAULT_BASELINES) <= load_baselines().keys()
     with pytest.raises(InputError, match="colpali"):
         plot_families(summary, tmp_path / "no.png", MMEB, baselines=["nobody"])
 
 
 def test_no_plot_without_a_whole_family(tmp_path: Path) -> None:
-    emoji = summarise({task.name: 0.5 for task in EMOJI.tasks})
+    emoji = summarise({task.name: 0.5 for task in EMOJI.tasks}, EMOJI)
     assert plot_families(emoji, tmp_path / "emoji.png", MMEB) is False
-    assert plot_families(summarise({"OK-VQA": 0.5}), tmp_path / "emoji.png", MMEB) is False
+    assert plot_families(summarise({"OK-VQA": 0.5}, MMEB), tmp_path / "emoji.png", MMEB) is False
     assert not list(tmp_path.iterdir())
