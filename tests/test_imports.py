@@ -6,6 +6,7 @@ Read from the syntax trees, so that imports inside functions and under TYPE_CHEC
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from b3 import registry
 from b3.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
+OPTIONAL = re.compile(r"^\[project\.optional-dependencies\]\n(.*?)^\[", re.MULTILINE | re.DOTALL)
 FLOORS = [
     ("registry", "errors"),
     ("files", "console", "html", "distributed"),
@@ -121,6 +123,21 @@ def test_imports_go_one_way():
 def test_no_two_modules_import_each_other():
     bad = circles(graph())
     assert not bad, f"modules import each other: {sorted(bad)}"
+
+
+def test_every_extra_is_imported_somewhere():
+    """A package that users are told to install is one that b3 imports, or a tracker that accelerate knows."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    sources = "\n".join(file.read_text() for file in (ROOT / "b3").rglob("*.py"))
+    modules = {"faiss_cpu": "faiss", "faiss_gpu_cu12": "faiss", "flash_attn": "flash_attention_2"}  # asked for by name
+    extras = re.findall(r"^(\w+) = (\[.*?\])", OPTIONAL.search((ROOT / "pyproject.toml").read_text())[1], re.M | re.S)
+    assert {name for name, _ in extras} >= {"test", "faiss", "trackers"}
+    for extra, packages in extras:
+        for package in re.findall(r'"([\w-]+)[^"]*"', packages) if extra != "test" else ():
+            name = package.replace("-", "_")
+            used = re.search(rf"\b{modules.get(name, name)}\b", sources)
+            assert used or name in LOGGER_TYPE_TO_CLASS, f"nothing imports {package} of the extra {extra}"
 
 
 def test_the_floors_are_seen():

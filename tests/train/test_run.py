@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
@@ -65,6 +65,19 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     lines = metrics(whole)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] != lines[0]["loss"]
+
+
+def test_a_run_builds_one_sampler(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    original = BatchPlanSampler.__init__
+
+    def init(self: BatchPlanSampler, *arguments: Any, **options: Any) -> None:
+        built.append(1)
+        original(self, *arguments, **options)
+
+    monkeypatch.setattr(BatchPlanSampler, "__init__", init)
+    assert main([str(root / "recipe.yaml"), f"output_dir={root / 'one-sampler'}", "train.steps=1"]) == 0
+    assert len(built) == 1
 
 
 # Every file that a run may leave: nothing of it can execute.

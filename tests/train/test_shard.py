@@ -139,6 +139,7 @@ def test_accelerate_reads_its_configuration(file: Path) -> None:
 
     settings = load_config_from_file(str(file))
     assert settings.mixed_precision == "no" and settings.num_processes == 8
+    assert settings.distributed_type in ("MULTI_GPU", "FSDP"), "what is shipped is not refused"
     if file.stem.startswith("fsdp"):
         plugin = plugin_of(file)
         assert plugin.fsdp_version == 2 and plugin.transformer_cls_names_to_wrap == ["Qwen2VLDecoderLayer"]  # type: ignore[attr-defined]
