@@ -20,15 +20,19 @@ SHOWN_CHANGES = 3
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A binary stream that takes the name `path` once all of it is on disk: readers see the old file or the new one."""
+def atomic(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A binary stream that takes the name `path` once all of it is on disk: readers see the old file or the new one.
+
+    Not `durable`: it may not have reached the disk yet; for many small files, whose writer syncs once after all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

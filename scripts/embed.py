@@ -10,23 +10,27 @@ and manifest.json, and scripts/search.py searches it. An interrupted run continu
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from b3.data.own import (
+    KIND,
     OwnData,
     add_rows_arguments,
     columns_of,
-    describe_checkpoint,
-    identity_of,
     is_done,
     model_arguments,
     read_rows,
     save_index,
 )
 from b3.errors import command
+from b3.files import sha256
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,6 +49,35 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--workers", type=int, default=0, help="processes that decode images ahead")
     model.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help="unit length")
     return parser
+
+
+def identity_of(arguments: argparse.Namespace, data: OwnData) -> dict[str, Any]:
+    """What decides the vectors, in the form that the manifest keeps."""
+    from b3.model.checkpoint import adapter_key, checkpoint_key
+
+    root = arguments.image_dir or arguments.input.parent
+    images = hashlib.sha256()  # over the paths and sizes of those that are files
+    for path in dict.fromkeys(row["image"] for row in data.shown if row["image"]):
+        images.update(f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\n".encode())
+    options = ("dtype", "min_pixels", "max_pixels", "normalize", "instruction")
+    return {
+        "kind": KIND,
+        "model": checkpoint_facts(arguments.model, checkpoint_key),
+        "adapter": None if arguments.adapter is None else checkpoint_facts(arguments.adapter, adapter_key),
+        "input": {
+            "path": str(arguments.input.resolve()),
+            "path_images": str(root.resolve()),
+            "sha256": sha256(arguments.input),
+            "images_sha256": images.hexdigest(),
+        },
+        "options": {name: getattr(arguments, name) for name in options} | asdict(columns_of(arguments)),
+    }
+
+
+def checkpoint_facts(name: str, key_of: Callable[[str], str]) -> dict[str, str]:
+    """{"name", "key"} of a checkpoint; a folder's name becomes absolute."""
+    folder = Path(name).expanduser()
+    return {"name": str(folder.resolve()) if folder.is_dir() else name, "key": key_of(name)}
 
 
 def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]) -> dict[str, Any]:
@@ -88,18 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.batch_tokens is not None and arguments.batch_tokens < 1:
         parser.error(f"--batch-tokens {arguments.batch_tokens} must be positive")
-    columns = columns_of(arguments)
-    data = read_rows(arguments.input, columns, arguments.image_dir, arguments.instruction)
-    from b3.model.checkpoint import adapter_key, checkpoint_key
-
-    checkpoints = {
-        "model": describe_checkpoint(arguments.model, checkpoint_key),
-        "adapter": describe_checkpoint(arguments.adapter, adapter_key),
-    }
-    options = {
-        name: getattr(arguments, name) for name in ("dtype", "min_pixels", "max_pixels", "normalize", "instruction")
-    }
-    identity = identity_of(data, arguments.input, columns, arguments.image_dir, checkpoints, **options)
+    data = read_rows(arguments.input, columns_of(arguments), arguments.image_dir, arguments.instruction)
+    identity = identity_of(arguments, data)
     if is_done(arguments.out, identity):
         print(f"{arguments.out} holds these {len(data.ids):,} embeddings already; nothing to do")
         return 0

@@ -31,6 +31,7 @@ from b3.data.archives import (
     unwritable,
 )
 from b3.errors import DataError, InputError, command
+from b3.files import atomic
 
 REPOSITORIES = {"eval": "TIGER-Lab/MMEB-eval", "train": "TIGER-Lab/MMEB-train"}
 SAMPLE = 500
@@ -58,8 +59,8 @@ def list_source(source: Path) -> list[RemoteFile]:
     """Files of a local folder laid out like the hub. Raises `InputError` if it is not a folder."""
     if not source.is_dir():
         raise InputError(f"--source {source} is not a folder; give a copy of the data set laid out like the hub's")
-    found = (p for p in sorted(source.rglob("*")) if p.is_file() and not p.relative_to(source).parts[0].startswith("."))
-    return [RemoteFile(p.relative_to(source).as_posix(), p.stat().st_size) for p in found]
+    paths = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    return [RemoteFile(p.as_posix(), (source / p).stat().st_size) for p in paths if not p.parts[0].startswith(".")]
 
 
 def list_hub(repository: str, revision: str | None = None) -> list[RemoteFile]:
@@ -105,10 +106,10 @@ def select(files: Iterable[RemoteFile], subsets: Sequence[str] | None, where: st
     unknown = [s for s in subsets or () if s not in known]
     if unknown:
         raise InputError(f"subset '{unknown[0]}' is not in {where}; there is: {', '.join(known)}")
-    wanted = set(subsets or known)
-    others = {name for name in set(known) - wanted if not any(w.startswith(f"{name}_") for w in wanted)}
+    names = set(subsets or known)
+    others = {other for other in set(known) - names if not any(name.startswith(f"{other}_") for name in names)}
     zips = [f for f, p in listed if p.suffix.lower() == ".zip" and p.stem not in others]
-    return Plan([f for f, p in parquets if p.parts[0] in wanted], zips)
+    return Plan([f for f, p in parquets if p.parts[0] in names], zips)
 
 
 def measure(plan: Plan, out: Path, source: Path | None, subsets: Sequence[str] | None) -> None:
@@ -118,7 +119,7 @@ def measure(plan: Plan, out: Path, source: Path | None, subsets: Sequence[str] |
         (plan.done if marked(out, file, subsets) else pending).append(file)
     plan.zips = pending
     rows = [(source or out) / file.path for file in plan.parquets]
-    wanted = image_paths(rows) if pending and all(path.is_file() for path in rows) else None
+    paths = image_paths(rows) if pending and all(path.is_file() for path in rows) else None
     for file in plan.files:
         here = out / file.path
         complete = here.is_file() and here.stat().st_size == file.size
@@ -128,21 +129,19 @@ def measure(plan: Plan, out: Path, source: Path | None, subsets: Sequence[str] |
         if is_zip:
             archive = (source or out) / file.path
             if archive.is_file() and archive.stat().st_size == file.size:
-                plan.extract += _bytes_left(archive, out, wanted, subsets)
+                plan.extract += _bytes_left(archive, out, paths, subsets)
             else:
                 plan.extract += int(file.size * GROWTH)
                 plan.estimated = True
 
 
-def _bytes_left(archive: Path, out: Path, wanted: set[str] | None, subsets: Sequence[str] | None) -> int:
+def _bytes_left(archive: Path, out: Path, paths: set[str] | None, subsets: Sequence[str] | None) -> int:
+    """Bytes that extracting takes; `paths` are those of the images that the rows name, None: not known yet."""
     infos = members(archive)
-    if wanted is None:
+    if paths is None:
         return sum(info.file_size for info in infos)
-    return sum(
-        info.file_size
-        for info, path in targets_of(infos, archive.stem, wanted, subsets)
-        if not is_there(out, info, path)
-    )
+    targets = targets_of(infos, archive.stem, paths, subsets)
+    return sum(info.file_size for info, path in targets if not is_there(out, info, path))
 
 
 def check_space(out: Path, needed: int) -> int:
@@ -165,11 +164,9 @@ def copy_parquets(plan: Plan, source: Path, out: Path) -> None:
         target = out / file.path
         if target.is_file() and target.stat().st_size == file.size:
             continue
-        temporary = target.with_name(f".{target.name}.tmp")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / file.path, temporary)
-            temporary.replace(target)
+            with atomic(target) as stream, (source / file.path).open("rb") as original:
+                shutil.copyfileobj(original, stream)
         except OSError as error:
             raise unwritable(target, error) from None
 
@@ -180,7 +177,7 @@ def image_paths(files: Iterable[Path]) -> set[str]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    found: set[str] = set()
+    paths: set[str] = set()
     for file in files:
         try:
             opened = pq.ParquetFile(file)
@@ -189,12 +186,12 @@ def image_paths(files: Iterable[Path]) -> set[str]:
                 for column in opened.read_row_group(group, columns=names).columns:
                     while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
                         column = pc.list_flatten(column)
-                    found.update(path for path in pc.unique(column).to_pylist() if path)
+                    paths.update(path for path in pc.unique(column).to_pylist() if path)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{file} cannot be read as parquet ({_first_line(error)}); delete it and run the same command again"
             ) from None
-    return found
+    return paths
 
 
 def missing_images(out: Path, parquets: Iterable[RemoteFile]) -> dict[str, tuple[int, list[str]]]:
@@ -248,7 +245,7 @@ def make_plan(arguments: argparse.Namespace, repository: str) -> Plan:
 
 
 def report_missing(out: Path, plan: Plan) -> None:
-    """Print a line a subset. Raises `DataError` naming the first image that is missing."""
+    """Print a line per subset. Raises `DataError` naming the first image that is missing."""
     first, total = "", 0
     for subset, (looked, missing) in missing_images(out, plan.parquets).items():
         state = f"{len(missing)} MISSING, first {missing[0]}" if missing else "all there"
@@ -271,14 +268,14 @@ def main(argv: list[str] | None = None) -> int:
         copy_parquets(plan, arguments.source, out)
     elif plan.download:
         download(repository, plan.files, out, arguments.revision)
-    wanted = image_paths(out / file.path for file in plan.parquets) if plan.zips else set()
+    paths = image_paths(out / file.path for file in plan.parquets) if plan.zips else set()
     archives = {file: (arguments.source or out) / file.path for file in plan.zips}
     if plan.estimated:  # the archives have come since: now their directories tell the real size
         after = Plan(plan.parquets, list(plan.zips))
         measure(after, out, arguments.source, arguments.subsets)
         check_space(out, after.extract)
     for file, archive in archives.items():
-        written = extract(archive, out, file, wanted, arguments.subsets, progress=True)
+        written = extract(archive, out, file, paths, arguments.subsets, progress=True)
         print(f"{file.path}: {written} files extracted", flush=True)
     report_missing(out, plan)
     print(f"ready: --dataset_name {out} --image_dir {out}")

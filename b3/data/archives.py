@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import stat
 import zipfile
 import zlib
@@ -13,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from b3.console import bar
 from b3.errors import InputError
-from b3.files import write_json
+from b3.files import atomic, write_json
 
 MARKERS = ".extracted"
 _CHUNK = 1 << 20
@@ -28,19 +30,21 @@ class RemoteFile:
 
 
 def targets_of(
-    infos: Sequence[zipfile.ZipInfo], stem: str, wanted: set[str], subsets: Sequence[str] | None
+    infos: Sequence[zipfile.ZipInfo], stem: str, image_paths: set[str], subsets: Sequence[str] | None
 ) -> list[tuple[zipfile.ZipInfo, str]]:
-    place = placement(infos, stem, wanted)
-    placed = [(info, place(info.filename)) for info in infos]
-    return placed if subsets is None else [(info, path) for info, path in placed if path in wanted]
+    """(member, its path below the image folder) of all members; with `subsets` only those of their `image_paths`."""
+    place = placement(infos, stem, image_paths)
+    targets = [(info, place(info.filename)) for info in infos]
+    return targets if subsets is None else [(info, path) for info, path in targets if path in image_paths]
 
 
 def is_there(out: Path, info: zipfile.ZipInfo, path: str) -> bool:
+    """Whether a member was extracted before, with the right size."""
     try:
-        found = (out / path).stat()
+        status = (out / path).stat()
     except OSError:
         return False
-    return stat.S_ISREG(found.st_mode) and found.st_size == info.file_size
+    return stat.S_ISREG(status.st_mode) and status.st_size == info.file_size
 
 
 def members(archive: Path) -> list[zipfile.ZipInfo]:
@@ -50,13 +54,10 @@ def members(archive: Path) -> list[zipfile.ZipInfo]:
             infos = opened.infolist()
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise _broken(archive, error) from None
-    kept = []
     for info in infos:
         _check_member(archive, info)
-        hidden = info.filename.startswith("__MACOSX/") or info.filename.endswith("/.DS_Store")
-        if not info.is_dir() and not hidden:
-            kept.append(info)
-    return kept
+    names_of_macos = re.compile(r"^__MACOSX/|/\.DS_Store$")
+    return [info for info in infos if not info.is_dir() and not names_of_macos.search(info.filename)]
 
 
 def _check_member(archive: Path, info: zipfile.ZipInfo) -> None:
@@ -78,7 +79,7 @@ def _check_member(archive: Path, info: zipfile.ZipInfo) -> None:
         raise InputError(f"{archive}: member '{name}' {reason}; nothing of it was extracted, get a clean copy")
 
 
-def placement(infos: Sequence[zipfile.ZipInfo], stem: str, wanted: set[str]) -> Callable[[str], str]:
+def placement(infos: Sequence[zipfile.ZipInfo], stem: str, image_paths: set[str]) -> Callable[[str], str]:
     """How a member's name becomes a path below the image folder, so that most of the rows' paths are met.
 
     Archives are packed from different depths; the rows decide.
@@ -90,20 +91,26 @@ def placement(infos: Sequence[zipfile.ZipInfo], stem: str, wanted: set[str]) -> 
         lambda name: f"images/{stem}/{name}",
         lambda name: name.partition("/")[2] or name,
     ]
-    return max(choices, key=lambda choice: sum(choice(info.filename) in wanted for info in infos))
+    return max(choices, key=lambda choice: sum(choice(info.filename) in image_paths for info in infos))
 
 
 def extract(
-    archive: Path, out: Path, file: RemoteFile, wanted: set[str], subsets: Sequence[str] | None, progress: bool = False
+    archive: Path,
+    out: Path,
+    file: RemoteFile,
+    image_paths: set[str],
+    subsets: Sequence[str] | None,
+    progress: bool = False,
 ) -> int:
     """Extract an archive below `out` and leave its marker; returns the number of files written.
 
-    Members that are there with the right size are skipped. With `subsets` only the images of their rows are taken.
+    Members that are there with the right size are skipped. With `subsets` only `image_paths`, those of their rows, are
+    taken.
 
     Raises:
         InputError: the archive is broken, or a member could leave the folder; no file is left half-written.
     """
-    targets = targets_of(members(archive), archive.stem, wanted, subsets)
+    targets = targets_of(members(archive), archive.stem, image_paths, subsets)
     written = 0
     with zipfile.ZipFile(archive) as opened, bar(len(targets), archive.name if progress else None, "file") as shown:
         for info, path in targets:
@@ -112,32 +119,21 @@ def extract(
                 written += 1
             shown.update(1)
     os.sync()
-    marker = {"path": file.path, "size": file.size, "members": len(targets), "subsets": _named(subsets)}
+    marker = {"path": file.path, "size": file.size, "members": len(targets), "subsets": subsets and sorted(subsets)}
     write_json(_marker(out, file), marker)
     return written
 
 
 def _extract_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, archive: Path) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    size = 0
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            try:
-                with opened.open(info) as member:
-                    while chunk := member.read(_CHUNK):  # the CRC is tested at the end of the member
-                        size += len(chunk)
-                        file.write(chunk)
-            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-                raise _broken(archive, error) from None
-        if size != info.file_size:
-            raise _broken(archive, f"'{info.filename}' has {size} bytes, its header says {info.file_size}")
-        temporary.replace(target)
+        with atomic(target, durable=False) as file, opened.open(info) as member:
+            shutil.copyfileobj(member, file, _CHUNK)  # the CRC is tested at the end of the member
+            if file.tell() != info.file_size:
+                raise _broken(archive, f"'{info.filename}' has {file.tell()} bytes, its header says {info.file_size}")
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise _broken(archive, error) from None
     except OSError as error:
         raise unwritable(target, error) from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def unwritable(target: Path, error: OSError) -> InputError:
@@ -152,17 +148,11 @@ def _marker(out: Path, file: RemoteFile) -> Path:
     return out / MARKERS / (file.path.replace("/", "__") + ".json")
 
 
-def _named(subsets: Sequence[str] | None) -> list[str] | None:
-    return None if subsets is None else sorted(subsets)
-
-
 def marked(out: Path, file: RemoteFile, subsets: Sequence[str] | None) -> bool:
     """Whether an earlier run extracted this very archive, for these subsets or more."""
     try:
         marker = json.loads(_marker(out, file).read_text())
     except (OSError, ValueError):
         return False
-    if marker.get("size") != file.size:
-        return False
-    known = marker.get("subsets")
-    return known is None or (subsets is not None and set(subsets) <= set(known))
+    of_all, of_some = marker.get("subsets") is None, set(marker.get("subsets") or ())
+    return marker.get("size") == file.size and (of_all or (subsets is not None and of_some.issuperset(subsets)))

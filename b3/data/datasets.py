@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config, DatasetConfig
-from b3.data.images import FolderImages, ImageRef, ParquetImages
+from b3.data.images import ImageRef, ImageStore
 from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER, target_prefix
 from b3.data.tables import (
@@ -45,7 +45,7 @@ class PairDataset:
         self,
         name: str,
         table: pa.Table,
-        images: FolderImages | ParquetImages | None = None,
+        images: ImageStore | None = None,
         family: str = "retrieval",
         target_prefix: str = "",
     ) -> None:
@@ -127,7 +127,7 @@ class EvalDataset:
         self,
         name: str,
         table: pa.Table,
-        images: FolderImages | ParquetImages | None = None,
+        images: ImageStore | None = None,
         target_prefix: str = "",
     ) -> None:
         self.name = name

@@ -10,14 +10,26 @@ import hashlib
 import io
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from b3.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+T = TypeVar("T")
+
+
+class ImageStore(Protocol):
+    """Where the images of a data set lie; `location` names it, in errors and in the keys of its images."""
+
+    location: str
+
+    def read(self, path: str) -> bytes:
+        """The encoded image of that name. Raises `DataError` if there is none."""
 
 
 class FolderImages:
@@ -27,18 +39,12 @@ class FolderImages:
         self.root = Path(root)
         self.location = str(root)
 
-    def _resolve(self, path: str) -> Path:
+    def read(self, path: str) -> bytes:
         full = (self.root / path).resolve()
         if not full.is_relative_to(self.root.resolve()):
             raise DataError(f"image path '{path}' leaves the image directory {self.root}; correct the row")
-        return full
-
-    def __contains__(self, path: str) -> bool:
-        return self._resolve(path).is_file()
-
-    def read(self, path: str) -> bytes:
         try:
-            return self._resolve(path).read_bytes()
+            return full.read_bytes()
         except FileNotFoundError:
             raise DataError(f"image '{path}' is not in {self.root}; check image_dir") from None
         except OSError as error:
@@ -114,9 +120,6 @@ class ParquetImages:
             ) from None
         return rows
 
-    def __contains__(self, path: str) -> bool:
-        return path in self._index()
-
     def read(self, path: str) -> bytes:
         rows = self._index()
         if path not in rows:
@@ -125,7 +128,7 @@ class ParquetImages:
         return content
 
 
-def open_store(location: str | Path) -> FolderImages | ParquetImages:
+def open_store(location: str | Path) -> ImageStore:
     """The store for an `image_dir`: a folder, or a `.parquet` file of images."""
     path = Path(location)
     return ParquetImages(path) if path.suffix == ".parquet" else FolderImages(path)
@@ -135,7 +138,7 @@ def open_store(location: str | Path) -> FolderImages | ParquetImages:
 class ImageRef:
     """One image of a store, not yet read. Two references are the same image if store and path are the same."""
 
-    store: FolderImages | ParquetImages
+    store: ImageStore
     path: str
 
     @property
@@ -147,37 +150,32 @@ class ImageRef:
         return decode(self.store.read(self.path), f"{self.path} in {self.store.location}")
 
 
-def _why(error: Exception) -> str:
-    from PIL import UnidentifiedImageError
+def _opened(data: bytes, name: str, use: Callable[[Image.Image], T]) -> T:
+    """`use` of the image that the bytes hold. Raises `DataError` with `name` if they hold none or it is too large."""
+    from PIL import Image, UnidentifiedImageError
 
-    return "no image format that is known" if isinstance(error, UnidentifiedImageError) else str(error)
+    try:
+        return use(Image.open(io.BytesIO(data)))
+    except Image.DecompressionBombError as error:
+        raise DataError(f"image {name} is too large ({error}); reduce it or raise PIL.Image.MAX_IMAGE_PIXELS") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        why = "no image format that is known" if isinstance(error, UnidentifiedImageError) else error
+        raise DataError(f"image {name} does not decode ({why}); replace the file or drop the row") from None
 
 
 def decode(data: bytes, name: str) -> Image.Image:
     """Decode image bytes fully (a truncated file fails here, not later). `name` is used in the error."""
-    from PIL import Image
 
-    try:
-        image = Image.open(io.BytesIO(data))
+    def loaded(image: Image.Image) -> Image.Image:
         image.load()
-    except Image.DecompressionBombError as error:
-        raise DataError(f"image {name} is too large ({error}); reduce it or raise PIL.Image.MAX_IMAGE_PIXELS") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"image {name} does not decode ({_why(error)}); replace the file or drop the row") from None
-    return image
+        return image
+
+    return _opened(data, name, loaded)
 
 
 def peek(data: bytes, name: str) -> tuple[bytes, tuple[int, int]]:
     """(SHA-256 of the encoded bytes, (width, height) from the header). Errors as `decode`."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return hashlib.sha256(data).digest(), image.size
-    except Image.DecompressionBombError as error:
-        raise DataError(f"image {name} is too large ({error}); reduce it or raise PIL.Image.MAX_IMAGE_PIXELS") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"image {name} does not decode ({_why(error)}); replace the file or drop the row") from None
+    return hashlib.sha256(data).digest(), _opened(data, name, lambda image: image.size)
 
 
 def content_key(image: Image.Image) -> str:

@@ -12,28 +12,29 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from b3.data.images import FolderImages, ImageRef, RowGroups
+from b3.data.images import ImageRef, RowGroups
 from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER
 from b3.errors import DataError, InputError
-from b3.files import claim, sha256, write_array, write_json, write_text
+from b3.files import claim, write_array, write_json, write_text
 
 BASE64_KEY = "image_base64"
 KIND = "b3 embeddings"
 FILES = ("embeddings.npy", "ids.json", "rows.jsonl", "manifest.json")
 IMAGE_TOKENS = (PLACEHOLDER, "<|image_pad|>")
 KEEP_GROUPS = 16
+
+Place = tuple[int, int] | int  # of a row in its file: (row group, row in it) of a parquet, byte offset in a jsonl
+Record = dict[str, Any]  # one row, by column
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,75 +46,85 @@ class Columns:
     id: str = "id"
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class OwnData:
-    """Rows of a file: what to embed, under which ids, and what a result shows.
+    """N rows of a file: what to embed, and what a result shows.
 
     shown: {"id", "text", "image"} of each row; `image` is an absolute path, or None where there is none or it is
-        inside the file. images_sha256: over paths and sizes of the image files.
+        inside the file.
     """
 
     items: list[Item]
-    ids: list[str | int]
-    shown: list[dict[str, Any]]
-    images_sha256: str
-
-
-class RowImages(FolderImages):
-    """Images of a user's rows, under names that tell the row, so that an error about an image names it."""
-
-    def __init__(self, root: Path, file: Path, columns: Columns) -> None:
-        super().__init__(root)
-        self.location = str(file)
-        self._places: dict[str, Any] = {}
-        self._names: dict[Path, str] = {}
-        self._packed = RowGroups(self.location, columns.image, KEEP_GROUPS)
-
-    def add_file(self, where: str, value: str) -> ImageRef:
-        """An image that is a file; equal paths are one image."""
-        path = Path(os.path.abspath(self.root / Path(value).expanduser()))
-        name = self._names.setdefault(path, f"'{value}' of {where}")
-        self._places[name] = path
-        return ImageRef(self, name)
-
-    def add_bytes(self, where: str, place: Any) -> ImageRef:
-        """An image inside the file; `place` is a byte offset (jsonl) or (row group, row) (parquet)."""
-        name = f"of {where}"
-        self._places[name] = place
-        return ImageRef(self, name)
-
-    def file(self, name: str) -> Path | None:
-        """The image file of that name, None if the image is inside the rows."""
-        place = self._places[name]
-        return place if isinstance(place, Path) else None
+    shown: list[Record]
 
     @property
-    def files(self) -> list[Path]:
-        return list(self._names)
+    def ids(self) -> list[str | int]:
+        return [row["id"] for row in self.shown]
 
-    def __contains__(self, path: str) -> bool:
-        return path in self._places
+
+class RowImages:
+    """The store of a file's images, under names that tell the row, so that an error about an image names it.
+
+    Args:
+        root: folder that image paths are relative to.
+    """
+
+    def __init__(self, file: Path, columns: Columns, root: Path) -> None:
+        self.location, self.columns, self.root = str(file), columns, root
+        self._places: dict[str, Path | Place] = {}
+        self._groups = RowGroups(self.location, columns.image, KEEP_GROUPS)
+
+    def add(self, where: str, place: Place, record: Record) -> ImageRef | None:
+        """The image of a row, if it has one. Raises `DataError` if it is no image or a file that is missing."""
+        image = image_of(record, self.columns)
+        if not image:
+            return None
+        if isinstance(image, bytes):
+            name = f"of {where}"
+            self._places[name] = place
+        else:
+            name, file = f"'{image}' of {where}", Path(os.path.abspath(self.root / Path(image).expanduser()))
+            if not file.is_file():
+                raise DataError(f"image '{image}' is not in {self.root}; check --image-dir")
+            self._places[name] = file
+        return ImageRef(self, name)
+
+    def file(self, image: ImageRef | None) -> str | None:
+        """The path of an image; None if it is inside the rows, or None."""
+        place = None if image is None else self._places[image.path]
+        return str(place) if isinstance(place, Path) else None
 
     def read(self, path: str) -> bytes:
         place = self._places[path]
-        if isinstance(place, tuple):
-            value = self._packed.value(*place)
-            return value["bytes"] if isinstance(value, dict) else value
         try:
-            return place.read_bytes() if isinstance(place, Path) else self._from_jsonl(place)
+            if isinstance(place, Path):
+                return place.read_bytes()
+            if isinstance(place, int):
+                with open(self.location, "rb") as file:
+                    file.seek(place)
+                    record = json.loads(file.readline())
+            else:
+                record = {self.columns.image: self._groups.value(*place)}
         except OSError as error:
             raise DataError(f"image {path} in {self.location} cannot be read ({error.strerror}: {place})") from None
-
-    def _from_jsonl(self, offset: int) -> bytes:
-        with open(self.location, "rb") as file:
-            file.seek(offset)
-            return _unpack(json.loads(file.readline())[BASE64_KEY])
+        content = image_of(record, self.columns)
+        assert isinstance(content, bytes)
+        return content
 
 
-def _unpack(value: str) -> bytes:
-    """Bytes of a base64 text, which may be a data URI."""
-    head, comma, rest = value.partition(",")
-    return base64.b64decode(rest if comma and head.startswith("data:") else value, validate=True)
+def image_of(record: Record, columns: Columns) -> str | bytes | None:
+    """Path or encoded bytes of a row's image; None or empty if it has none. Raises `DataError` for anything else."""
+    image = record.get(columns.image)
+    if packed := record.get(BASE64_KEY):  # may be a data URI
+        try:
+            return base64.b64decode(packed.partition(",")[2] if packed.startswith("data:") else packed, validate=True)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{BASE64_KEY} is not base64 ({error}); correct the row") from None
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if image is not None and not isinstance(image, (str, bytes)):
+        raise DataError(f"'{columns.image}' is {type(image).__name__}; a path or bytes are needed")
+    return image
 
 
 def read_rows(
@@ -135,45 +146,29 @@ def read_rows(
     root = Path(image_dir) if image_dir is not None else file.parent
     if not root.is_dir():
         raise DataError(f"image_dir {root} is not a folder")
-    readers: dict[str, Callable[[Path, Columns], Iterator[_Row]]] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if file.suffix not in readers:
         raise DataError(f"{file} ends in '{file.suffix}'; give a .jsonl or .parquet file")
-    store = RowImages(root, file, columns)
-    data = OwnData([], [], [], "")
-    seen: dict[str | int, str] = {}
-    for number, row in enumerate(readers[file.suffix](file, columns)):
-        item = _item(file, row, store, instruction)
-        key = _row_id(file, row, number, columns.id, seen)
-        assert item.image is None or isinstance(item.image, ImageRef)
-        path = store.file(item.image.path) if item.image is not None else None
-        data.items.append(item)
-        data.ids.append(key)
-        data.shown.append({"id": key, "text": row.text, "image": path and str(path)})
+    store, data, row_of_id = RowImages(file, columns, root), OwnData([], []), dict[str | int, str]()
+    for where, place, record in readers[file.suffix](file, columns):
+        try:
+            image = store.add(where, place, record)
+            data.items.append(Item(_prompt_of(record.get(columns.text), image, columns, instruction), image))
+            key = _id_of(record.get(columns.id), where, columns, row_of_id, len(data.shown))
+        except DataError as error:
+            raise DataError(f"{file}: {where}: {error}") from None
+        data.shown.append({"id": key, "text": record.get(columns.text) or "", "image": store.file(image)})
     if not data.items:
         raise DataError(f"{file} has no rows")
-    digest = hashlib.sha256()
-    for path in store.files:
-        digest.update(f"{os.path.relpath(path, root)}\0{path.stat().st_size}\n".encode())
-    data.images_sha256 = digest.hexdigest()
     return data
 
 
-@dataclass(slots=True)
-class _Row:
-    """One row as read: `where` names it, `place` finds its bytes again if it holds any."""
-
-    where: str
-    text: str
-    path: str | None
-    place: Any
-    id: Any
-
-
-def _read_jsonl(file: Path, columns: Columns) -> Iterator[_Row]:
+def _read_jsonl(file: Path, columns: Columns) -> Iterator[tuple[str, Place, Record]]:
+    """(name, place, values) of each row; blank lines are none."""
     offset, row = 0, 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            start, offset = offset, offset + len(line)
+            place, offset = offset, offset + len(line)
             if not line.strip():
                 continue
             where = f"row {row} (line {number})"
@@ -184,70 +179,43 @@ def _read_jsonl(file: Path, columns: Columns) -> Iterator[_Row]:
                 raise DataError(f"{file}: {where} is not JSON ({error}); correct the line") from None
             if not isinstance(record, dict):
                 raise DataError(f"{file}: {where} is not an object; write {{'{columns.text}': ...}} on each line")
-            image, packed = record.get(columns.image), record.get(BASE64_KEY)
-            if packed:
-                try:
-                    _unpack(packed)
-                except (binascii.Error, ValueError, TypeError, AttributeError) as error:
-                    raise DataError(f"{file}: {where}: {BASE64_KEY} is not base64 ({error}); correct the row") from None
-            _check_types(file, where, columns, record.get(columns.text), image)
-            place = start if packed else None
-            path = None if packed else image
-            yield _Row(where, record.get(columns.text) or "", path or None, place, record.get(columns.id))
+            yield where, place, record
 
 
-def _read_parquet(file: Path, columns: Columns) -> Iterator[_Row]:
+def _read_parquet(file: Path, columns: Columns) -> Iterator[tuple[str, Place, Record]]:
+    """As `_read_jsonl`; one row group is in memory at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         opened = pq.ParquetFile(file, memory_map=True)
-        names = [n for n in (columns.text, columns.image, columns.id) if n in opened.schema_arrow.names]
+        present = opened.schema_arrow.names
+        names = [name for name in (columns.text, columns.image, columns.id) if name in present]
         if columns.text not in names and columns.image not in names:
             raise DataError(
-                f"{file} has neither column '{columns.text}' nor '{columns.image}'; found"
-                f" {', '.join(opened.schema_arrow.names)}; name them with --text-column and --image-column"
+                f"{file} has neither column '{columns.text}' nor '{columns.image}'; found {', '.join(present)};"
+                " name them with --text-column and --image-column"
             )
         row = 0
         for group in range(opened.num_row_groups):
             table = opened.read_row_group(group, columns=names)
             for index in range(table.num_rows):
-                record = {name: table.column(name)[index].as_py() for name in names}
-                where, image, place = f"row {row}", record.get(columns.image), None
+                yield f"row {row}", (group, index), {name: table.column(name)[index].as_py() for name in names}
                 row += 1
-                if isinstance(image, dict):
-                    image = image.get("bytes") or image.get("path")
-                if isinstance(image, bytes):
-                    image, place = None, (group, index) if image else None
-                _check_types(file, where, columns, record.get(columns.text), image)
-                yield _Row(where, record.get(columns.text) or "", image or None, place, record.get(columns.id))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read as parquet ({str(error).splitlines()[0]})") from None
 
 
-def _check_types(file: Path, where: str, columns: Columns, text: Any, image: Any) -> None:
+def _prompt_of(text: Any, image: ImageRef | None, columns: Columns, instruction: str) -> str:
     if text is not None and not isinstance(text, str):
-        raise DataError(f"{file}: {where}: '{columns.text}' is {type(text).__name__}; a text is needed")
-    if image is not None and not isinstance(image, str):
-        raise DataError(f"{file}: {where}: '{columns.image}' is {type(image).__name__}; a path or bytes are needed")
-
-
-def _item(file: Path, row: _Row, store: RowImages, instruction: str) -> Item:
-    image = None
-    if row.path is not None:
-        image = store.add_file(row.where, row.path)
-        path = store.file(image.path)
-        if path is None or not path.is_file():
-            raise DataError(f"{file}: {row.where}: image '{row.path}' is not in {store.root}; check --image-dir")
-    elif row.place is not None:
-        image = store.add_bytes(row.where, row.place)
-    elif not row.text.strip():
-        raise DataError(f"{file}: {row.where} has neither text nor image; drop it or check the column names")
-    text = prompt(row.text, image is not None, instruction)
-    count = sum(text.count(token) for token in IMAGE_TOKENS)
+        raise DataError(f"'{columns.text}' is {type(text).__name__}; a text is needed")
+    if image is None and not (text or "").strip():
+        raise DataError("neither text nor image; drop it or check the column names")
+    result = prompt(text or "", image is not None, instruction)
+    count = sum(result.count(token) for token in IMAGE_TOKENS)
     if image is not None and count != 1:
-        raise DataError(f"{file}: {row.where}: the text has {count} image placeholders; at most one {PLACEHOLDER}")
-    return Item(text, image)
+        raise DataError(f"the text has {count} image placeholders; at most one {PLACEHOLDER}")
+    return result
 
 
 def prompt(text: str, has_image: bool, instruction: str = "") -> str:
@@ -262,26 +230,19 @@ def prompt(text: str, has_image: bool, instruction: str = "") -> str:
     return text
 
 
-def _row_id(file: Path, row: _Row, number: int, column: str, seen: dict[str | int, str]) -> str | int:
-    """The row's id, or its number where no row has one; `seen` maps the ids so far to their rows."""
-    if number and (row.id is None) != (not seen):
-        has = "has no" if row.id is None else "has an"
-        raise DataError(f"{file}: {row.where} {has} '{column}', unlike the rows before; give all rows one, or none")
-    if row.id is None:
+def _id_of(value: Any, where: str, columns: Columns, row_of_id: dict[str | int, str], number: int) -> str | int:
+    """A row's id, or its number where no row has one; `row_of_id` names the row of each id so far."""
+    if number and (value is None) != (not row_of_id):
+        raise DataError(
+            f"{'no' if value is None else 'an'} '{columns.id}', unlike the rows before; give all rows one, or none"
+        )
+    if value is None:
         return number
-    key = row.id if isinstance(row.id, (str, int)) else str(row.id)
-    if key in seen:
-        raise DataError(f"{file}: {row.where} repeats the '{column}' {key!r} of {seen[key]}; ids must differ")
-    seen[key] = row.where
+    key = value if isinstance(value, (str, int)) else str(value)
+    if key in row_of_id:
+        raise DataError(f"repeats the '{columns.id}' {key!r} of {row_of_id[key]}; ids must differ")
+    row_of_id[key] = where
     return key
-
-
-def describe_checkpoint(name: str | None, key_of: Callable[[str], str]) -> dict[str, str] | None:
-    """{"name", "key"} of a checkpoint for the manifest; a folder's name becomes absolute. None for None."""
-    if name is None:
-        return None
-    folder = Path(name).expanduser()
-    return {"name": str(folder.resolve()) if folder.is_dir() else name, "key": key_of(name)}
 
 
 def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
@@ -297,7 +258,7 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
     return Columns(arguments.text_column, arguments.image_column, arguments.id_column)
 
 
-def model_arguments(manifest: dict[str, Any]) -> dict[str, Any]:
+def model_arguments(manifest: Record) -> Record:
     """The arguments of `Embedder.from_pretrained` for the model of an index."""
     options = manifest["options"]
     pixels = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
@@ -305,41 +266,18 @@ def model_arguments(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"name": manifest["model"]["name"], "adapter": adapter, "dtype": options["dtype"], **pixels}
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an index folder. Raises `InputError` if there is none or it is not one of embeddings."""
-    file = folder / "manifest.json"
-    try:
-        manifest = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no finished embeddings (no manifest.json); run scripts/embed.py") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error})") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise InputError(f"{file} is not one of scripts/embed.py; choose another folder")
-    return manifest
-
-
-def is_done(folder: Path, identity: dict[str, Any]) -> bool:
+def is_done(folder: Path, identity: Record) -> bool:
     """Whether `folder` holds just these embeddings. Raises `RunError` naming what differs if it holds others."""
     paths = ("input.path", "input.path_images")  # the same rows may have moved
     remedy = "choose another --out or delete it"
-    known = claim(folder, identity, "index", remedy, foreign=lambda name: name not in FILES, ignore=paths)
-    return known is not None and all((folder / name).is_file() for name in FILES)
+    manifest = claim(folder, identity, "index", remedy, foreign=lambda name: name not in FILES, ignore=paths)
+    return manifest is not None and all((folder / name).is_file() for name in FILES)
 
 
-def identity_of(
-    data: OwnData, file: Path, columns: Columns, image_dir: Path | None, checkpoints: dict[str, Any], **options: Any
-) -> dict[str, Any]:
-    """What decides the vectors, in the form that the manifest keeps."""
-    where = {"path": str(file.resolve()), "path_images": str((image_dir or file.parent).resolve())}
-    content = {"sha256": sha256(file), "images_sha256": data.images_sha256}
-    return {"kind": KIND, **checkpoints, "input": where | content, "options": options | asdict(columns)}
-
-
-def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: dict[str, Any]) -> None:
-    """Write an index folder, its manifest last."""
+def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: Record) -> None:
+    """Write an index folder of (N, D) float32 vectors, its manifest last."""
     assert vectors.dtype == np.float32
-    assert len(vectors) == len(data.ids)
+    assert len(vectors) == len(data.shown)
     (folder / "manifest.json").unlink(missing_ok=True)
     write_array(folder / "embeddings.npy", vectors)
     write_json(folder / "ids.json", data.ids, indent=None, ensure_ascii=False)
@@ -347,9 +285,11 @@ def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: dict[
     write_json(folder / "manifest.json", manifest, ensure_ascii=False)
 
 
-def load_index(folder: Path) -> tuple[np.ndarray, list[dict[str, Any]], dict[str, Any]]:
-    """(vectors (N, D), what each row shows, manifest). Raises `InputError` if a file is missing or does not fit."""
-    manifest = read_manifest(folder)
+def load_index(folder: Path) -> tuple[np.ndarray, list[Record], Record]:
+    """(vectors (N, D) float32, what each row shows, manifest). Raises `InputError` if a file is missing or unfit."""
+    manifest = claim(folder, {"kind": KIND}, "index", "choose another --index", foreign=lambda name: False)
+    if manifest is None:
+        raise InputError(f"{folder} holds no finished embeddings (no manifest.json); run scripts/embed.py")
     try:
         vectors = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
         rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n") if line]

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from b3.data.images import FolderImages, ParquetImages, open_store
+from b3.data.images import ImageStore, open_store
 from b3.errors import DataError
 
 if TYPE_CHECKING:
@@ -173,9 +173,7 @@ def check_eval(table: pa.Table, where: str) -> None:
                 raise DataError(f"{where}: row {row}: candidate {index} has neither text nor image")
 
 
-def image_store(
-    table: pa.Table, columns: tuple[str, ...], image_dir: str | None, where: str
-) -> FolderImages | ParquetImages | None:
+def image_store(table: pa.Table, columns: tuple[str, ...], image_dir: str | None, where: str) -> ImageStore | None:
     """The store of `image_dir`, or None where no row names an image. Raises `DataError` if it is missing."""
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -105,11 +105,11 @@ def test_parquet_holds_images_as_bytes_or_struct(rows: Path, tmp_path: Path) -> 
     [
         ("{broken", "row 1 (line 2) is not JSON"),
         ("[1]", "row 1 (line 2) is not an object"),
-        ('{"text": " "}', "row 1 (line 2) has neither text nor image"),
+        ('{"text": " "}', "row 1 (line 2): neither text nor image"),
         ('{"text": 3}', "row 1 (line 2): 'text' is int"),
         ('{"image": "none.png"}', "row 1 (line 2): image 'none.png' is not in"),
         ('{"image_base64": "%%%"}', "row 1 (line 2): image_base64 is not base64"),
-        ('{"text": "x", "id": 1}', "row 1 (line 2) has an 'id', unlike"),
+        ('{"text": "x", "id": 1}', "row 1 (line 2): an 'id', unlike"),
         ('{"text": "<|image_1|><|image_1|>", "image": "rows.jsonl"}', "row 1 (line 2): the text has 2 image"),
     ],
 )
@@ -123,7 +123,7 @@ def test_a_bad_row_is_named(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_other_bad_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 2 \(line 3\) repeats the 'id' 'x' of row 0"):
+    with pytest.raises(DataError, match=r"row 2 \(line 3\): repeats the 'id' 'x' of row 0"):
         read_rows(write_jsonl(tmp_path / "a.jsonl", [{"text": "t", "id": i} for i in ("x", "y", "x")]))
     with pytest.raises(DataError, match="has no rows"):
         read_rows(write_jsonl(tmp_path / "b.jsonl", []))
