@@ -1,0 +1,104 @@
+"""A whole training step on a device that is not the CPU: no tensor on the wrong side, the CPU's gradients, no waiting.
+
+The device is a pretence (pretend_device.py), the values are real. The CPU's step is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from golden_data import checkpoint, collator, embedder
+from pretend_device import Session, host, move, pretend_device
+from torch.nn.utils import clip_grad_norm_
+
+from b3 import Embedder
+from b3.train.inputs import StepCollator, StepInputs
+from b3.train.losses.info_nce import InfoNCE
+from b3.train.optimizer import trained_parameters
+from b3.train.step import CachedStep
+
+TOLERANCE = 1e-5  # of a gradient's norm: the device's attention sums in another order
+ROWS = [(0, i) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("golden"))
+
+
+BLOCKING = 400  # transfers of a step that the host waits for, at most
+
+
+def step_of(model: Embedder, inputs: StepInputs, **options: Any) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """(loss, gradient norm, gradients on the host) of a cached step and the clipping behind it."""
+    loss = InfoNCE(0.05, **options)
+    if model.device.type != "cpu":
+        move(loss)
+        loss.to = lambda device: loss  # type: ignore[method-assign, assignment]  # it is there already
+    result = CachedStep(model, loss, seed=1)(inputs, 3)
+    parameters = trained_parameters(model, loss)
+    gradients = {name: host(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
+    norm = float(clip_grad_norm_(parameters.values(), 1.0))
+    return result.loss, norm, gradients
+
+
+def compare(build: Callable[[], tuple[Embedder, StepInputs]], **options: Any) -> Session:
+    """Run the step on both devices, compare, and check the bound; gives what happened on the device."""
+    loss, norm, expected = step_of(*build(), **options)
+    model, inputs = build()
+    with pretend_device() as session:
+        move(model)
+        session.blocking.clear()
+        found_loss, found_norm, found = step_of(model, inputs, **options)
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    assert found_norm == pytest.approx(norm, rel=TOLERANCE)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert tiny.relative(found[name], gradient) < TOLERANCE, name
+    assert session.num_blocking <= BLOCKING, session.listing()
+    return session
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "dora": {"kind": "dora"},
+    "dora, dropout, hard negatives": {"kind": "dora", "dropout": 0.1, "negatives": 2},
+    "lora, one pass": {"kind": "lora", "chunk_tokens": 100_000},
+    "lora, dropout, upstream's positions": {"kind": "lora", "dropout": 0.1, "positions": "mrope"},
+    "tower and language model trained": {"kind": "dora", "dropout": 0.1, "full": True},
+}
+
+
+def golden_step(folder: Path, case: dict[str, Any]) -> tuple[Embedder, StepInputs]:
+    model = embedder(folder, case["kind"], case.get("dropout", 0.0))
+    model.settings = replace(model.settings, positions=case.get("positions", "1d"))
+    if case.get("full"):
+        model.backbone.get_base_model().requires_grad_(True)  # type: ignore[operator, union-attr]
+    inputs = collator(model, case.get("chunk_tokens", 64), case.get("negatives", 0), share=False)(ROWS)
+    return model, inputs
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_step_on_the_device_is_that_of_the_cpu(folder: Path, case: dict[str, Any]) -> None:
+    compare(lambda: golden_step(folder, case))
+
+
+def test_every_option_of_the_loss(folder: Path) -> None:
+    """Both directions, a learned temperature, and masks by the student's and by a teacher's scores."""
+    rng = np.random.default_rng(0)
+    teachers = [(rng.normal(size=(24, 6)).astype(np.float32), rng.normal(size=(24, 6)).astype(np.float32))]
+
+    def build() -> tuple[Embedder, StepInputs]:
+        model = embedder(folder, "dora", 0.1)
+        plain = collator(model, 64, 2, share=False)
+        return model, StepCollator(
+            plain.datasets, model.processor, 64, plain.hard_negatives, share_duplicates=False, teachers=teachers
+        )(ROWS)
+
+    compare(build, symmetric=True, learn_temperature=True, mask_margin=0.1, mask_teacher_margin=0.2)
