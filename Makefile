@@ -8,7 +8,7 @@ help:
 	@echo "make demo      mine, train and evaluate on the embedded data (a few minutes); results in runs/demo"
 	@echo "make evidence  the runs behind docs/evidence.md (hours; finished runs are kept), and that page"
 	@echo "make test      run all tests                     (ARGS='-k name' to choose)"
-	@echo "make test-core run the third of the test files that protects most"
+	@echo "make test-core run the fifth that protects most (under two minutes)"
 	@echo "make lint      ruff check and format check"
 	@echo "make types     mypy"
 	@echo "make format    let ruff rewrite the code"

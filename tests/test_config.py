@@ -11,6 +11,8 @@ import yaml
 from b3.config import Config, describe_keys, dump_config, load_config, merge
 from b3.errors import ConfigError
 
+pytestmark = pytest.mark.core
+
 CONFIGS = sorted(f for f in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if f.parent.name != "accelerate")
 
 

@@ -14,6 +14,8 @@ import pytest
 from b3 import registry
 from b3.errors import InputError
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = re.compile(r"^\[project\.optional-dependencies\]\n(.*?)^\[", re.MULTILINE | re.DOTALL)
 FLOORS = [

@@ -31,6 +31,8 @@ from b3.train.build import load_plans
 from b3.train.run import train
 from b3.train.sampler import build_sampler
 
+pytestmark = pytest.mark.core
+
 FIXTURE = Path(__file__).with_name("same_numbers.json")
 DEMO = Path(__file__).parents[1] / "configs" / "demo.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {

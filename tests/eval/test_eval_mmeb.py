@@ -23,6 +23,8 @@ from b3.model.cache import EmbeddingCache
 from b3.model.encode import Encoder
 from b3.model.settings import Settings
 
+pytestmark = pytest.mark.core
+
 SUBSETS = ["ImageNet-1K", "MSCOCO_i2t", "MSCOCO_t2i", "OK-VQA", "RefCOCO-Matching", "WebQA"]
 DATA = GOLDEN / "mmeb-eval"
 

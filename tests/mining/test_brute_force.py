@@ -19,6 +19,8 @@ from b3.mining.miners.random import random_groups
 from b3.mining.rankings import Rankings, rank_targets
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
+pytestmark = pytest.mark.core
+
 KINDS = [("signs", True), ("signs", False), ("gauss", True), ("gauss", False)]
 WINDOWS = [(0, 1), (0, 9), (3, 10), (7, 1), (5, 1000)]
 both = pytest.mark.parametrize(("kind", "distinct"), KINDS)

@@ -18,6 +18,8 @@ from b3.errors import InputError
 from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable, new_name
 from b3.model.batch import collate
 
+pytestmark = pytest.mark.core
+
 ITEMS = [item(case) for case in cases()[:8]]
 
 

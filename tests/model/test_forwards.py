@@ -12,6 +12,8 @@ from golden_data import cases, checkpoint, item
 from b3 import Embedder
 from b3.model.encode import Encoder
 
+pytestmark = pytest.mark.core
+
 ITEMS = [item(case) for case in cases()]
 
 

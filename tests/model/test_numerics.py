@@ -15,6 +15,8 @@ from b3 import Embedder
 from b3.errors import InputError
 from b3.model.backbones.qwen2_vl_images import pixels_of
 
+pytestmark = pytest.mark.core
+
 EXPECTED = load_file(GOLDEN / "embed_expected.safetensors")
 CASES = [case for case in cases() if not case["id"].startswith("stray")]
 

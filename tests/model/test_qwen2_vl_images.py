@@ -16,6 +16,8 @@ from b3.data.items import Item
 from b3.errors import DataError, InputError
 from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, pixels_of, target_size
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(scope="module")
 def processor() -> Qwen2VLProcessor:

@@ -21,6 +21,8 @@ from b3.model.batch import collate
 from b3.model.checkpoint import checkpoint_key
 from b3.train.build import build_embedder
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -17,6 +17,8 @@ from b3.train.losses.info_nce import InfoNCE, info_nce
 from b3.train.step import CachedStep
 from b3.train.vision_cache import VisionCache
 
+pytestmark = pytest.mark.core
+
 PLAIN = InfoNCE(mask_duplicates=False)
 
 

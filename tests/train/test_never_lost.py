@@ -59,7 +59,7 @@ def whole(root: Path, request: pytest.FixtureRequest) -> tuple[int, Path]:
     return ranks, root / f"whole-{ranks}"
 
 
-@pytest.mark.parametrize("draw", [0, 1])
+@pytest.mark.parametrize("draw", [pytest.param(0, marks=pytest.mark.core), 1])
 def test_sigkill_at_random_moments_changes_nothing(root: Path, whole: tuple[int, Path], draw: int) -> None:
     """Killed again and again, at moments drawn over start-up, steps, checkpoints and the end; then left to finish."""
     ranks, reference = whole
@@ -93,7 +93,7 @@ def lines_safe(folder: Path) -> list[str]:
         return []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.core), signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     root: Path, whole: tuple[int, Path], number: signal.Signals
 ) -> None:
@@ -129,6 +129,7 @@ def test_the_last_checkpoints_are_kept(whole: tuple[int, Path]) -> None:
     assert not (folder / ".saving").exists()
 
 
+@pytest.mark.core
 def test_a_rank_that_dies_ends_the_others_by_name(root: Path) -> None:
     overrides = ("train.steps=2000", "train.save_every=1", "train.timeout_minutes=0.5")
     started = job(root, "dead", *overrides, ranks=2)

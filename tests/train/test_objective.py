@@ -13,6 +13,8 @@ from reference_loss import as_inputs, random_batch, reference_loss
 from b3.train.losses.info_nce import InfoNCE
 from b3.train.objective import whole_batch
 
+pytestmark = pytest.mark.core
+
 OPTIONS = st.fixed_dictionaries(
     {
         "mask_duplicates": st.booleans(),

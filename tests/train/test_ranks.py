@@ -15,6 +15,8 @@ from b3.train.losses.info_nce import InfoNCE
 from b3.train.objective import whole_batch
 from b3.train.step import CachedStep
 
+pytestmark = pytest.mark.core
+
 LOSSES: dict[str, dict[str, Any]] = {
     "plain": {},
     "symmetric": {"symmetric": True, "mask_margin": 0.1},

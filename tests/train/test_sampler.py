@@ -11,6 +11,8 @@ from b3.errors import InputError
 from b3.train import BatchPlanSampler
 from b3.train.sampler import random_rows
 
+pytestmark = pytest.mark.core
+
 
 def communities(count: int, size: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count * size).reshape(count, size)

@@ -25,6 +25,8 @@ from b3.train.losses.masks import excluded_columns
 from b3.train.step import CachedStep, chunk_seed
 from b3.train.vision_cache import VisionCache, is_vision_frozen
 
+pytestmark = pytest.mark.core
+
 IMAGES = [None, *(str(GOLDEN / "images" / name) for name in ("noise.png", "tiny.png", "shapes2.png"))]
 WORDS = "red square number what is the shape of a blue disc".split()
 Content = tuple[int, int, int]  # image, words, number: few values, so that items repeat
