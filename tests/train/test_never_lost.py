@@ -93,7 +93,7 @@ def lines_safe(folder: Path) -> list[str]:
         return []
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.core), signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     root: Path, whole: tuple[int, Path], number: signal.Signals
 ) -> None:
