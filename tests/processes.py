@@ -48,7 +48,7 @@ def end(mark: str, grace: float = 0.0) -> list[int]:
 
 
 def run_python(
-    *arguments: str | Path, ranks: int = 1, timeout: float = 180.0, check: bool = True, path: Path = ROOT / "tests"
+    *arguments: str | Path, ranks: int = 1, timeout: float = 600.0, check: bool = True, path: Path = ROOT / "tests"
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python program, under torchrun for several ranks. Fails if it takes too long or leaves processes behind."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
