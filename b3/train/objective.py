@@ -7,7 +7,7 @@ before the next one: the result is that of the whole table. Gradients of gathere
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from b3.distributed import rank, world_size
 from b3.train.inputs import StepInputs
-from b3.train.losses.loss import Loss
-from b3.train.losses.masks import Facts
+from b3.train.losses.loss import Facts, Loss
 
 BLOCK_LOGITS = 2**24  # logits held at once; 64 MiB in float32, about six times that with what autograd keeps
 
@@ -28,33 +27,6 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """One direction: this rank's rows against the columns of all ranks.
-
-    rows: (B, D) and columns: (T, D), leaves that collect gradients. positives: (B,) int64 column of each row.
-    facts: of all rows and columns.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    positives: Tensor
-    facts: Facts
-
-    def backward(self, loss: Loss, weight: float, block_logits: int) -> tuple[Tensor, Tensor]:
-        """(sum of the rows' losses times `weight` as a 0-d float64, statistics (4,)); fills `.grad` of the leaves."""
-        step = max(1, block_logits // len(self.columns))
-        total = torch.zeros((), dtype=torch.float64, device=self.rows.device)
-        statistics = torch.zeros(4, dtype=torch.float64, device=self.rows.device)
-        for start in range(0, len(self.rows), step):
-            block = slice(start, start + step)
-            value, measured = loss(self.rows[block], self.columns, self.positives[block], self.facts.block(block))
-            (value * weight).backward()
-            total += value.detach().double() * weight
-            statistics += measured.sums()
-        return total, statistics
 
 
 def whole_batch(
@@ -75,68 +47,54 @@ def whole_batch(
     """
     b, stride = len(queries), len(targets) // len(queries)
     total, numbers = b * world_size(), torch.arange(b, device=queries.device) + rank() * b
-    sides = [_forward_side(loss, queries, targets, inputs, numbers * stride)]
+    weight = 1 / (total * (2 if loss.symmetric else 1))
+
+    def both(tensor: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(this rank's, all ranks') part of what the inputs hold."""
+        assert tensor is not None, "the loss needs a teacher's vectors in the inputs"
+        local = tensor.to(queries.device)
+        return local, gather(local)
+
+    query_ids, target_ids = both(inputs.query_ids)[1], both(inputs.target_ids)[1]
+    facts = Facts(target_ids, query_ids, both(inputs.valid)[1] if stride > 1 else None)
+    reverse = Facts(query_ids, target_ids[::stride])  # of positives as rows and queries as columns
+    if loss.reads_teacher:
+        (rows, all_rows), (columns, all_columns) = both(inputs.teacher_queries), both(inputs.teacher_targets)
+        facts = replace(facts, teacher_rows=rows, teacher_columns=all_columns)
+        reverse = replace(reverse, teacher_rows=columns[::stride], teacher_columns=all_rows)
+    sums, query_grad, target_grad = _one_way(loss, queries, targets, numbers * stride, facts, weight, block_logits)
+    sums[0] *= total
     if loss.symmetric:
-        sides.append(_backward_side(loss, queries, targets[::stride], inputs, numbers))
-    sums = torch.zeros(5, dtype=torch.float64, device=queries.device)
-    for number, side in enumerate(sides):
-        value, statistics = side.backward(loss, 1 / (total * len(sides)), block_logits)
-        sums[0] += value * total
-        if number == 0:  # precision and cosines are those of queries
-            sums[1:] = statistics
+        positives = targets[::stride]
+        back, positive_grad, more = _one_way(loss, positives, queries, numbers, reverse, weight, block_logits)
+        sums[0] += back[0] * total  # precision and cosines stay those of queries
+        query_grad = query_grad + more
+        target_grad[::stride] += positive_grad
     if world_size() > 1:
         dist.all_reduce(sums)
-    query_grad, target_grad = _grad(sides[0].rows), _share_of_rank(sides[0].columns, len(targets))
-    if loss.symmetric:
-        query_grad = query_grad + _share_of_rank(sides[1].columns, b)
-        target_grad[::stride] += _grad(sides[1].rows)
     return sums / total, query_grad, target_grad
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(True)
+def _one_way(
+    loss: Loss, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts, weight: float, block_logits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's rows (B, D) against the columns (T, D) of all ranks, of which `columns` are this rank's.
 
-
-def _forward_side(loss: Loss, queries: Tensor, targets: Tensor, inputs: StepInputs, positives: Tensor) -> _Side:
-    """This rank's queries against the targets of all ranks."""
-    device, is_padded = queries.device, len(targets) > len(queries)
-    facts = Facts(
-        gather(inputs.target_ids.to(device)),
-        gather(inputs.query_ids.to(device)),
-        gather(inputs.valid.to(device)) if is_padded else None,
-    )
-    if loss.reads_teacher:
-        columns = gather(_teacher(inputs.teacher_targets).to(device))
-        facts = replace(facts, teacher_rows=_teacher(inputs.teacher_queries).to(device), teacher_columns=columns)
-    return _Side(_leaf(queries), _leaf(gather(targets)), positives, facts)
-
-
-def _backward_side(
-    loss: Loss, queries: Tensor, positive_targets: Tensor, inputs: StepInputs, positives: Tensor
-) -> _Side:
-    """This rank's positives against the queries of all ranks; the roles in the masks are exchanged with the roles."""
-    device, stride = queries.device, len(inputs.target_ids) // len(inputs.query_ids)
-    facts = Facts(gather(inputs.query_ids.to(device)), gather(inputs.target_ids[::stride].to(device)))
-    if loss.reads_teacher:
-        columns = gather(_teacher(inputs.teacher_queries).to(device))
-        rows = _teacher(inputs.teacher_targets)[::stride].to(device)
-        facts = replace(facts, teacher_rows=rows, teacher_columns=columns)
-    return _Side(_leaf(positive_targets), _leaf(gather(queries)), positives, facts)
-
-
-def _teacher(vectors: Tensor | None) -> Tensor:
-    assert vectors is not None, "the loss needs a teacher's vectors in the inputs"
-    return vectors
-
-
-def _grad(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad
-
-
-def _share_of_rank(columns: Tensor, count: int) -> Tensor:
-    """Gradient of this rank's columns, summed over the rows of all ranks."""
-    gradient = _grad(columns)
+    Returns (5,) float64, `weight` times the rows' losses and their statistics, summed over the rows, and the gradients of
+    `weight` times the losses of all ranks with respect to `rows` and `columns`.
+    """
+    row_leaf, column_leaf = (tensor.detach().clone().requires_grad_(True) for tensor in (rows, gather(columns)))
+    step = max(1, block_logits // len(column_leaf))
+    sums = torch.zeros(5, dtype=torch.float64, device=rows.device)
+    for start in range(0, len(rows), step):
+        block = slice(start, start + step)
+        value, statistics = loss(row_leaf[block], column_leaf, positives[block], facts.block(block))
+        (value * weight).backward()
+        sums[0] += value.detach().double() * weight
+        sums[1:] += statistics
+    row_grad, column_grad = row_leaf.grad, column_leaf.grad
+    assert row_grad is not None and column_grad is not None
     if world_size() > 1:
-        dist.all_reduce(gradient)
-    return gradient[rank() * count : (rank() + 1) * count]
+        dist.all_reduce(column_grad)
+    count = len(columns)
+    return sums, row_grad, column_grad[rank() * count : (rank() + 1) * count]

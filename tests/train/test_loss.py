@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from b3.train import info_nce
-from b3.train.losses.info_nce import positive_columns
-from b3.train.losses.loss import Statistics
-from b3.train.losses.masks import excluded_columns
+from b3.train.losses.loss import Facts, statistics
+from b3.train.losses.masks import Masks
 
 
 def by_hand(queries: np.ndarray, targets: np.ndarray, tau: float, excluded: np.ndarray | None = None) -> float:
@@ -60,7 +59,7 @@ def test_duplicates_and_padding_leave_the_sum() -> None:
     ids = torch.tensor([7, 1, 7, 2, 3, 4])
     valid = torch.tensor([True, True, True, True, True, False])
     queries_seen = torch.tensor([5, 6, 5])  # rows 0 and 2 ask the same
-    excluded = excluded_columns(positive_columns(3, 6), ids, queries_seen, valid)
+    excluded = Masks().excluded(torch.zeros(3, 6), torch.tensor([0, 2, 4]), Facts(ids, queries_seen, valid))
     expected = np.zeros((3, 6), bool)
     expected[0, 2] = expected[1, 0] = True
     expected[0, 4] = expected[2, 0] = True
@@ -68,10 +67,6 @@ def test_duplicates_and_padding_leave_the_sum() -> None:
     assert np.array_equal(excluded.numpy(), expected)
     loss = info_nce(torch.tensor(queries), torch.tensor(targets), 0.5, excluded=excluded)
     assert loss.item() == pytest.approx(by_hand(queries, targets, 0.5, expected), rel=1e-5)
-
-
-def test_without_ids_every_column_counts() -> None:
-    assert excluded_columns(positive_columns(3, 6)) is None
 
 
 def test_ragged_targets_are_a_programmers_error() -> None:
@@ -82,5 +77,4 @@ def test_ragged_targets_are_a_programmers_error() -> None:
 def test_statistics_by_hand() -> None:
     queries, targets = torch.eye(3), torch.eye(3)
     targets[2] = queries[0]  # row 2's positive is row 0's direction
-    s = Statistics.measure(queries @ targets.T, positive_columns(3, 3), None)
-    assert s.sums().tolist() == [3.0, 2.0, 1.0, 0.0]
+    assert statistics(queries @ targets.T, torch.arange(3)).tolist() == [3.0, 2.0, 1.0, 0.0]

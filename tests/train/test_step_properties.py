@@ -21,7 +21,8 @@ from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.batch import collate
 from b3.train.inputs import StepCollator
 from b3.train.losses.info_nce import InfoNCE, info_nce
-from b3.train.losses.masks import excluded_columns
+from b3.train.losses.loss import Facts
+from b3.train.losses.masks import Masks
 from b3.train.step import CachedStep, chunk_seed
 from b3.train.vision_cache import VisionCache, is_vision_frozen
 
@@ -95,8 +96,9 @@ def whole_pass(model: Embedder, inputs: Any, collator: StepCollator, rows: list,
         vectors = vectors.index_copy(0, torch.from_numpy(group.copy()), model(batch, features=features))
     stride = len(inputs.target_index) // len(inputs.query_index)
     positives = torch.arange(len(rows)) * stride
-    ids = (inputs.target_ids, inputs.query_ids) if options["mask_duplicates"] else (None, None)
-    excluded = excluded_columns(positives, *ids, inputs.valid)
+    scores = vectors[inputs.query_index].detach() @ vectors[inputs.target_index].detach().T
+    facts = Facts(inputs.target_ids, inputs.query_ids, inputs.valid)
+    excluded = Masks(options["mask_duplicates"]).excluded(scores, positives, facts)
     loss = info_nce(vectors[inputs.query_index], vectors[inputs.target_index], 0.1, excluded=excluded)
     loss.backward()
     return float(loss.detach())

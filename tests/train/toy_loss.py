@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from b3.train.losses.loss import Loss, Statistics
-from b3.train.losses.masks import Facts
+from b3.train.losses.loss import Facts, Loss, statistics
 
 
 class Distance(Loss):
@@ -16,7 +15,7 @@ class Distance(Loss):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor(1.0))
 
-    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Statistics]:
+    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
         scores = rows @ columns.T
         loss = self.weight * (1 - scores.gather(1, positives[:, None])).sum()
-        return loss, Statistics.measure(scores.detach(), positives, None)
+        return loss, statistics(scores.detach(), positives)

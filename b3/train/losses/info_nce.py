@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from b3.train.losses.loss import Loss, Statistics
-from b3.train.losses.masks import Facts, Masks
+from b3.train.losses.loss import Facts, Loss, statistics
+from b3.train.losses.masks import Masks
 
 if TYPE_CHECKING:
     from b3.config import Config
@@ -29,41 +29,25 @@ if TYPE_CHECKING:
 MAX_SCALE = 100.0
 
 
-def positive_columns(num_queries: int, num_targets: int) -> Tensor:
-    """(B,) int64: column i (1 + h) holds the positive of row i. Asserts that every row has the same h."""
-    assert num_targets % num_queries == 0, f"{num_targets} targets do not divide by {num_queries} queries"
-    return torch.arange(num_queries) * (num_targets // num_queries)
-
-
 def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def info_nce(
-    queries: Tensor,
-    targets: Tensor,
-    temperature: float = 0.02,
-    *,
-    positives: Tensor | None = None,
-    excluded: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """The contrastive loss of a batch, a scalar in float32 (float64 if the vectors are).
+def info_nce(queries: Tensor, targets: Tensor, temperature: float = 0.02, *, excluded: Tensor | None = None) -> Tensor:
+    """The contrastive loss of a batch, its mean over queries: a scalar in float32 (float64 if the vectors are).
 
     Args:
         queries: (B, D), usually L2-normalised.
-        targets: (T, D); without `positives`, T = B (1 + h): each row's positive followed by its h hard negatives.
+        targets: (B (1 + h), D): each row's positive followed by its h hard negatives.
         temperature: tau; 0.02 in the paper.
-        positives: (B,) int64, the column of each query's positive.
-        excluded: (B, T) bool, columns left out of a query's sum.
-        reduction: "mean" or "sum" over queries.
+        excluded: (B, B (1 + h)) bool, columns left out of a query's sum.
     """
-    if positives is None:
-        positives = positive_columns(len(queries), len(targets)).to(queries.device)
+    assert len(targets) % len(queries) == 0, f"{len(targets)} targets do not divide by {len(queries)} queries"
+    positives = torch.arange(0, len(targets), len(targets) // len(queries), device=queries.device)
     logits = at_least_float32(queries) @ at_least_float32(targets).T / temperature
     if excluded is not None:
         logits = logits.masked_fill(excluded, float("-inf"))
-    return cross_entropy(logits, positives, reduction=reduction)
+    return cross_entropy(logits, positives)
 
 
 class InfoNCE(Loss):
@@ -117,12 +101,9 @@ class InfoNCE(Loss):
         if self.log_scale is not None:
             self.log_scale.clamp_(max=math.log(MAX_SCALE))
 
-    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Statistics]:
-        """(sum of the rows' losses, what they looked like); shapes as in `Loss`."""
+    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
         scores = at_least_float32(rows) @ at_least_float32(columns).T
-        seen = scores.detach()
-        excluded = self.masks.excluded(seen, positives, facts)
-        logits = scores * self.scale()
-        if excluded is not None:
-            logits = logits.masked_fill(excluded, float("-inf"))
-        return cross_entropy(logits, positives, reduction="sum"), Statistics.measure(seen, positives, excluded)
+        excluded = self.masks.excluded(scores.detach(), positives, facts)
+        logits = (scores * self.scale()).masked_fill(excluded, float("-inf"))
+        loss = cross_entropy(logits, positives, reduction="sum")
+        return loss, statistics(scores.detach(), positives, excluded)

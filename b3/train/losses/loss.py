@@ -1,11 +1,11 @@
-"""What every loss is (`Loss`) and what it says about a batch (`Statistics`).
+"""What every loss is (`Loss`) and what it says about a batch (`statistics`).
 
 A new loss is a subclass in a file of this folder and a line in `b3.registry.LOSSES`; `train.loss` names it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,31 @@ import torch
 from torch import Tensor, nn
 
 from b3.errors import RunError
-from b3.train.losses.masks import Facts
 
 if TYPE_CHECKING:
     from b3.config import Config
 
 FILE = "loss.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a block of B rows and of all T columns beside their vectors; None: not there.
+
+    target_ids: (T,) and query_ids: (n,) int64, equal for equal items; T = n (1 + h). valid: (T,) bool, False for
+    padding. teacher_rows: (B, D') and teacher_columns: (T, D') a teacher's vectors, of any length; only for a loss that
+    reads them (`Loss.reads_teacher`).
+    """
+
+    target_ids: Tensor
+    query_ids: Tensor
+    valid: Tensor | None = None
+    teacher_rows: Tensor | None = None
+    teacher_columns: Tensor | None = None
+
+    def block(self, rows: slice) -> Facts:
+        """Those of some of the rows."""
+        return self if self.teacher_rows is None else replace(self, teacher_rows=self.teacher_rows[rows])
 
 
 class Loss(nn.Module):
@@ -39,8 +58,8 @@ class Loss(nn.Module):
     def before_step(self) -> None:
         """Called before each step, to keep parameters in bounds."""
 
-    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Statistics]:
-        """(sum of the rows' losses, what they looked like).
+    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
+        """(sum of the rows' losses, their `statistics`).
 
         Args:
             rows: (B, D), L2-normalised.
@@ -71,32 +90,18 @@ class Loss(nn.Module):
         self.load_state_dict(load_file(str(folder / FILE)))
 
 
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """Sums over queries (0-d tensors), to be divided by their number: how hard and how well separated a batch is.
+@torch.no_grad()
+def statistics(scores: Tensor, positives: Tensor, excluded: Tensor | None = None) -> Tensor:
+    """(4,) float64 sums over the rows of a table of cosines (B, T): how hard and how well separated a batch is.
 
-    correct: in-batch precision@1, a tie with the positive counts as right. positive, hardest_negative: cosines.
-    masked: columns left out of the sum.
+    In order: precision@1 (a tie with the positive counts as right), the positive's cosine, the hardest negative's, and
+    the columns left out. `positives` (B,) int64 as in `Loss`; `excluded` (B, T) bool, True for a column left out.
     """
-
-    correct: Tensor
-    positive: Tensor
-    hardest_negative: Tensor
-    masked: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def measure(cls, scores: Tensor, positives: Tensor, excluded: Tensor | None) -> Statistics:
-        """Of a table of cosines (B, T); other shapes as in `info_nce`."""
-        positive = scores.gather(1, positives[:, None])[:, 0]
-        masked = torch.zeros((), dtype=torch.int64, device=scores.device) if excluded is None else excluded.sum()
-        if excluded is not None:
-            scores = scores.masked_fill(excluded, float("-inf"))
-        hardest = scores.scatter(1, positives[:, None], float("-inf")).amax(dim=1)
-        hardest = torch.where(torch.isfinite(hardest), hardest, torch.full_like(hardest, -1.0))
-        return cls((positive >= hardest).sum(), positive.sum(), hardest.sum(), masked)
-
-    def sums(self) -> Tensor:
-        """(4,) float64, in the order of the fields."""
-        fields = (self.correct, self.positive, self.hardest_negative, self.masked)
-        return torch.stack([value.double() for value in fields])
+    positive = scores.gather(1, positives[:, None])[:, 0]
+    num_excluded = torch.zeros((), device=scores.device)
+    if excluded is not None:
+        num_excluded, scores = excluded.sum(), scores.masked_fill(excluded, float("-inf"))
+    hardest = scores.scatter(1, positives[:, None], float("-inf")).amax(dim=1)
+    hardest = torch.where(torch.isfinite(hardest), hardest, torch.full_like(hardest, -1.0))
+    sums = ((positive >= hardest).sum(), positive.sum(), hardest.sum(), num_excluded)
+    return torch.stack([value.double() for value in sums])
