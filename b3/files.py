@@ -17,6 +17,7 @@ import numpy as np
 from b3.errors import RunError
 
 SHOWN_CHANGES = 3
+REMOVED = ".removed-"  # before the name of a folder whose files are being deleted
 
 
 @contextmanager
@@ -75,9 +76,19 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
+def remove(folder: Path) -> None:
+    """Delete a folder, if it is there: it leaves its name before its files, so that a kill shows nobody half of it."""
+    hidden = folder.with_name(f"{REMOVED}{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)  # left by a kill
+    if folder.exists():
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
+
+
 def publish(staged: Path, target: Path) -> None:
-    """Give a finished folder its name once all that it holds is on disk. `target` must not exist."""
+    """Give a finished folder its name, in place of what has it, once all that it holds is on disk."""
     sync_tree(staged)
+    remove(target)
     staged.rename(target)
     sync(target.parent)
 

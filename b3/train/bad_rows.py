@@ -10,13 +10,12 @@ read.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.errors import DataError
-from b3.files import write_text
+from b3.train.checkpoint import append_log, read_log
 
 if TYPE_CHECKING:
     from b3.train.inputs import StepCollator, StepInputs, StepRow
@@ -54,8 +53,7 @@ class GuardedCollator:
             return self.collator(rows), []
         except DataError as error:
             original = error
-        readable = list(rows)
-        replaced: list[Replaced] = []
+        readable, replaced = list(rows), []
         for position, (dataset, row) in enumerate(rows):
             problem = self._problem(dataset, row)
             if problem is not None:
@@ -101,34 +99,18 @@ class GuardedCollator:
 
 
 class BadRows:
-    """The list of replaced rows in the run folder; on every rank, written by the first."""
+    """The replaced rows of the run so far, of all ranks; known to every rank, written by the first."""
 
     def __init__(self, run: Path, step: int) -> None:
         self.file = run / BAD_ROWS
-        self.lines = [line for line in _read(self.file) if line["step"] <= step]
-
-    def rewind(self) -> None:
-        """Drop the lines after the step, which run again."""
-        if self.file.exists():
-            write_text(self.file, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.lines = [line for line in read_log(self.file) if line["step"] <= step]
 
     def add(self, step: int, replaced: list[dict[str, Any]], write: bool) -> None:
-        new = [{"step": step, **entry} for entry in replaced]
-        self.lines += new
+        lines = [{"step": step, **entry} for entry in replaced]
+        self.lines += lines
         if write:
-            with self.file.open("a") as file:
-                file.write("".join(json.dumps(line) + "\n" for line in new))
+            append_log(self.file, *lines)
 
     def __len__(self) -> int:
         """Distinct rows."""
         return len({(line["data_set"], line["row"]) for line in self.lines})
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in file.read_text().splitlines() if file.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue  # torn by a kill; its step runs again
-    return lines

@@ -8,6 +8,7 @@ data.json say which run a folder belongs to, `claim_folder` which one may contin
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -22,7 +23,7 @@ import yaml
 from b3 import files
 from b3.config import Config, dump_config
 from b3.errors import RunError
-from b3.files import belongs_elsewhere, changes, claim, flat, sync, write_json, write_text
+from b3.files import belongs_elsewhere, changes, claim, write_json, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,6 @@ MOMENTS = "optimizer.safetensors"
 RANDOM = "random.json"
 _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 STAGING = ".saving"
-REMOVED = ".removed-"
 DATA = "data.json"
 DEBUG = "debug.json"  # the folder of a debug run holds its model and plans before it starts
 # Keys that may change between the parts of a run: they decide nothing about its weights.
@@ -49,20 +49,15 @@ _FREE_KEYS = {
 _FREE_SECTIONS = ("eval",)
 # Keys that leave the gradient what it is up to rounding (and draw dropout anew): allowed, and said.
 _ROUNDING_KEYS = {
-    "train.chunk_tokens",
-    "model.attention",
-    "model.gradient_checkpointing",
-    "model.shard",
-    "train.vision_cache_mib",
-}
+    "train.chunk_tokens", "model.attention", "model.gradient_checkpointing", "model.shard", "train.vision_cache_mib",
+}  # fmt: skip
 
 
-def stage(run: Path, step: int) -> Path:
-    """An empty folder, out of sight, for the checkpoint of a step."""
+def stage(run: Path) -> Path:
+    """An empty folder, out of sight, for a checkpoint."""
     shutil.rmtree(run / STAGING, ignore_errors=True)  # a torn one of an earlier attempt
-    folder = run / STAGING / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    return folder
+    (run / STAGING).mkdir(parents=True)
+    return run / STAGING
 
 
 def mark_complete(folder: Path, facts: dict[str, Any]) -> None:
@@ -82,32 +77,24 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def publish(staged: Path, run: Path, facts: dict[str, Any]) -> Path:
+def publish(staged: Path, run: Path, facts: dict[str, Any]) -> None:
     """Give a finished checkpoint its place: its files and its marker are on disk before its name is."""
     mark_complete(staged, facts)
-    target, damaged = run / staged.name, run / f"{REMOVED}{staged.name}"
-    shutil.rmtree(damaged, ignore_errors=True)
-    if target.exists():  # it was passed over
-        target.rename(damaged)
-    files.publish(staged, target)
-    staged.parent.rmdir()
-    return target
+    files.publish(staged, run / f"checkpoint-{facts['step']}")
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints, and damaged ones that are older than the newest.
-
-    A folder leaves its name before its files, so that a kill does not leave half of one under it.
-    """
-    folders = sorted((p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name)), key=checkpoint_step)
-    complete = [p for p in folders if is_complete(p)][-keep:]
-    for folder in folders:
+    """Delete all but the `keep` newest complete checkpoints, and damaged ones that are older than the newest."""
+    for folder in run.glob(f"{files.REMOVED}*"):  # left by a kill
+        shutil.rmtree(folder)
+    complete = sorted(filter(is_complete, _checkpoints(run)), key=checkpoint_step)[-keep:]
+    for folder in _checkpoints(run):
         if complete and folder not in complete and checkpoint_step(folder) < checkpoint_step(complete[-1]):
-            target = run / f"{REMOVED}{folder.name}"
-            shutil.rmtree(target, ignore_errors=True)  # left by a kill
-            folder.rename(target)
-    for folder in run.glob(f"{REMOVED}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+            files.remove(folder)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return [folder for folder in run.glob("checkpoint-*") if _FOLDER.match(folder.name)]
 
 
 def checkpoint_facts(folder: Path) -> dict[str, Any]:
@@ -124,42 +111,32 @@ def checkpoint_step(folder: Path) -> int:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The complete checkpoint with the most steps; torn ones are passed over."""
-    folders = [p for p in run.glob("checkpoint-*") if _FOLDER.match(p.name) and is_complete(p)]
-    return max(folders, key=checkpoint_step, default=None)
+    return max(filter(is_complete, _checkpoints(run)), key=checkpoint_step, default=None)
 
 
-def rewind_metrics(run: Path, step: int) -> None:
-    """Drop lines of metrics.jsonl after `step`, and a torn last line, so that a resumed run repeats none."""
-    file = run / METRICS
-    if not file.exists():
-        return
-    kept = []
-    for line in file.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
-    write_text(file, "".join(line + "\n" for line in kept))
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The lines of a log, JSON with the entry "step" each; one that a kill has torn is left out."""
+    lines = []
+    for text in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
+def append_log(file: Path, *lines: dict[str, Any]) -> None:
+    with file.open("a") as stream:
+        stream.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def rewind_log(file: Path, step: int) -> None:
+    """Drop the lines after `step`, so that a resumed run repeats none."""
+    if file.exists():
+        write_text(file, "".join(json.dumps(line) + "\n" for line in read_log(file) if line["step"] <= step))
 
 
 def read_metrics(run: Path, kind: str = "loss") -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that carry `kind`: "loss" for training, "evaluation" for evaluations on the way."""
-    file = run / METRICS
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [line for line in lines if kind in line]
-
-
-def append_metrics(run: Path, line: dict[str, Any]) -> None:
-    with (run / METRICS).open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def sync_metrics(run: Path) -> None:
-    """Put the log on disk, before a checkpoint relies on its lines."""
-    file = run / METRICS
-    if file.exists():
-        sync(file)
+    return [line for line in read_log(run / METRICS) if kind in line]
 
 
 def save_moments(folder: Path, optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
@@ -203,11 +180,6 @@ def random_state() -> dict[str, Any]:
     return state
 
 
-def save_random_states(folder: Path, states: list[dict[str, Any]]) -> None:
-    """Write the states of all ranks, in rank order."""
-    (folder / RANDOM).write_text(json.dumps(states) + "\n")
-
-
 def restore_random_state(folder: Path, rank: int) -> None:
     """Put this process back to the state of a rank; nothing if the checkpoint knows fewer ranks."""
     import torch
@@ -229,21 +201,20 @@ def check_format(folder: Path) -> None:
     """Raise `RunError` for a checkpoint of a version that stored the optimiser as pickles."""
     if not (folder / MOMENTS).is_file():
         raise RunError(
-            f"{folder} is a checkpoint of an earlier b3, which this version does not continue; finish that run with the"
-            " version that began it, or choose another output_dir"
+            f"{folder} is a checkpoint of an earlier b3; finish that run with it or choose another output_dir"
         )
 
 
 def data_facts(datasets: list[PairDataset], plans: list[BatchPlan]) -> dict[str, Any]:
     """What the batches are made of: rows and fingerprint of each data set, and a digest of each plan's arrays."""
-    facts: dict[str, Any] = {}
-    for index, dataset in enumerate(datasets):
-        facts[dataset.name] = {
+    return {
+        dataset.name: {
             "rows": len(dataset),
             "fingerprint": dataset.fingerprint(),
-            "plan": plan_digest(plans[index]) if plans else None,
+            "plan": plan_digest(plans[number]) if plans else None,
         }
-    return facts
+        for number, dataset in enumerate(datasets)
+    }
 
 
 def plan_digest(plan: BatchPlan) -> str:
@@ -268,53 +239,41 @@ def claim_folder(config: Config, data: dict[str, Any] | None = None) -> list[str
     Raises:
         RunError: the folder holds another run (the difference is named), or a run although resume is 'never'.
     """
-    run = Path(config.output_dir)
+    run, notes = Path(config.output_dir), []
     file = run / "config.yaml"
     if not file.exists():
         if not (run / DEBUG).is_file():
             claim(run, {}, "run of b3", "choose another output_dir or empty it", file=file.name)
-        _write(config, data)
-        return []
-    if config.resume == "never":
+    elif config.resume == "never":
         raise RunError(f"output_dir {run} holds a run and resume is 'never'; choose another output_dir or delete it")
-    here, there = config.model_dump(mode="json"), yaml.safe_load(file.read_text())
-    notes = []
-    if (run / METRICS).exists() or list(run.glob("checkpoint-*")):
-        notes = _compare(run, config, here, there)
-        if data is not None:
-            _compare_data(run, data)
-    elif here == there and data is None:
-        return []
-    _write(config, data)  # also when the earlier attempt failed before its first step
-    return notes
-
-
-def _write(config: Config, data: dict[str, Any] | None) -> None:
-    run = Path(config.output_dir)
+    elif (run / METRICS).exists() or _checkpoints(run):  # else the earlier attempt failed before its first step
+        notes = _compare(run, config)
+        if data is not None and (run / DATA).exists():
+            differing = [f"data {key} has changed" for key in changes(json.loads((run / DATA).read_text()), data)]
+            if differing:
+                raise belongs_elsewhere(run, "run", differing, "restore it or choose another output_dir")
     try:
-        if data is not None:
-            run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.yaml", dump_config(config))
+        write_text(file, dump_config(config))
         if data is not None:
             write_json(run / DATA, data)
     except OSError as error:
         raise RunError(f"output_dir {run} cannot be written ({error.strerror})") from None
+    return notes
 
 
-def _compare(run: Path, config: Config, here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+def _compare(run: Path, config: Config) -> list[str]:
     """Notes on the differences that are allowed. Raises `RunError` with the others."""
+    try:  # keys that this version has added are at their defaults
+        before = Config.model_validate(yaml.safe_load((run / "config.yaml").read_text()))
+    except ValueError:
+        raise RunError(f"{run / 'config.yaml'} is of another version of b3; choose another output_dir") from None
     notes, refused = [], []
-    old, new = flat(there), flat(here)
-    for key, change in changes(there, here).items():
-        if key in _FREE_KEYS or key.partition(".")[0] in _FREE_SECTIONS or key not in new:
+    for key, change in changes(before.model_dump(mode="json"), config.model_dump(mode="json")).items():
+        if key in _FREE_KEYS or key.partition(".")[0] in _FREE_SECTIONS:
             continue
-        if key not in old and new[key] == flat(_defaults(config)).get(key):
-            continue  # a key that this version has added, at its default
         if key in _ROUNDING_KEYS:
             notes.append(f"{change}: equal up to rounding, dropout is drawn anew")
-        elif (
-            key == "train.steps" and config.train.schedule == "constant" and config.train.steps > int(old.get(key) or 0)
-        ):
+        elif key == "train.steps" and config.train.schedule == "constant" and config.train.steps > before.train.steps:
             notes.append(f"{change}: a constant learning rate goes on as it was")
         else:
             refused.append(change)
@@ -322,35 +281,3 @@ def _compare(run: Path, config: Config, here: dict[str, Any], there: dict[str, A
         more = "; more steps need train.schedule constant" if refused[0].startswith("train.steps ") else ""
         raise belongs_elsewhere(run, "run", refused, "choose another output_dir or delete it" + more)
     return notes
-
-
-def _defaults(config: Config) -> dict[str, Any]:
-    """The recipe with only what it must say, everything else at its default."""
-    tree = config.model_dump(mode="json")
-    result: dict[str, Any] = {}
-    for name, section in config:
-        fields = getattr(type(section), "model_fields", {})
-        result[name] = {
-            key: tree[name][key] if field.is_required() else field.get_default(call_default_factory=True)
-            for key, field in fields.items()
-        }
-    return result
-
-
-def _compare_data(run: Path, data: dict[str, Any]) -> None:
-    """Raise `RunError` naming the first data set whose rows or plan are not those of the earlier part."""
-    file = run / DATA
-    if not file.exists():
-        return
-    known = json.loads(file.read_text())
-    for name, facts in data.items():
-        old = known.get(name, {})
-        if facts["rows"] != old.get("rows"):
-            what = f"data set {name} had {old.get('rows')} rows, now {facts['rows']}"
-        elif facts["fingerprint"] != old.get("fingerprint"):
-            what = f"the rows of data set {name} have changed: {old['fingerprint'][:12]} to {facts['fingerprint'][:12]}"
-        elif facts["plan"] != old.get("plan"):
-            what = f"the batch plan of data set {name} is another one than that of the first start"
-        else:
-            continue
-        raise belongs_elsewhere(run, "run", [what], "restore it or choose another output_dir")

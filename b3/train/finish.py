@@ -78,7 +78,6 @@ def save_merged(config: Config, folder: Path, dtype: torch.dtype) -> Path:
     for name in COMPANIONS:
         if (base / name).is_file():
             shutil.copyfile(base / name, staged / name)
-    shutil.rmtree(target, ignore_errors=True)
     publish(staged, target)
     return target
 

@@ -6,7 +6,7 @@ A `StepCollator` runs in workers and gives `StepInputs`: a few flat tensors, ima
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -51,12 +51,10 @@ class Images:
 class Chunk:
     """Some of a rank's distinct items, as one forward pass takes them.
 
-    batch: without patches. rows: (B,) int64 positions among the rank's distinct items.
-    images: number of the image of each item that has one, in item order.
+    batch: without patches. images: number of the image of each item that has one, in item order.
     """
 
     batch: Batch
-    rows: Tensor
     images: list[int]
 
 
@@ -110,32 +108,12 @@ class StepInputs:
         parts = [self.input_ids[starts[i] : starts[i + 1]] for i in group]
         ids, lengths = torch.cat(parts), [self.lengths[i] for i in group]
         images = [self.image_of[i] for i in group if self.image_of[i] >= 0]
-        rows = torch.from_numpy(group.copy())
         if not images:
-            return Chunk(Batch(ids, lengths), rows, images)
+            return Chunk(Batch(ids, lengths), images)
         assert self.images is not None
         has_image = torch.tensor([self.image_of[i] >= 0 for i in group])
         slots = (ids == self.image_token_id) & has_image.repeat_interleave(torch.tensor(lengths))
-        batch = Batch(ids, lengths, grids=self.images.grids[images], slots=slots.nonzero()[:, 0])
-        return Chunk(batch, rows, images)
-
-
-@dataclass
-class _Packed:
-    """Processed items of a batch: each distinct image once."""
-
-    ids: list[np.ndarray] = field(default_factory=list)
-    image_of: list[int] = field(default_factory=list)
-    patches: list[np.ndarray] = field(default_factory=list)
-    grids: list[tuple[int, int]] = field(default_factory=list)
-
-    def images(self) -> Images | None:
-        if not self.grids:
-            return None
-        return Images(
-            torch.from_numpy(np.concatenate(self.patches)),
-            torch.tensor([(1, *grid) for grid in self.grids], dtype=torch.int64),
-        )
+        return Chunk(Batch(ids, lengths, grids=self.images.grids[images], slots=slots.nonzero()[:, 0]), images)
 
 
 @dataclass(frozen=True)
@@ -166,21 +144,21 @@ class StepCollator:
         targets = [item for item, _ in columns]
         items = queries + targets
         distinct, index = unique_items(items) if self.share_duplicates else (items, np.arange(len(items)))
-        packed = self._process(distinct)
-        lengths = [len(ids) for ids in packed.ids]
+        ids, image_of, images = self._process(distinct)
+        lengths = [len(part) for part in ids]
         teacher_queries, teacher_targets = self._teacher(rows)
         return StepInputs(
-            input_ids=torch.from_numpy(np.concatenate(packed.ids)),
+            input_ids=torch.from_numpy(np.concatenate(ids)),
             lengths=lengths,
-            image_of=packed.image_of,
-            images=packed.images(),
+            image_of=image_of,
+            images=images,
             groups=token_batches(lengths, self.chunk_tokens),
             image_token_id=self.processor.image_token_id,
             query_index=torch.from_numpy(index[: len(queries)]),
             target_index=torch.from_numpy(index[len(queries) :]),
             query_ids=torch.tensor([item_id(item) for item in queries], dtype=torch.int64),
             target_ids=torch.tensor([item_id(item) for item in targets], dtype=torch.int64),
-            valid=torch.tensor([real for _, real in columns], dtype=torch.bool),
+            valid=torch.tensor([is_valid for _, is_valid in columns], dtype=torch.bool),
             teacher_queries=teacher_queries,
             teacher_targets=teacher_targets,
         )
@@ -218,30 +196,32 @@ class StepCollator:
         targets = np.stack([self.teachers[number][1][n if n >= 0 else row] for (number, row), n in columns])
         return torch.from_numpy(queries), torch.from_numpy(targets)
 
-    def _process(self, items: list[Item]) -> _Packed:
-        """Raises `DataError` naming the item that cannot be used."""
-        packed, seen = _Packed(), dict[str, int]()
+    def _process(self, items: list[Item]) -> tuple[list[np.ndarray], list[int], Images | None]:
+        """Token ids of each item, the number of its image (-1: none), and each distinct image once.
+
+        Raises `DataError` naming the item that cannot be used.
+        """
+        ids: list[np.ndarray] = []
+        image_of: list[int] = []
+        numbers: dict[str, int] = {}
+        patches: list[np.ndarray] = []
+        grids: list[tuple[int, int]] = []
         for item in items:
+            number = -1
             try:
                 self.processor.check(item)
-                number = self._image(item, packed, seen)
-                ids = self.processor.token_ids(item, None if number < 0 else packed.grids[number])
+                image = None
+                if item.image is not None:
+                    number = numbers.setdefault(item.image_key, len(grids))
+                    image = item.open_image() if number == len(grids) else None
+                if image is not None:
+                    part, grid = self.processor.patch_bytes(image)
+                    patches.append(part)
+                    grids.append(grid)
+                ids.append(self.processor.token_ids(item, None if number < 0 else grids[number]))
             except DataError as error:
                 raise DataError(f"training row: {error}") from None
-            packed.ids.append(ids)
-            packed.image_of.append(number)
-        return packed
-
-    def _image(self, item: Item, packed: _Packed, seen: dict[str, int]) -> int:
-        """Number of the item's image, decoding it when it is new; -1 without."""
-        if item.image is None:
-            return -1
-        key = item.image_key
-        if key not in seen:
-            image = item.open_image()
-            assert image is not None
-            patches, grid = self.processor.patch_bytes(image)
-            seen[key] = len(packed.grids)
-            packed.patches.append(patches)
-            packed.grids.append(grid)
-        return seen[key]
+            image_of.append(number)
+        if not grids:
+            return ids, image_of, None
+        return ids, image_of, Images(torch.from_numpy(np.concatenate(patches)), torch.tensor([(1, *g) for g in grids]))

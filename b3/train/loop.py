@@ -20,7 +20,7 @@ from b3.config import Config
 from b3.data.datasets import EvalDataset, load_eval
 from b3.errors import DataError, InputError, RunError
 from b3.eval.run import evaluate_subset
-from b3.files import write_json
+from b3.files import sync, write_json
 from b3.model.adapter import load_trainable
 from b3.model.embedder import Embedder
 from b3.model.encode import Encoder
@@ -66,6 +66,7 @@ class Trainer:
         self.request = request or StopRequest()
         self.evaluator = evaluator
         self.folder = Path(config.output_dir)
+        self.metrics = self.folder / checkpoints.METRICS
         self.is_first = distributed.rank() == 0
         self.cached_step = CachedStep(
             embedder, loss, seed=config.seed, autocast=train.bf16, vision_cache_mib=train.vision_cache_mib
@@ -223,7 +224,7 @@ class Trainer:
             **summary,
             "replaced_rows": len(self.bad_rows),
         }
-        checkpoints.append_metrics(self.folder, line)
+        checkpoints.append_log(self.metrics, line)
         self.bar.show(summary)
         self.trackers.log("train", line, self.done)
 
@@ -236,7 +237,7 @@ class Trainer:
         self.window.started += seconds  # not the training's time
         if self.is_first:
             line = {"step": self.done, "evaluation": scores, "seconds": round(seconds, 2)}
-            checkpoints.append_metrics(self.folder, line)
+            checkpoints.append_log(self.metrics, line)
             self.trackers.log("eval", scores, self.done)
 
     def save(self) -> None:
@@ -244,12 +245,13 @@ class Trainer:
         started = time.perf_counter()
         random_states = distributed.gather_objects(checkpoints.random_state())
         if self.is_first:
-            checkpoints.sync_metrics(self.folder)
-            staged = checkpoints.stage(self.folder, self.done)
+            if self.metrics.exists():  # on disk before a checkpoint relies on its lines
+                sync(self.metrics)
+            staged = checkpoints.stage(self.folder)
             self.embedder.save(staged)
             self.loss.save(staged)
             checkpoints.save_moments(staged, self.optimizer, self.parameters)
-            checkpoints.save_random_states(staged, random_states)
+            write_json(staged / checkpoints.RANDOM, random_states, indent=None)
             facts = {"step": self.done, "world_size": len(random_states), "window": self.window.state()}
             checkpoints.publish(staged, self.folder, facts)
             checkpoints.prune(self.folder, self.config.train.keep_checkpoints)

@@ -80,7 +80,7 @@ def _one_way(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's rows (B, D) against the columns (T, D) of all ranks, of which `columns` are this rank's.
 
-    Returns (5,) float64, `weight` times the rows' losses and their statistics, summed over the rows, and the gradients of
+    Returns sums over the rows, (5,) float64 (`weight` times the loss, then the statistics), and the gradients of
     `weight` times the losses of all ranks with respect to `rows` and `columns`.
     """
     row_leaf, column_leaf = (tensor.detach().clone().requires_grad_(True) for tensor in (rows, gather(columns)))

@@ -26,7 +26,7 @@ from b3.train.checkpoint import (
     claim_folder,
     data_facts,
     newest_checkpoint,
-    rewind_metrics,
+    rewind_log,
 )
 from b3.train.stop import Stopped, StopRequest
 
@@ -125,8 +125,8 @@ def _announce(
 ) -> None:
     """Write environment.json, cut the log to where training starts, and print what will happen."""
     folder = Path(config.output_dir)
-    rewind_metrics(folder, trainer.sampler.start)
-    trainer.bad_rows.rewind()
+    for log in (trainer.metrics, trainer.bad_rows.file):
+        rewind_log(log, trainer.sampler.start)
     write_json(folder / "environment.json", environment(distributed.world_size()))
     lines = [describe(config, datasets, trainer.sampler, plans)]
     lines += estimate(config, datasets, trainer.sampler, trainer.embedder).lines()

@@ -14,12 +14,10 @@ parameters.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -41,15 +39,15 @@ VISION_CACHE_MIB = 4096
 class StepResult:
     """What a step reports: means over the queries of all ranks.
 
-    masked: columns left out of a query's sum. vision_bytes: image features that this rank kept.
+    masked: columns left out of a query's sum. vision_bytes: of the image features that this rank held.
     """
 
     loss: float
     precision: float
     positive: float
     hardest_negative: float
-    masked: float = 0.0
-    vision_bytes: int = 0
+    masked: float
+    vision_bytes: int
 
 
 def chunk_seed(seed: int, step: int, position: int) -> int:
@@ -90,45 +88,32 @@ class CachedStep:
     def __call__(self, inputs: StepInputs, step: int) -> StepResult:
         """Run one step. `step` only decides the random state of dropout."""
         self.loss.before_step()
-        single = inputs.num_chunks == 1
-        cache = VisionCache(self.embedder, inputs.images, 0 if single else self.vision_cache_mib * 2**20)
+        limit = 0 if inputs.num_chunks == 1 else self.vision_cache_mib * 2**20
+        cache = VisionCache(self.embedder, inputs.images, limit)
         with norms_once(self.embedder.backbone):
-            means = (self._one_pass if single else self._two_passes)(inputs, step, cache)
+            means = self._passes(inputs, step, cache)
         reduce_gradients([*self.embedder.parameters(), *self.loss.parameters()])
-        loss, precision, positive, hardest, masked = means
-        return StepResult(loss, precision, positive, hardest, masked, cache.kept_bytes)
+        return StepResult(*means, cache.num_bytes)
 
-    def _one_pass(self, inputs: StepInputs, step: int, cache: VisionCache) -> list[float]:
-        rows = inputs.chunk(0).rows.to(self.embedder.device)
-        vectors = self._embed(inputs, 0, step, cache)
-        means, gradient = self._loss(torch.empty_like(vectors).index_copy_(0, rows, vectors.detach()), inputs)
-        _pull(vectors, gradient[rows])
-        return means
-
-    def _two_passes(self, inputs: StepInputs, step: int, cache: VisionCache) -> list[float]:
-        means, gradient = self._loss(self._embed_without_graph(inputs, step, cache), inputs)
-        for position, group in enumerate(inputs.groups):
-            vectors = self._embed(inputs, position, step, cache)
-            _pull(vectors, gradient[torch.from_numpy(group).to(gradient.device)])
+    def _passes(self, inputs: StepInputs, step: int, cache: VisionCache) -> list[float]:
+        """Fill `.grad` of the parameters with this rank's share; returns the means of `_loss`."""
+        device = self.embedder.device
+        groups = [torch.from_numpy(group).to(device) for group in inputs.groups]
+        with torch.set_grad_enabled(len(groups) == 1):  # a single chunk takes one ordinary pass
+            chunks = [self._embed(inputs, position, step, cache) for position in range(len(groups))]
+        vectors = torch.cat([chunk.detach() for chunk in chunks])
+        means, gradient = self._loss(torch.empty_like(vectors).index_copy_(0, torch.cat(groups), vectors), inputs)
+        for position, group in enumerate(groups):
+            part = chunks[0] if len(groups) == 1 else self._embed(inputs, position, step, cache)
+            if part.requires_grad:  # a text-only chunk does not touch an adapter that sits in the vision tower
+                torch.autograd.backward(part, gradient[group])
         return means
 
     def _embed(self, inputs: StepInputs, position: int, step: int, cache: VisionCache) -> Tensor:
         chunk = inputs.chunk(position)
         torch.manual_seed(chunk_seed(self.seed, step, position))
-        with self._precision():
-            return self.embedder(chunk.batch.to(self.embedder.device), features=cache.features(chunk))
-
-    @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
         with torch.autocast(self.embedder.device.type, torch.bfloat16, enabled=self.autocast):
-            yield
-
-    @torch.no_grad()
-    def _embed_without_graph(self, inputs: StepInputs, step: int, cache: VisionCache) -> Tensor:
-        """Vectors (distinct items, D) of all chunks, in item order."""
-        parts = [self._embed(inputs, position, step, cache) for position in range(inputs.num_chunks)]
-        vectors, rows = torch.cat(parts), torch.from_numpy(np.concatenate(inputs.groups)).to(parts[0].device)
-        return torch.empty_like(vectors).index_copy_(0, rows, vectors)
+            return self.embedder(chunk.batch.to(self.embedder.device), features=cache.features(chunk))
 
     def _loss(self, vectors: Tensor, inputs: StepInputs) -> tuple[list[float], Tensor]:
         """Means over all queries and the loss's gradient with respect to this rank's distinct vectors (same shape)."""
@@ -140,11 +125,6 @@ class CachedStep:
         gradient.index_add_(0, query_index, query_grad)
         gradient.index_add_(0, target_index, target_grad)
         return means.tolist(), gradient
-
-
-def _pull(vectors: Tensor, gradient: Tensor) -> None:
-    if vectors.requires_grad:  # a text-only chunk does not touch an adapter that sits in the vision tower
-        torch.autograd.backward(vectors, gradient)
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -168,12 +148,10 @@ def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def _messages(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
     """Cut into runs of at most `REDUCE_ELEMENTS` elements (a larger one goes alone), the same on every rank."""
     message: list[Tensor] = []
-    room = REDUCE_ELEMENTS
     for gradient in gradients:
-        if message and gradient.numel() > room:
+        if message and sum(g.numel() for g in message) + gradient.numel() > REDUCE_ELEMENTS:
             yield message
-            message, room = [], REDUCE_ELEMENTS
+            message = []
         message.append(gradient)
-        room -= gradient.numel()
     if message:
         yield message

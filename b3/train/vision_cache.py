@@ -33,33 +33,30 @@ class VisionCache:
     def __init__(self, embedder: Embedder, images: Images | None, limit_bytes: int) -> None:
         self.embedder = embedder
         self.images = images
-        self.frozen = is_vision_frozen(embedder)
-        self.limit_bytes = limit_bytes if self.frozen else 0
-        self.kept_bytes = 0
-        self._kept: dict[int, Tensor] = {}
+        self.is_frozen = is_vision_frozen(embedder)
+        self.limit_bytes = limit_bytes if self.is_frozen else 0
+        self.num_bytes = 0
+        self._memory: dict[int, Tensor] = {}
 
     def features(self, chunk: Chunk) -> Tensor | None:
         """(S, D) features of the chunk's image tokens, in order; None without images."""
         if not chunk.images:
             return None
-        wanted = list(dict.fromkeys(chunk.images))
-        found = {number: self._kept[number] for number in wanted if number in self._kept}
-        missing = [number for number in wanted if number not in found]
-        if missing:
-            found.update(zip(missing, self._compute(missing), strict=True))
-        return torch.cat([found[number] for number in chunk.images])
+        missing = [number for number in dict.fromkeys(chunk.images) if number not in self._memory]
+        features = {**self._memory, **(self._compute(missing) if missing else {})}
+        return torch.cat([features[number] for number in chunk.images])
 
-    def _compute(self, numbers: list[int]) -> list[Tensor]:
-        """Features of some images, each (tokens, D); kept as long as there is room."""
+    def _compute(self, numbers: list[int]) -> dict[int, Tensor]:
+        """Features (tokens, D) of some images by their numbers; kept as long as there is room."""
         assert self.images is not None
         images, device = self.images.select(numbers), self.embedder.device
         patches, grids = images.patches.to(device, non_blocking=True), images.grids.to(device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             output = self.embedder.features(patches, grids)
-        parts = list(output.split([size // (MERGE * MERGE) for size in images.sizes]))
-        for number, part in zip(numbers, parts, strict=True):
-            size = part.numel() * part.element_size()
-            if self.kept_bytes + size <= self.limit_bytes:
-                self._kept[number] = part.clone()  # a view would hold the whole output
-                self.kept_bytes += size
-        return parts
+        parts = output.split([size // (MERGE * MERGE) for size in images.sizes])
+        features = dict(zip(numbers, parts, strict=True))
+        for number, part in features.items():
+            if self.num_bytes + part.nbytes <= self.limit_bytes:
+                self._memory[number] = part.clone()  # a view would hold the whole output
+                self.num_bytes += part.nbytes
+        return features

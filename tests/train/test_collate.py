@@ -25,7 +25,7 @@ def test_chunks_hold_every_item_as_the_processor_makes_it(processor: Qwen2VLProc
     for number in range(inputs.num_chunks):
         chunk = inputs.chunk(number)
         parts = chunk.batch.input_ids.split(chunk.batch.lengths)
-        seen.update({int(row): ids for row, ids in zip(chunk.rows, parts, strict=True)})
+        seen.update({int(row): ids for row, ids in zip(inputs.groups[number], parts, strict=True)})
         slots = 0 if chunk.batch.slots is None else len(chunk.batch.slots)
         assert slots == sum(inputs.images.sizes[p] // 4 for p in chunk.images)
         if slots:
