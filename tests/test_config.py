@@ -8,7 +8,8 @@ import pytest
 import tiny
 import yaml
 
-from b3.config import Config, describe_keys, dump_config, load_config, merge
+from b3.config import Config, describe_keys, dump_config, load_config
+from b3.config.load import merge
 from b3.errors import ConfigError
 
 pytestmark = pytest.mark.core

@@ -94,7 +94,7 @@ def write_text_model(folder: Path, kind: str = "roberta", **options: Any) -> Pat
 
 def recipe(root: Path, **changes: Any) -> dict[str, Any]:
     """A recipe over `write_data` and `write_model` below `root`; `changes` are sections laid over it."""
-    from b3.config import merge
+    from b3.config.load import merge
 
     base = {
         "name": "test",

@@ -18,30 +18,21 @@ def check(config: Config) -> None:
         )
     if model.train == "full" and model.shard:
         raise ConfigError("model.shard spreads frozen weights, and model.train full has none; leave one out")
-    low, high = config.model.min_pixels, config.model.max_pixels
+    low, high = model.min_pixels, model.max_pixels
     if low is not None and high is not None and low > high:
         raise ConfigError(f"model.min_pixels {low} exceeds model.max_pixels {high}")
-    _check_policy(config)
-    if config.batch.mined:
-        _check_size(config)
-
-
-def _check_policy(config: Config) -> None:
     batch, entries = config.batch, config.data.datasets
-    if batch.policy != "random" and batch.random_steps > config.train.steps:
-        raise ConfigError(f"batch.random_steps {batch.random_steps} exceeds train.steps {config.train.steps}")
-    labelled = sum(entry.family == "classification" for entry in entries)
-    if batch.policy == "b3_merged" and labelled < 2:
+    if batch.policy != "random" and batch.random_steps > train.steps:
+        raise ConfigError(f"batch.random_steps {batch.random_steps} exceeds train.steps {train.steps}")
+    num_labelled = sum(entry.family == "classification" for entry in entries)
+    if batch.policy == "b3_merged" and num_labelled < 2:
         raise ConfigError(
-            f"batch.policy b3_merged merges data sets of family classification, and the recipe has {labelled};"
-            " use policy b3"
+            "batch.policy b3_merged merges data sets of family classification, and the recipe has"
+            f" {num_labelled}; use policy b3"
         )
     if batch.policy == "b3_mixed" and len(entries) < 2:
         raise ConfigError("batch.policy b3_mixed mixes data sets, and the recipe has one; use policy b3")
-
-
-def _check_size(config: Config) -> None:
-    size, k = config.batch.size, config.mining.community_size
-    if size % k:
-        lower = max(k, size // k * k)
-        raise ConfigError(f"batch.size {size} is not a multiple of mining.k {k}; use {lower} or {lower + k}")
+    k = config.mining.community_size
+    if batch.mined and batch.size % k:
+        lower = max(k, batch.size // k * k)
+        raise ConfigError(f"batch.size {batch.size} is not a multiple of mining.k {k}; use {lower} or {lower + k}")

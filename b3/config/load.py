@@ -76,35 +76,19 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError:
         raise ConfigError(f"override '{override}': the value is not valid YAML") from None
     node: Any = tree
-    *parents, last = dotted.split(".")
-    for part in parents:
+    parts = dotted.split(".")
+    for number, part in enumerate(parts, 1):
+        key: Any = part
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise ConfigError(f"override '{override}': there is no element {part}; the list has {len(node)}")
-            node = node[int(part)]
-        else:
-            node = node.setdefault(part, {})
+            key = int(part)
+        if number == len(parts):
+            node[key] = value
+            return
+        node = node[key] if isinstance(node, list) else node.setdefault(key, {})
         if not isinstance(node, (dict, list)):
             raise ConfigError(f"override '{override}': '{part}' is a value, not a section")
-    if isinstance(node, list):
-        if not last.isdigit() or int(last) >= len(node):
-            raise ConfigError(f"override '{override}': there is no element {last}; the list has {len(node)}")
-        node[int(last)] = value
-    else:
-        node[last] = value
-
-
-def _known_keys(path: tuple[Any, ...]) -> list[str]:
-    """Keys of the section that holds `path`."""
-    section: Any = Config
-    for part in path:
-        if isinstance(part, int):
-            continue
-        field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-        if field is None:
-            break
-        section = _section_of(field.annotation)
-    return sorted(section.model_fields) if hasattr(section, "model_fields") else []
 
 
 def _section_of(annotation: Any) -> Any:
@@ -118,43 +102,40 @@ def _section_of(annotation: Any) -> Any:
     return None
 
 
-def _real_path(location: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Pydantic's location without the names of union members that it appends to a leaf."""
+def _resolve(location: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any]:
+    """(pydantic's location without the names of union members that it appends to a leaf, the section of its key)."""
     section: Any = Config
     for index, part in enumerate(location):
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
         inner = None if field is None else _section_of(field.annotation)
-        if field is None or inner is None:
-            return location[: index + 1]
+        if inner is None:
+            return location[: index + 1], section
         section = inner
-    return location
+    return location, section
 
 
 def _explain(error: ValidationError, path: Path, overrides: list[str]) -> str:
     """One line for the first problem that pydantic found."""
     first = error.errors()[0]
-    location = _real_path(first["loc"])
-    key = ".".join(str(part) for part in location)
-    where = str(path)
-    from_override = next((o for o in overrides if key and o.partition("=")[0] == key), None)
-    if from_override:
-        where = f"override '{from_override}'"
+    location, section = _resolve(first["loc"])
+    key, where = ".".join(str(part) for part in location), str(path)
+    override = next((o for o in overrides if key and o.partition("=")[0] == key), None)
+    if override:
+        where = f"override '{override}'"
     else:
         line = locate(yaml.compose(path.read_text()), location)
         where += f":{line}" if line else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+        keys = sorted(section.model_fields)
+        near = difflib.get_close_matches(str(location[-1]), keys, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(keys)}"
         return f"{where}: unknown key '{key}'; {hint}"
     if first["type"] == "missing":
         return f"{where}: key '{key}' is required"
     message = first["msg"].removeprefix("Value error, ")
-    if not key:
-        return f"{where}: {message}"
-    if first["type"] == "value_error":
+    if not key or first["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where}: '{key}' = {first['input']!r}: {message[0].lower()}{message[1:]}"
 

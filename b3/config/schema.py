@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from b3 import registry
 from b3.errors import InputError
@@ -19,17 +19,22 @@ Positive = Annotated[int, Field(strict=True, ge=1)]
 AUTHORS: dict[str, Any] = {"partitioner": "paper", "edges": "mutual"}  # what preset paper says of other keys
 
 
+def _entry(kind: str) -> AfterValidator:
+    """That a string names something of the registry."""
+
+    def check(name: str) -> str:
+        try:
+            return registry.check(kind, name)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+
+    return AfterValidator(check)
+
+
 class Section(BaseModel):
     """A part of the tree: unknown keys are refused, values are fixed once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-    def changed(self) -> list[str]:
-        """Keys whose value is not the default, sorted (a resolved recipe gives every key)."""
-        fields = type(self).model_fields.items()
-        return sorted(
-            key for key, field in fields if getattr(self, key) != field.get_default(call_default_factory=True)
-        )
 
 
 class ModelConfig(Section):
@@ -58,8 +63,8 @@ class ModelConfig(Section):
     def settings(self) -> dict[str, Any]:
         """What the recipe asks for of `b3.model.settings.Settings`; the rest is the checkpoint's."""
         names = ("min_pixels", "max_pixels", "max_length", "positions")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given if self.pooling == "auto" else {**given, "pooling": self.pooling}
+        settings = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return settings if self.pooling == "auto" else {**settings, "pooling": self.pooling}
 
     @model_validator(mode="after")
     def _full(self) -> ModelConfig:
@@ -133,7 +138,7 @@ class MiningKeys(Section):
         " null: mutual for partitioner paper, union otherwise",
     )
     veto: bool = Field(True, description="drop an edge if either row ranks the other above p (mutual implies it)")
-    partitioner: str = Field(
+    partitioner: Annotated[str, _entry("miner")] = Field(
         "anneal",
         description="anneal: swaps from random communities; paper: k-way METIS and the authors' repair (needs pymetis);"
         " kmeans: balanced k-means, no windows; random",
@@ -148,14 +153,6 @@ class MiningKeys(Section):
         description="paper: all that the authors' code does, mining (mutual edges, METIS, classes by label), the draw"
         " of hard negatives, the same batches every epoch, and no mask in the loss",
     )
-
-    @field_validator("partitioner")
-    @classmethod
-    def _known(cls, name: str) -> str:
-        try:
-            return registry.check("miner", name)
-        except InputError as error:
-            raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
     def _consistent(self) -> MiningKeys:
@@ -279,7 +276,7 @@ class TrainConfig(Section):
     warmup_steps: int = Field(0, ge=0, description="linear warm-up")
     weight_decay: float = Field(0.0, ge=0, description="not of norms, biases and a learned temperature")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
-    loss: str = Field("info_nce", description="an entry of b3.registry.LOSSES")
+    loss: Annotated[str, _entry("loss")] = Field("info_nce", description="an entry of b3.registry.LOSSES")
     temperature: float = Field(0.02, gt=0, description="of InfoNCE")
     learn_temperature: bool = Field(False, description="train log(1 / temperature), as CLIP; needs temperature >= 0.01")
     symmetric: bool = Field(False, description="mean of query to target and target to query, as CLIP")
@@ -314,22 +311,10 @@ class TrainConfig(Section):
     )
     timeout_minutes: float = Field(30.0, gt=0, description="a rank that waits longer for the others ends the run")
 
-    @field_validator("loss")
-    @classmethod
-    def _known_loss(cls, name: str) -> str:
-        try:
-            return registry.check("loss", name)
-        except InputError as error:
-            raise ValueError(str(error)) from None
-
     @model_validator(mode="after")
-    def _warmup(self) -> TrainConfig:
+    def _consistent(self) -> TrainConfig:
         if self.warmup_steps > self.steps:
             raise ValueError(f"train.warmup_steps {self.warmup_steps} exceeds train.steps {self.steps}")
-        return self
-
-    @model_validator(mode="after")
-    def _temperature(self) -> TrainConfig:
         if self.learn_temperature and self.temperature < 0.01:
             raise ValueError(
                 f"train.temperature {self.temperature} is below 0.01, the least that train.learn_temperature allows"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from b3.config import Config
+from b3.config.schema import AdapterConfig, Config
 from b3.console import count, num_bytes
 from b3.errors import DataError
 
@@ -34,7 +34,7 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
     if config.batch.mined:
         pool = sampler.pools[0]
         lines[0] += f" ({pool.group} {'community' if pool.group == 1 else 'communities'} of {pool.width})"
-    if config.model.train == "full" and config.adapter.changed():
+    if config.model.train == "full" and config.adapter != AdapterConfig():
         lines.append("  all weights are trained (model.train full): the section adapter is not used")
     batches = {part.number: pool.num_batches for pool in sampler.pools for part in pool.parts if len(pool.parts) == 1}
     for index, (entry, dataset) in enumerate(zip(config.data.datasets, datasets, strict=True)):
