@@ -1,7 +1,8 @@
-"""Training: the loss, the cached step, the batch plan as sampler, and the trainer around them."""
+"""Training: the loss, the cached step, the batch plan as sampler, and the loop around them."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = ["BatchPlanSampler", "info_nce"]
@@ -12,12 +13,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "info_nce":
-        from b3.train.losses.info_nce import info_nce
-
-        return info_nce
-    if name == "BatchPlanSampler":
-        from b3.train.sampler import BatchPlanSampler
-
-        return BatchPlanSampler
-    raise AttributeError(f"module 'b3.train' has no attribute '{name}'")
+    modules = {"info_nce": "b3.train.losses.info_nce", "BatchPlanSampler": "b3.train.sampler"}
+    if name not in modules:
+        raise AttributeError(f"module 'b3.train' has no attribute '{name}'")
+    return getattr(import_module(modules[name]), name)

@@ -44,17 +44,19 @@ def load_plans(config: Config, datasets: list[PairDataset]) -> list[BatchPlan]:
 
 def build_embedder(config: Config) -> Embedder:
     """The backbone with a fresh (or continued) trainable adapter, or with all its weights trainable."""
-    from b3.model.checkpoint import freeze_matching, unfreeze_all
+    from b3.model.checkpoint import fetch, freeze_matching, unfreeze_all
     from b3.model.embedder import Embedder
+    from b3.model.settings import read_settings
 
     model = config.model
+    adapter = None if model.init_adapter is None else fetch(model.init_adapter)
     if model.train == "full" and model.dtype == "bfloat16" and distributed.is_first():
         print("note: model.train full keeps its weights in float32; model.dtype bfloat16 changes nothing")
     embedder = Embedder.from_pretrained(
         model.name,
         dtype="float32" if model.train == "full" else model.dtype,
         attention=model.attention,
-        **{**_settings_of_adapter(config), **model.settings()},
+        **{**read_settings(adapter), **model.settings()},
     )
     if model.shard and not embedder.layers():
         raise RunError(
@@ -63,7 +65,7 @@ def build_embedder(config: Config) -> Embedder:
     if model.train == "full":
         unfreeze_all(embedder.backbone)
     else:
-        _attach(embedder, config)
+        _attach(embedder, config, adapter)
     if model.freeze:
         freeze_matching(embedder.backbone, model.freeze)
     if model.gradient_checkpointing:
@@ -72,38 +74,23 @@ def build_embedder(config: Config) -> Embedder:
     return embedder
 
 
-def _settings_of_adapter(config: Config) -> dict[str, Any]:
-    """The settings of the adapter that a run continues from."""
-    from b3.model.checkpoint import fetch
-    from b3.model.settings import read_settings
-
-    return {} if config.model.init_adapter is None else read_settings(fetch(config.model.init_adapter))
-
-
-def _attach(embedder: Embedder, config: Config) -> None:
+def _attach(embedder: Embedder, config: Config, adapter: Path | None) -> None:
+    """Give the backbone a fresh trainable adapter, or one with the weights of the folder `adapter`."""
     from transformers import set_seed
 
     from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable
-    from b3.model.checkpoint import fetch
 
     if not embedder.adapter_targets:
         raise RunError(f"{config.model.name} takes no adapter; set model.train=full")
     spec = config.adapter
-    targets = spec.target_modules
+    targets = embedder.adapter_targets if spec.target_modules is None else spec.target_modules
+    targets = targets if isinstance(targets, str) else tuple(targets)
     set_seed(config.seed)  # the adapter's initial values
     embedder.backbone = attach_adapter(
-        embedder.backbone,
-        AdapterSpec(
-            spec.r,
-            spec.alpha,
-            spec.dropout,
-            spec.use_dora,
-            spec.init,
-            embedder.adapter_targets if targets is None else targets if isinstance(targets, str) else tuple(targets),
-        ),
+        embedder.backbone, AdapterSpec(spec.r, spec.alpha, spec.dropout, spec.use_dora, spec.init, targets)
     )
-    if config.model.init_adapter is not None:
-        load_trainable(embedder.backbone, fetch(config.model.init_adapter))
+    if adapter is not None:
+        load_trainable(embedder.backbone, adapter)
 
 
 def build_trainer(
@@ -126,18 +113,15 @@ def build_trainer(
         from b3.train.shard import shard_frozen
 
         shard_frozen(embedder)
-    negatives = None
-    if config.negatives.mined:
-        mined = [plan.hard_negatives for plan in plans]
-        assert all(rows is not None for rows in mined), "load_plans checks this"
-        negatives = [rows[:, : config.negatives.per_query] for rows in mined if rows is not None]
-    share = config.train.share_duplicates
+    h, share, hard_negatives = config.negatives.per_query, config.train.share_duplicates, None
+    if config.negatives.mined:  # `load_plans` checks that every plan has so many
+        hard_negatives = [plan.hard_negatives[:, :h] for plan in plans if plan.hard_negatives is not None]
     collator = StepCollator(
         datasets,
         embedder.processor,
         config.train.chunk_tokens,
-        negatives,
-        config.negatives.per_query if config.negatives.source == "data" else 0,
+        hard_negatives,
+        h if config.negatives.source == "data" else 0,
         share_duplicates=share == "always" or (share == "auto" and not embedder.has_dropout),
         teachers=teachers,
     )

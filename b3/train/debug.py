@@ -43,13 +43,8 @@ def stand_in(config: Config) -> type[Embedder]:
     return kind
 
 
-def is_text_recipe(config: Config) -> bool:
-    """Whether the backbone reads no images."""
-    return not stand_in(config).reads_images
-
-
 def debug_config(config: Config, ranks: int = 1) -> Config:
-    """The recipe with what is heavy replaced; depends on nothing but the arguments (and `is_text_recipe`)."""
+    """The recipe with what is heavy replaced; depends on nothing but the arguments (and `stand_in`)."""
     tree: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     folder = f"{config.output_dir.rstrip('/')}-debug"
     tree |= {"name": f"{config.name}, debug", "output_dir": folder, "resume": "auto"}
@@ -61,19 +56,26 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "shard": config.model.shard and ranks > 1,
     }
     tree["mining"] |= {"dir": f"{folder}/mining", "teacher_adapter": None}
-    if is_text_recipe(config):
-        tree["data"] |= {"source": f"jsonl:{folder}/data", "split": "train", "datasets": _text_stand_ins(config)}
+    reads_images = stand_in(config).reads_images
+    if not reads_images:
+        entries = [_small_entry(entry, entry.subset) for entry in config.data.datasets]
+        tree["data"] |= {"source": f"jsonl:{folder}/data", "split": "train", "datasets": entries}
         tree["mining"] |= {"teacher": f"{folder}/model"}
     else:
         tree["model"] |= {"min_pixels": 3136, "max_pixels": 12544}
-        stand_ins = _stand_ins(config)
-        tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": stand_ins}
+        entries = _stand_ins(config)
+        tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": entries}
         tree["mining"] |= {"teacher": "embedded"}
         if config.negatives.source == "data":  # which the embedded rows do not bring along
             tree["negatives"] |= {"source": "mined"}
-    keys = config.mining.model_dump(include={"p", "m", "community_size"})
-    tree["mining"] |= _small_windows(keys, config.negatives.per_query)
-    step = math.lcm(ranks, _small_k(config.mining.community_size))
+    p, k = config.mining.p, config.mining.community_size
+    small_k = 2 if k < 16 else 4 if k < 128 else 8  # keeps the order of the real ones
+    tree["mining"] |= {
+        "p": {f: math.ceil(n / SHRINK) for f, n in p.items()} if isinstance(p, dict) else math.ceil(p / SHRINK),
+        "m": max(math.ceil(config.mining.m / SHRINK), 2 * config.negatives.per_query, 5),  # room for hard negatives
+        "community_size": small_k,
+    }
+    step = math.lcm(ranks, small_k)
     tree["batch"] |= {
         "size": step * math.ceil(min(config.batch.size, SIZE) / step),
         "random_steps": min(config.batch.random_steps, 1),
@@ -88,7 +90,7 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "chunk_tokens": 256,
         "trackers": [],
     }
-    if is_text_recipe(config):
+    if not reads_images:
         tree.pop("eval", None)  # embedded evaluations show images
     elif config.eval is not None:
         tree["eval"] |= {"source": f"embedded:{DATA}", "split": "test", "subsets": ["emoji_i2t"], "image_dir": None}
@@ -97,45 +99,21 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
     return Config.model_validate(tree)
 
 
-def _small_k(k: int) -> int:
-    """A community size that keeps the order of the real ones: 2, 4 or 8."""
-    return 2 if k < 16 else 4 if k < 128 else 8
-
-
-def _small_windows(mining: dict[str, Any], h: int) -> dict[str, Any]:
-    """The keys p, m and community_size for so few rows; wide enough for `h` hard negatives."""
-    p = mining["p"]
-    return {
-        "p": {f: math.ceil(n / SHRINK) for f, n in p.items()} if isinstance(p, dict) else math.ceil(p / SHRINK),
-        "m": max(math.ceil(mining["m"] / SHRINK), 2 * h, 5),
-        "community_size": _small_k(mining["community_size"]),
-    }
-
-
 def _stand_ins(config: Config) -> list[dict[str, Any]]:
     """Embedded data sets of the recipe's families; as many of a family as the recipe has, and as there are."""
-    left: dict[str, list[str]] = {}
+    subsets: dict[str, list[str]] = {}
     for subset, family in embedded_families(DATA).items():
-        left.setdefault(family, []).append(subset)
+        subsets.setdefault(family, []).append(subset)
     if config.batch.policy == "b3_merged":  # merges classification sets, and one is no merger
-        left["classification"].append(left["retrieval"].pop())
-    chosen: list[dict[str, Any]] = []
-    for entry in config.data.datasets:
-        if left[entry.family]:
-            chosen.append(_small_entry(entry, left[entry.family].pop(0)))
-    return chosen
-
-
-def _text_stand_ins(config: Config) -> list[dict[str, Any]]:
-    return [_small_entry(entry, entry.subset) for entry in config.data.datasets]
+        subsets["classification"].append(subsets["retrieval"].pop())
+    return [
+        _small_entry(entry, subsets[entry.family].pop(0)) for entry in config.data.datasets if subsets[entry.family]
+    ]
 
 
 def _small_entry(entry: DatasetConfig, subset: str) -> dict[str, Any]:
-    kept = entry.model_dump(mode="json", exclude_unset=True)
-    kept |= {"subset": subset, "max_rows": ROWS}
-    for key in ("source", "split", "image_dir", "p", "m"):
-        kept.pop(key, None)
-    return kept
+    replaced = {"source", "split", "image_dir", "p", "m"}
+    return entry.model_dump(mode="json", exclude_unset=True, exclude=replaced) | {"subset": subset, "max_rows": ROWS}
 
 
 def _write_texts(config: Config) -> None:
@@ -188,8 +166,7 @@ def _make(config: Config, kind: type[Embedder]) -> None:
         if not (run / DEBUG).is_file() and (not run.is_dir() or any(run.iterdir())):
             raise RunError(f"{run} is there and not of a debug run; choose another output_dir or delete it")
         shutil.rmtree(run)
-    facts = {"stands for": config.name.removesuffix(", debug"), "data": DATA}
-    write_json(run / DEBUG, facts)
+    write_json(run / DEBUG, {"stands for": config.name.removesuffix(", debug"), "data": DATA})
     if not kind.reads_images:
         _write_texts(config)
     texts = [

@@ -110,8 +110,8 @@ def model_card(
     datasets: list[PairDataset],
     plans: list[BatchPlan],
     metrics: list[dict[str, Any]],
-    evaluation: dict[str, Any] | None = None,
-    replaced: list[dict[str, Any]] | None = None,
+    evaluation: dict[str, Any] | None,
+    replaced: list[dict[str, Any]],
 ) -> str:
     """Markdown: how to load the model, data and plan fingerprints, results, the recipe."""
     where, example = config.output_dir, '"a text"'

@@ -6,8 +6,9 @@ What a step computes is in `b3.train.step`, what a checkpoint holds in `b3.train
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ class Trainer:
         config: the recipe.
         collator: from rows to the `StepInputs` of this rank.
         sampler: batches of this rank, started at the first step to run.
-        request: asks the run to stop; default: never.
-        evaluator: scores by subset with the weights as they are; needed with `eval.every`.
+        request: asks the run to stop.
+        evaluator: scores the weights as they are; needed with `eval.every`.
     """
 
     def __init__(
@@ -57,14 +58,13 @@ class Trainer:
         config: Config,
         collator: StepCollator,
         sampler: BatchPlanSampler,
-        request: StopRequest | None = None,
-        evaluator: Callable[[], dict[str, float]] | None = None,
+        request: StopRequest,
+        evaluator: Evaluator | None,
     ) -> None:
         train = config.train
         self.embedder, self.loss, self.config = embedder, loss, config
         self.collator, self.sampler = collator, sampler
-        self.request = request or StopRequest()
-        self.evaluator = evaluator
+        self.request, self.evaluator = request, evaluator
         self.folder = Path(config.output_dir)
         self.metrics = self.folder / checkpoints.METRICS
         self.is_first = distributed.rank() == 0
@@ -186,10 +186,9 @@ class Trainer:
 
     def refuse_nonfinite(self, step: int, loss: float, norm: float) -> None:
         """Raise `RunError` on all ranks, which hold the same numbers, if one is not finite; writes the step's rows."""
-        bad = {n: v for n, v in (("loss", loss), ("gradient norm", norm)) if not torch.isfinite(torch.tensor(v))}
-        if not bad:
+        if math.isfinite(loss) and math.isfinite(norm):
             return
-        what, value = next(iter(bad.items()))
+        what, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
         file = self.folder / f"nonfinite-step-{step + 1}.json"
         if self.is_first:
             facts = {"step": step + 1, "loss": str(loss), what: str(value), "rows": self.rows_of(step)}

@@ -82,14 +82,15 @@ class Part:
         return np.stack([np.full_like(rows, self.number), rows], axis=-1)
 
     def _cede(self, rows: np.ndarray, turn: int, first: int) -> None:
+        """Put the remainder into places of `rows` (count, K), the communities from position `first` on, in place."""
         size, width = self.communities.shape
         slot = int(mix64(self.seed, int(_Choice.CEDING), self.number, turn)[0] % np.uint64(size))
         for number, start in enumerate(range(0, len(self.remainder), width)):
-            given = self.remainder[start : start + width]
-            index = turn * size + (slot + number) % size - first
+            newcomers = self.remainder[start : start + width]
+            index = turn * size + (slot + number) % size - first  # of the community that makes room, in `rows`
             if 0 <= index < len(rows):
-                places = _order(self.seed, _Choice.PLACES, self.number, turn, count=width)[: len(given)]
-                rows[index, places] = given
+                places = _order(self.seed, _Choice.PLACES, self.number, turn, count=width)[: len(newcomers)]
+                rows[index, places] = newcomers
 
 
 class Pool:
@@ -131,10 +132,10 @@ class Pool:
                 f"{self.name} has {rows} rows in communities, fewer than the batch size"
                 f" {self.batch_size}; reduce batch.size or drop the data set"
             )
-        wanted = math.floor(sum(part.weight * part.num_rows for part in self.parts) / self.batch_size + 0.5)
+        num_batches = math.floor(sum(part.weight * part.num_rows for part in self.parts) / self.batch_size + 0.5)
         if all(part.weight <= 1 for part in self.parts):
-            wanted = min(wanted, rows // self.batch_size)
-        return max(1, wanted)
+            num_batches = min(num_batches, rows // self.batch_size)
+        return max(1, num_batches)
 
     def _counts(self) -> np.ndarray:
         """(parts,) int64: communities of each part in an epoch; those of weight <= 1 are taken at most once."""
@@ -145,7 +146,7 @@ class Pool:
         ideal = weights * sizes * (total / float((weights * sizes).sum()))
         if total < len(self.parts):
             raise InputError(
-                f"{self.name} share {total} communities an epoch, fewer than one each; raise their weights, or reduce"
+                f"{self.name} share {total} communities per epoch, fewer than one each; raise their weights, or reduce"
                 " batch.size"
             )
         if total > limits.sum() or (ideal > limits + 1)[weights > 1].any():
@@ -168,16 +169,18 @@ class Pool:
             passes += max(1, passes // 4)
 
     def _try_passes(self, passes: int, counts: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
-        table, left = np.zeros((passes, len(counts)), dtype=np.int64), counts.copy()
-        for index in range(passes):
-            batches = (index + 1) * self.num_batches // passes - index * self.num_batches // passes
+        """The table of so many passes, batches spread evenly over them; None if some pass cannot be filled."""
+        table, rest = np.zeros((passes, len(counts)), dtype=np.int64), counts.copy()
+        edges = np.arange(passes + 1) * self.num_batches // passes
+        for index, batches in enumerate(np.diff(edges)):
             after = passes - index - 1
-            lower, upper = np.maximum(0, left - sizes * after), np.minimum(left, sizes)
-            total = batches * self.group
+            # a part must take what the later passes cannot, and has no more than its communities
+            lower, upper = np.maximum(0, rest - sizes * after), np.minimum(rest, sizes)
+            total = int(batches) * self.group
             if (lower > upper).any() or not lower.sum() <= total <= upper.sum():
                 return None
-            table[index] = apportion(total, left / (after + 1), lower, upper)
-            left -= table[index]
+            table[index] = apportion(total, rest / (after + 1), lower, upper)
+            rest -= table[index]
         return table
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -229,7 +232,7 @@ class Epochs:
 
     @property
     def num_batches(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         return sum(pool.num_batches for pool in self.pools)
 
     def epoch(self, epoch: int) -> np.ndarray:

@@ -138,11 +138,9 @@ def _announce(
 
 def check_ranks(config: Config) -> None:
     """Raise `RunError` if the batch does not divide over the ranks; needs nothing heavy."""
-    ranks = distributed.launched_ranks()
-    if config.batch.size < ranks:
-        raise RunError(f"{ranks} ranks share a batch of {config.batch.size} rows; start fewer ranks")
-    if config.batch.size % ranks:
-        raise RunError(f"batch.size {config.batch.size} does not divide over {ranks} ranks")
+    size, ranks = config.batch.size, distributed.launched_ranks()
+    if size % ranks:
+        raise RunError(f"batch.size {size} does not divide over {ranks} ranks; change one of them")
 
 
 def check_machine(config: Config) -> None:

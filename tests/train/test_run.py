@@ -265,7 +265,7 @@ def test_a_broken_image_is_named_and_costs_no_step(root: Path, tmp_path: Path, w
 def test_more_ranks_than_rows_is_refused(root: Path) -> None:
     job = Job(root / "logs" / "many", str(root / "recipe.yaml"), variables={"WORLD_SIZE": "16", "RANK": "0"})
     assert job.wait() == [2]
-    assert "16 ranks share a batch of 12 rows; start fewer ranks" in job.text()
+    assert "batch.size 12 does not divide over 16 ranks" in job.text()
 
 
 def test_torchrun_starts_it(root: Path, single: Path) -> None:

@@ -189,7 +189,7 @@ def test_the_remainder_takes_places_in_every_other_turn() -> None:
         ({"weights": [0.0, 1]}, "weight 0.0 of data set 0 must be a number above 0"),
         ({"weights": [float("inf"), 1]}, "weight inf of data set 0"),
         ({"pools": [0, 0], "weights": [30, 0.01], "batch_size": 32}, "weight 30 of data set 0 would put a row twice"),
-        ({"pools": [0, 0], "weights": [0.001, 0.001], "batch_size": 4}, "share 1 communities an epoch"),
+        ({"pools": [0, 0], "weights": [0.001, 0.001], "batch_size": 4}, "share 1 communities per epoch"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(options: dict, message: str) -> None:
