@@ -38,23 +38,23 @@ def locate(node: yaml.Node | None, path: tuple[Any, ...]) -> int | None:
     return line
 
 
-def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file as a dictionary, laid over its ``base`` file if it names one."""
     try:
-        loaded = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, found {type(loaded).__name__}")
-    base = loaded.pop("base", None)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, found {type(tree).__name__}")
+    base = tree.pop("base", None)
     if base is None:
-        return loaded
+        return tree
     parent = (path.parent / str(base)).resolve()
-    if parent in seen:
+    if parent in children:
         raise ConfigError(f"{path}: base files form a circle")
-    return merge(read_yaml(parent, (*seen, path.resolve())), loaded)
+    return merge(read_yaml(parent, (*children, path.resolve())), tree)
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -160,10 +160,10 @@ class Trainer:
         self.window.waited += time.perf_counter() - started
         num_chunks = 0 if inputs is None else inputs.num_chunks
         status = distributed.numbers_of_ranks([problem is not None, len(replaced), num_chunks])
-        failed = [rank for rank, part in enumerate(status) if part[0]]
-        if failed:
+        failures = [rank for rank, part in enumerate(status) if part[0]]
+        if failures:
             self.is_shared_error = True
-            raise problem or RunError(f"rank {failed[0]} cannot read its rows (see its message); all ranks stop")
+            raise problem or RunError(f"rank {failures[0]} cannot read its rows (see its message); all ranks stop")
         assert inputs is not None
         if any(part[1] for part in status):
             self.note_replaced(replaced)

@@ -16,8 +16,8 @@ LOSS = "loss."  # prefix of a loss's parameters
 
 def trained_parameters(embedder: nn.Module, loss: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters with a gradient, by name, a shared one once."""
-    named = [*embedder.named_parameters(), *((LOSS + name, p) for name, p in loss.named_parameters())]
-    return {name: parameter for name, parameter in named if parameter.requires_grad}
+    parameters = [*embedder.named_parameters(), *((LOSS + name, p) for name, p in loss.named_parameters())]
+    return {name: parameter for name, parameter in parameters if parameter.requires_grad}
 
 
 def build_optimizer(

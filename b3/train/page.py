@@ -88,8 +88,8 @@ def _mean(lines: list[dict[str, Any]], key: str) -> float:
 
 def _plots(metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[str]:
     def curve(label: str, key: str, colour: str, scale: float = 1.0) -> Curve:
-        known = [line for line in metrics if line.get(key) is not None]
-        return label, [line["step"] for line in known], [scale * line[key] for line in known], colour
+        lines = [line for line in metrics if line.get(key) is not None]
+        return label, [line["step"] for line in lines], [scale * line[key] for line in lines], colour
 
     plots = [
         line_plot("InfoNCE loss", [curve("loss", "loss", BLUE)]),
@@ -114,10 +114,10 @@ def _plots(metrics: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> 
 
 
 def _evaluation_table(evaluations: list[dict[str, Any]]) -> str:
-    shown = evaluations if len(evaluations) <= 8 else [*evaluations[:: -(-len(evaluations) // 7)], evaluations[-1]]
-    rows = [["precision@1, %", *(f"step {line['step']}" for line in shown)]]
-    for name in shown[-1]["evaluation"]:
-        rows.append([name, *(f"{100 * line['evaluation'][name]:.1f}" for line in shown)])
+    columns = evaluations if len(evaluations) <= 8 else [*evaluations[:: -(-len(evaluations) // 7)], evaluations[-1]]
+    rows = [["precision@1, %", *(f"step {line['step']}" for line in columns)]]
+    for name in columns[-1]["evaluation"]:
+        rows.append([name, *(f"{100 * line['evaluation'][name]:.1f}" for line in columns)])
     return _table(rows)
 
 

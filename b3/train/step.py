@@ -91,9 +91,9 @@ class CachedStep:
         limit = 0 if inputs.num_chunks == 1 else self.vision_cache_mib * 2**20
         cache = VisionCache(self.embedder, inputs.images, limit)
         with norms_once(self.embedder.backbone):
-            means = self._passes(inputs, step, cache)
+            loss, precision, positive, hardest, masked = self._passes(inputs, step, cache)
         reduce_gradients([*self.embedder.parameters(), *self.loss.parameters()])
-        return StepResult(*means, cache.num_bytes)
+        return StepResult(loss, precision, positive, hardest, masked, cache.num_bytes)
 
     def _passes(self, inputs: StepInputs, step: int, cache: VisionCache) -> list[float]:
         """Fill `.grad` of the parameters with this rank's share; returns the means of `_loss`."""
