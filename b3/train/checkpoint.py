@@ -249,9 +249,10 @@ def claim_folder(config: Config, data: dict[str, Any] | None = None) -> list[str
     elif (run / METRICS).exists() or _checkpoints(run):  # else the earlier attempt failed before its first step
         notes = _compare(run, config)
         if data is not None and (run / DATA).exists():
-            differing = [f"data {key} has changed" for key in changes(json.loads((run / DATA).read_text()), data)]
+            differing = changes(json.loads((run / DATA).read_text()), data).values()
             if differing:
-                raise belongs_elsewhere(run, "run", differing, "restore it or choose another output_dir")
+                lines = [re.sub(r"'(\w{12})\w{52}'", r"\1", f"data {change}") for change in differing]  # short digests
+                raise belongs_elsewhere(run, "run", lines, "restore it or choose another output_dir")
     try:
         write_text(file, dump_config(config))
         if data is not None:
