@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 from b3.errors import InputError, command
@@ -186,7 +187,7 @@ def check(arguments: argparse.Namespace) -> str | None:
     return None if extra is None else str(extra)
 
 
-@command
+@partial(command, memory="lower --batch_tokens, or give fewer --dataloader_num_workers")
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(build_parser(__doc__), argv)
     first = os.environ.get("RANK", "0") == "0"
@@ -222,21 +223,19 @@ def main(argv: list[str] | None = None) -> int:
         on_error=arguments.on_error,
     )
     subsets = benchmark.expand(arguments.subset_name, benchmark.subsets(spec.source, spec.split))
-    try:
-        distributed.start()
-        summary = evaluate(
-            spec,
-            subsets,
-            Path(arguments.encode_output_path),
-            benchmark=benchmark,
-            max_items=arguments.per_device_eval_batch_size,
-            workers=arguments.dataloader_num_workers or 0,
-            batch_tokens=arguments.batch_tokens,
-            explain=arguments.explain,
-            progress=True,
-        )
-    finally:
-        distributed.stop()
+    distributed.start()
+    summary = evaluate(
+        spec,
+        subsets,
+        Path(arguments.encode_output_path),
+        benchmark=benchmark,
+        max_items=arguments.per_device_eval_batch_size,
+        workers=arguments.dataloader_num_workers or 0,
+        batch_tokens=arguments.batch_tokens,
+        explain=arguments.explain,
+        progress=True,
+    )
+    distributed.stop()
     if first:
         print(markdown_table({"precision@1": summary}, benchmark))
     return 0

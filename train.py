@@ -13,12 +13,13 @@ on stderr for a mistake in the input.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from b3.config import describe_keys, load_config
 from b3.errors import EXIT_STOPPED, command
 
 
-@command
+@partial(command, memory="lower train.chunk_tokens, or set model.gradient_checkpointing=true")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog="keys:\n" + describe_keys(), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,14 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     from b3 import distributed
     from b3.train.run import train
 
-    try:
-        if arguments.debug:
-            from b3.train.debug import prepare
+    if arguments.debug:
+        from b3.train.debug import prepare
 
-            config = prepare(config)
-        result = train(config)
-    finally:
-        distributed.stop()
+        config = prepare(config)
+    result = train(config)
+    distributed.stop()
     if result.already_complete:
         print(f"{result.folder} is complete; nothing to do")
     elif not result.stopped and distributed.is_first():

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import numpy as np
 
+from b3 import peers
+from b3.errors import RunError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -29,26 +32,67 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def start(timeout_minutes: float = 30.0) -> None:
+def device_index() -> int:
+    """Which of the visible GPUs is this rank's: one each, or the only one where the launcher shows a rank its own.
+
+    Raises:
+        RunError: there are more ranks on this machine than GPUs that they can see.
+    """
+    import torch
+
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count > 1:
+        raise RunError(
+            f"rank {index} of this machine has no GPU, {count} are visible; start at most {count} ranks on a machine"
+            f" (torchrun --nproc_per_node={count}), or look at CUDA_VISIBLE_DEVICES"
+        )
+    return index if index < count else 0
+
+
+def start(timeout_minutes: float = 30.0, overlap: bool = False) -> None:
     """Join the process group of the launcher; nothing for a single process.
 
-    A rank that waits longer than the timeout for the others ends with an error instead of hanging.
+    Tensors on a GPU travel over NCCL, all else over gloo, so that control messages neither wait for a GPU nor for a
+    rank that is gone: those raise at once, and within the timeout for one that hangs. A rank that waits in NCCL cannot
+    be interrupted; `b3.peers` ends it.
+
+    Args:
+        timeout_minutes: a rank that waits longer for the others ends with an error.
+        overlap: do not wait on the host for each NCCL call (sharded weights are fetched ahead of their layer).
     """
     from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
-    if launched_ranks() > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    if launched_ranks() == 1:
+        if is_alone_on_many_gpus():
+            print(f"note: one of {torch.cuda.device_count()} GPUs is used; for all: torchrun --nproc_per_node=gpu ...")
+        return
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if torch.cuda.is_available():
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "0" if overlap else "1")
+        device = torch.device("cuda", device_index())
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    peers.start(rank(), world_size(), timeout.total_seconds(), gather_objects)
+
+
+def is_alone_on_many_gpus() -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.device_count() > 1
 
 
 def stop() -> None:
+    """Leave the process group, after success only: NCCL waits here for ranks that are still at work."""
     import torch.distributed as dist
 
+    peers.stop()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -82,10 +126,7 @@ def rank() -> int:
 
 def barrier() -> None:
     """Wait for all ranks."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.barrier()
+    any_rank(False)  # on the host, unlike a barrier of NCCL
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -107,8 +148,6 @@ def numbers_of_ranks(values: list[float]) -> list[list[float]]:
     if world_size() == 1:
         return [values]
     numbers = torch.tensor(values, dtype=torch.float64)
-    if dist.get_backend() == "nccl":
-        numbers = numbers.cuda()
     parts = [torch.empty_like(numbers) for _ in range(world_size())]
     dist.all_gather(parts, numbers)
     return [part.tolist() for part in parts]
@@ -164,16 +203,13 @@ def _whole(parts: list[np.ndarray]) -> Any:
 def _move(parts: list[np.ndarray] | None, message: Callable[[Tensor], Any]) -> list[np.ndarray]:
     """Send parts, or receive them if None, by calling `message` with tensors of at most `BLOCK_BYTES`."""
     import torch
-    import torch.distributed as dist
-
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
 
     def moved(array: np.ndarray) -> np.ndarray:
         for start in range(0, len(array), BLOCK_BYTES):
-            block = torch.from_numpy(array[start : start + BLOCK_BYTES].copy()).to(device)
+            block = torch.from_numpy(array[start : start + BLOCK_BYTES].copy())
             message(block)
             if parts is None:
-                array[start : start + BLOCK_BYTES] = block.cpu().numpy()
+                array[start : start + BLOCK_BYTES] = block.numpy()
         return array
 
     def numbers(values: list[int]) -> list[int]:

@@ -6,10 +6,14 @@ do. Commands print that line and exit with code 2, without a traceback. A progra
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable
+
+from b3 import peers
 
 
 class InputError(Exception):
@@ -28,28 +32,69 @@ class RunError(InputError):
     """A run directory, checkpoint or plan belongs to something else, or a run cannot go on."""
 
 
+EXIT_BUG = 1
 EXIT_INPUT_ERROR = 2
+EXIT_INTERRUPTED = 130
 EXIT_STOPPED = 85  # a signal asked the run to stop: everything is saved, the same command continues
 
+# What messages of the communication libraries hold when the other end is gone.
+_SIGNS_OF_PEERS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 
-def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap the `main` of a command: an `InputError` becomes one line on stderr and exit code 2.
 
-    Under torchrun each rank prints its own line, since an error can concern a single rank; ranks after the first
-    name themselves.
+def command(main: Callable[..., int | None], memory: str = "stop other programs") -> Callable[..., int]:
+    """Wrap the `main` of a command, so that an error ends it with one line on stderr and exit code 2.
+
+    That is: an `InputError`, memory or disk that ran out, and another rank that has ended. Anything else is a mistake
+    in the program and keeps its traceback (exit code 1). One of several ranks prints its line first, with its rank, and
+    leaves at once: taking the process group apart would wait for ranks that wait for this one.
+
+    Args:
+        main: the function.
+        memory: what to do when memory runs out.
     """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
         try:
             return main(*args, **kwargs) or 0
-        except InputError as error:
-            rank = os.environ.get("RANK", "0")
-            where = "" if rank == "0" else f"[rank {rank}] "
-            print(f"{where}error: {error}", file=sys.stderr, flush=True)
-            return EXIT_INPUT_ERROR
         except KeyboardInterrupt:
-            print("interrupted; run the same command again to continue", file=sys.stderr)
-            return 130
+            line, code = "interrupted; run the same command again to continue", EXIT_INTERRUPTED
+        except Exception as error:
+            text = _one_line(error, memory)
+            line, code = f"error: {text}", EXIT_INPUT_ERROR
+            if text is None:
+                if not peers.is_one_of_several():
+                    raise
+                line, code = f"error: {type(error).__name__}: {error}\n{traceback.format_exc()}", EXIT_BUG
+        if peers.is_one_of_several():
+            peers.end(line, code)
+        print(f"{_rank()}{line}", file=sys.stderr, flush=True)
+        return code
 
     return wrapped
+
+
+def _rank() -> str:
+    """Which rank speaks, where several were launched and have not met yet."""
+    return f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _one_line(error: Exception, memory: str) -> str | None:
+    """What a user is told about an error, or None for a mistake in the program."""
+    text = str(error)
+    if isinstance(error, InputError):
+        return text
+    if _is_out_of_memory(error):
+        where = "GPU memory" if "CUDA" in text else "memory"
+        return f"out of {where}: {memory} ({text.splitlines()[0] if text else 'MemoryError'})"
+    if any(sign in text for sign in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))):
+        return f"the disk is full: {text}; free space, then run the same command again to continue"
+    is_of_peers = type(error).__name__.startswith("Dist") or any(sign in text for sign in _SIGNS_OF_PEERS)
+    if peers.is_one_of_several() and is_of_peers:
+        return peers.news() or f"another rank ended or does not answer ({text.splitlines()[0]}); this rank stops too"
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    return "OutOfMemoryError" in kinds or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -16,6 +16,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,10 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
 
     start = time.monotonic()
     embedder = Embedder.from_pretrained(**model_arguments(identity))
-    partial = arguments.out / ".partial"
+    folder = arguments.out / ".partial"
     facts = {part: identity[part] for part in ("model", "adapter", "options")}
     facts["numerics"] = f"{embedder.dtype} on {embedder.device.type}"
-    encoder = Encoder(embedder, arguments.batch_tokens, workers=arguments.workers, cache=EmbeddingCache(partial, facts))
+    encoder = Encoder(embedder, arguments.batch_tokens, workers=arguments.workers, cache=EmbeddingCache(folder, facts))
     vectors = encoder.encode(data.items, progress="embed")
     vectors = np.ascontiguousarray(unit(vectors) if arguments.normalize else vectors, dtype=np.float32)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
@@ -111,11 +112,11 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
         "versions": {"b3": getattr(b3, "__version__", "unknown"), **versions},
     }
     save_index(arguments.out, vectors, data, manifest)
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
 
-@command
+@partial(command, memory="lower --batch-tokens, or give fewer --workers")
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)

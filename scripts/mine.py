@@ -11,6 +11,7 @@ manifest.json, report.json and report.html.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -73,7 +74,7 @@ def mine_arrays(arguments: argparse.Namespace) -> None:
     print(describe_plans({str(arguments.out): plan}))
 
 
-@command
+@partial(command, memory="lower mining.batch_tokens or model.max_pixels for encoding; for ranking give --device cpu")
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.config is None:
@@ -88,10 +89,8 @@ def main(argv: list[str] | None = None) -> int:
 
     config = load_config(arguments.config, arguments.overrides)
     distributed.start()
-    try:
-        plans = mine_recipe(config, show_progress=True)
-    finally:
-        distributed.stop()
+    plans = mine_recipe(config, show_progress=True)
+    distributed.stop()
     if distributed.is_first():
         print(describe_plans(plans))
         if any(plan.measured for plan in plans.values()):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +202,38 @@ def test_evaluation_over_ranks_writes_the_same_files(folder: Path, tmp_path: Pat
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
     one, two = (json.loads((tmp_path / r / "summary.json").read_text()) for r in "12")
     assert one["subsets"] == two["subsets"] and one["items"] == two["items"]
+
+
+def test_memory_holds_the_vectors_of_one_list(tmp_path: Path) -> None:
+    """Two ranks encode five lists in turn; after each, both know all vectors, and hold none of them."""
+    rows, dim = 1000, 1024
+    size = rows * dim * 4
+    ranks = [EmbeddingCache(tmp_path, FACTS) for _ in range(2)]
+    held, lists = [], []
+    tracemalloc.start()
+    try:
+        for number in range(5):
+            digests = [hashlib.sha256(f"{number} {row}".encode()).digest() for row in range(rows)]
+            tag, vectors = digests[0][:16], np.random.default_rng(number).normal(size=(rows, dim)).astype(np.float32)
+            before = tracemalloc.get_traced_memory()[0] - vectors.nbytes
+            for cache in ranks:
+                cache.lookup(digests, tag, np.empty_like(vectors))
+            for rank, cache in enumerate(ranks):  # each encodes half, and is given the other's
+                for half, part in enumerate((slice(0, rows // 2), slice(rows // 2, rows))):
+                    cache.remember(digests[part], tag, vectors[part].copy(), write=half == rank)
+                cache.flush()
+            peak = tracemalloc.get_traced_memory()[0] - before
+            for cache in ranks:
+                cache.settle()
+            lists.append((digests, tag, hashlib.sha256(vectors).digest()))
+            del vectors
+            held.append(tracemalloc.get_traced_memory()[0])
+            assert peak > 2 * size, "what is to be let go was not there"
+        assert held[-1] - held[0] < size / 2  # four lists of two ranks would be eight times `size`
+    finally:
+        tracemalloc.stop()
+    for digests, tag, digest in lists:
+        for cache in ranks:
+            found = np.empty((rows, dim), dtype=np.float32)
+            of_this_list, _ = cache.lookup(digests, tag, found)
+            assert of_this_list.all() and hashlib.sha256(found).digest() == digest

@@ -204,6 +204,9 @@ class MiningConfig(MiningKeys):
         " SUBSET_targets.npy"
     )
     teacher_adapter: str | None = Field(None, description="adapter of a teacher checkpoint")
+    batch_tokens: Positive | None = Field(
+        None, description="tokens of one forward pass of a teacher checkpoint; null: 16384 on a GPU, 2048 on a CPU"
+    )
     p: Count | dict[Family, Count] = Field(30, description="ranks skipped at the top; a number, or one per family")
 
     @model_validator(mode="before")

@@ -71,7 +71,7 @@ def _load_checkpoint(config: Config) -> Encode:
         "numerics": f"{model.dtype} on {model.device.type}",
         **asdict(model.settings),
     }
-    encoder = Encoder(model, cache=EmbeddingCache(Path(mining.dir) / CACHE, facts))
+    encoder = Encoder(model, mining.batch_tokens, cache=EmbeddingCache(Path(mining.dir) / CACHE, facts))
     return lambda items, label: unit(encoder.encode(items, label))
 
 

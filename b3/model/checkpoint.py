@@ -82,14 +82,14 @@ def _content_key(folder: Path) -> str:
 
 def choose_device(device: str | torch.device | None) -> torch.device:
     """The device asked for; None means the local rank's GPU if there is one, else the CPU."""
-    import os
-
     import torch
+
+    from b3 import distributed
 
     if device is not None:
         return torch.device(device)
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", distributed.device_index())
     return torch.device("cpu")
 
 

@@ -196,6 +196,8 @@ class Encoder:
                 vectors[encoded] = values
                 if self.cache:
                     self.cache.remember([digests[row] for row in encoded], tag, values, write=False)
+        if self.cache:
+            self.cache.settle()
         for row, problem in (entry for part in distributed.gather_objects(problems) for entry in part):
             vectors[row] = np.nan
             self._note(items[row], problem)

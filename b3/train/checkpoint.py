@@ -44,7 +44,7 @@ DEBUG = "debug.json"  # the folder of a debug run holds its model and plans befo
 # Keys that may change between the parts of a run: they decide nothing about its weights.
 _FREE_KEYS = {
     "resume", "train.workers", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.trackers",
-    "train.save_merged", "train.timeout_minutes",
+    "train.save_merged", "train.timeout_minutes", "mining.batch_tokens",
 }  # fmt: skip
 _FREE_SECTIONS = ("eval",)
 # Keys that leave the gradient what it is up to rounding (and draw dropout anew): allowed, and said.

@@ -35,7 +35,7 @@ from b3.train.optimizer import build_optimizer, build_schedule, schedule_at, tra
 from b3.train.sampler import BatchPlanSampler
 from b3.train.shard import equal_chunks
 from b3.train.step import CachedStep
-from b3.train.stop import Stopped, StopRequest, Witness
+from b3.train.stop import Stopped, StopRequest
 
 
 class Trainer:
@@ -76,7 +76,6 @@ class Trainer:
         self.schedule = build_schedule(self.optimizer, train.schedule, train.warmup_steps, train.steps)
         self.window = Window(embedder, low_precision=train.bf16 or embedder.dtype == torch.bfloat16)
         self.bad_rows = BadRows(self.folder, sampler.start)
-        self.witness = Witness()
         self.done = sampler.start  # steps that were applied
         self.is_shared_error = False  # every rank is about to raise the same
 
@@ -88,7 +87,6 @@ class Trainer:
 
         Raises:
             Stopped: the signal came before the first step.
-            RunError: of a rank that ended, among others.
         """
         if checkpoint is not None:
             self.restore(checkpoint)
@@ -98,19 +96,15 @@ class Trainer:
         self.trackers = Trackers(self.config if self.is_first else None)
         self.window.clear_times()
         try:
-            return self.steps(self.batches())
+            finished = self.steps(self.batches())
+            self.trackers.close()  # after an error nothing that may wait for a network comes before the message
+            return finished
         except InputError:
             if self.is_shared_error and self.done > self.sampler.start:
                 self.save()  # a bad row must not cost the steps before it
             raise
-        except RuntimeError as error:
-            lost = self.witness.lost(error, self.done)
-            if lost is None:
-                raise
-            raise lost from None
         finally:
             self.bar.close()
-            self.trackers.close()
 
     def steps(self, batches: Iterator[tuple[StepInputs, list[Replaced]]]) -> bool:
         """The loop. Returns False where it was stopped before the last step."""

@@ -67,7 +67,7 @@ def train(config: Config) -> Trained:
         datasets = load_datasets(config)
         check_stored_negatives(config, datasets)
         plans = load_plans(config, datasets)
-        distributed.start(config.train.timeout_minutes)
+        distributed.start(config.train.timeout_minutes, overlap=config.model.shard)
         sampler = build_sampler(config, datasets, plans)  # its checks come before the model is loaded
         checkpoint, notes = _claim(config, datasets, plans)
         sampler.start = 0 if checkpoint is None else checkpoint_step(checkpoint)

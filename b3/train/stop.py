@@ -1,26 +1,24 @@
-"""How a run ends before its last step: it was asked to (a signal), or a rank died.
+"""How a run ends before its last step because it was asked to.
 
-SIGTERM and SIGUSR1 ask a run to stop: it ends the step it is in, saves, and leaves with `EXIT_STOPPED`. When a rank
-dies the others say so, with its name where it is known, instead of hanging or a page of C++.
+SIGTERM and SIGUSR1 ask a run to stop: it ends the step it is in, saves, and leaves with `EXIT_STOPPED`. A second
+SIGTERM or SIGINT ends it at once, also where it waits for another rank inside a library. What ends the others when a
+rank dies is `b3.peers`.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from b3 import distributed
-from b3.errors import RunError
+from b3 import distributed, peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# What messages of the communication libraries hold when the other end is gone.
-_SIGNS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+AT_ONCE = (signal.SIGTERM, signal.SIGINT)
+PAUSE = 2.0  # seconds; a cluster may send one signal twice: to the task, and through the program that started it
 
 
 class Stopped(Exception):
@@ -37,13 +35,22 @@ class StopRequest:
     def __init__(self) -> None:
         self.name: str | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._wakeup = -1
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+            there, self._wakeup = os.pipe()
+            os.set_blocking(self._wakeup, False)
+            self._before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+            threading.Thread(target=_end_on_the_second, args=(there,), name="b3-signals", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._wakeup >= 0:
+            signal.set_wakeup_fd(self._before)
+            os.close(self._wakeup)  # ends the thread
+            self._wakeup = -1
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -55,45 +62,14 @@ class StopRequest:
         return distributed.any_rank(self.name is not None)
 
 
-class Witness:
-    """Knows which process is which rank, noted while all are alive (a collective call)."""
-
-    def __init__(self) -> None:
-        self.processes: list[tuple[str, int]] = distributed.gather_objects((socket.gethostname(), os.getpid()))
-
-    def lost(self, error: BaseException, step: int) -> RunError | None:
-        """What to tell the user if `error` came from talking to another rank, else None."""
-        import torch.distributed as dist
-
-        if distributed.world_size() == 1 or not isinstance(error, RuntimeError):
-            return None
-        known = isinstance(error, getattr(dist, "DistError", ())) or any(sign in str(error) for sign in _SIGNS)
-        if not known:
-            return None
-        gone = self.gone()
-        who = "rank " + ", ".join(map(str, gone)) + " has ended" if gone else "another rank ended or does not answer"
-        return RunError(
-            f"{who} at step {step + 1}; this rank stops too. The first message above says why it ended (none: it was"
-            " killed, look for memory); the same command continues from the last checkpoint"
-        )
-
-    def gone(self, patience: float = 2.0) -> list[int]:
-        """Ranks on this machine whose process has ended; waits for one at most `patience` seconds."""
-        here = socket.gethostname()
-        end = time.monotonic() + patience
-        while True:
-            gone = [r for r, (host, process) in enumerate(self.processes) if host == here and not _runs(process)]
-            if gone or time.monotonic() > end:
-                return gone
-            time.sleep(0.05)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user, or no /proc here
-        return True
-    return state not in "ZX"
+def _end_on_the_second(pipe: int) -> None:
+    """Read the numbers of signals, which Python writes as they come, whatever the main thread does."""
+    first: float | None = None
+    while number := os.read(pipe, 1):
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif number[0] in AT_ONCE and now - first > PAUSE:
+            name = signal.Signals(number[0]).name
+            peers.end(f"error: ended at once by a second signal ({name}); nothing was saved since", 128 + number[0])
+    os.close(pipe)

@@ -1,6 +1,7 @@
 """Real training processes that start in a moment: forked from a server that has imported everything already.
 
-`Job` is one run of train.py on 1 or more ranks, each a process of its own that can be signalled and killed.
+`Job` is one run of train.py (or another program) on 1 or more ranks, each a process of its own that can be signalled
+and killed. `prepare`, given the rank, runs in each before the program does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from processes import free_port
@@ -20,15 +22,17 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["b3.train.loop", "b3.train.run", "b3.train.finish", "forks"])
 
 
-def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _rank(
+    program: str, arguments: list[str], environment: dict[str, str], log: str, prepare: Callable[[int], None] | None
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(descriptor), "w", buffering=1) for _ in range(2))
     os.environ.update(environment)
-    import train
-
-    code = train.main(arguments)
+    if prepare is not None:
+        prepare(int(environment.get("RANK", "0")))
+    code = import_module(program).main(arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -37,7 +41,15 @@ def _rank(arguments: list[str], environment: dict[str, str], log: str) -> None:
 class Job:
     """A started run; ranks are processes 0 .. n-1."""
 
-    def __init__(self, logs: Path, *arguments: str, ranks: int = 1, variables: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        logs: Path,
+        *arguments: str,
+        ranks: int = 1,
+        variables: dict[str, str] | None = None,
+        program: str = "train",
+        prepare: Callable[[int], None] | None = None,
+    ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank-{rank}.log" for rank in range(ranks)]
         port = free_port()
@@ -49,7 +61,9 @@ class Job:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                 }  # fmt: skip
-            process = CONTEXT.Process(target=_rank, args=(list(arguments), environment, str(self.logs[rank])))
+            process = CONTEXT.Process(
+                target=_rank, args=(program, list(arguments), environment, str(self.logs[rank]), prepare)
+            )
             process.start()
             self.processes.append(process)
 
