@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,9 +29,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(root: Path, name: str, fault: Fault | None, ranks: int = RANKS, *overrides: str) -> Job:
-    settings = (f"output_dir={root / name}", "train.steps=2000", "train.save_every=4", *overrides)
-    return Job(root / "logs" / name, str(root / "recipe.yaml"), *settings, ranks=ranks, prepare=fault)
+@pytest.fixture
+def start(root: Path):
+    """Start a run with a fault on one rank; whatever of it is left is killed after the test."""
+    jobs: list[Job] = []
+
+    def call(name: str, fault: Fault, ranks: int = RANKS) -> Job:
+        settings = (f"output_dir={root / name}", "train.steps=2000", "train.save_every=4")
+        jobs.append(Job(root / "logs" / name, str(root / "recipe.yaml"), *settings, ranks=ranks, prepare=fault))
+        return jobs[-1]
+
+    yield call
+    for job in jobs:
+        job.kill()
+        job.wait()
 
 
 CASES = {
@@ -52,19 +65,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("is_blocking", [False, True], ids=["gloo raises", "collectives block"])
-@pytest.mark.parametrize("name", CASES)
-def test_one_rank_fails_and_all_end(root: Path, name: str, is_blocking: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "is_blocking"), [*((name, True) for name in CASES), ("killed", False), ("a bug", False)]
+)
+def test_one_rank_fails_and_all_end(start: Callable[..., Job], name: str, is_blocking: bool) -> None:
+    """Also where the others wait in C for good, as in a collective of NCCL."""
     fault, code, message, news = CASES[name]
-    fault = Fault(fault.what, fault.where, fault.rank, fault.call, is_blocking)
-    started = job(root, f"{name}-{is_blocking}".replace(", ", "-").replace(" ", "-"), fault)
+    fault = replace(fault, blocking=is_blocking)
+    started = start(f"{name}-{is_blocking}".replace(", ", "-").replace(" ", "-"), fault)
     failing = started.processes[fault.rank]
-    failing.join(120)
+    failing.join(START_UP)
     assert failing.exitcode == code, started.text(fault.rank)
     codes = started.wait(SECONDS)
-    assert codes == [code if rank == fault.rank else 2 for rank in range(RANKS)], [
-        started.text(r) for r in range(RANKS)
-    ]
+    assert codes == [code if r == fault.rank else 2 for r in range(RANKS)], [started.text(r) for r in range(RANKS)]
     text = started.text(fault.rank)
     if message is not None:
         first = next(line for line in text.splitlines() if "error" in line or "Traceback" in line)
@@ -76,12 +89,12 @@ def test_one_rank_fails_and_all_end(root: Path, name: str, is_blocking: bool) ->
         assert "Traceback" not in started.text(rank)
 
 
-def test_a_second_signal_ends_a_rank_that_waits_in_a_library(root: Path) -> None:
-    started = job(root, "second", Fault(block_forever, STEP, 0, call=2), 1)
-    assert started.when(lambda: (root / "second" / "metrics.jsonl").exists()), started.text()
+def test_a_second_signal_ends_a_rank_that_waits_in_a_library(root: Path, start: Callable[..., Job]) -> None:
+    started = start("second", Fault(block_forever, STEP, 0, call=2), 1)
+    assert started.when(lambda: (root / "second" / "metrics.jsonl").exists(), START_UP), started.text()
     started.signal(signal.SIGTERM, 0)
     time.sleep(2.5)  # `stop.PAUSE`: the same signal may come twice
     assert started.processes[0].is_alive()
     started.signal(signal.SIGTERM, 0)
-    assert started.wait(20) == [128 + signal.SIGTERM], started.text()
+    assert started.wait(SECONDS) == [128 + signal.SIGTERM], started.text()
     assert "error: ended at once by a second signal (SIGTERM)" in started.text()
