@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+SHARED_BYTES = 512 << 20  # of /dev/shm; about 10 MB for each pair of ranks of a machine that has no direct path
 BLOCK_BYTES = 64 << 20  # of one message of arrays
 
 
@@ -76,10 +78,24 @@ def start(timeout_minutes: float = 30.0, overlap: bool = False) -> None:
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "0" if overlap else "1")
         device = torch.device("cuda", device_index())
         torch.cuda.set_device(device)
+        note_shared_memory()
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
     peers.start(rank(), world_size(), timeout.total_seconds(), gather_objects)
+
+
+def note_shared_memory(folder: str = "/dev/shm") -> None:
+    """Say so, once on a machine, if NCCL may not find the room that it takes there: containers have 64 MiB of it."""
+    with contextlib.suppress(OSError):
+        room = os.statvfs(folder)
+        if os.environ.get("LOCAL_RANK", "0") == "0" and (free := room.f_bavail * room.f_frsize) < SHARED_BYTES:
+            print(
+                f"note: {free >> 20} MiB are free in {folder} and NCCL may need {SHARED_BYTES >> 20};"
+                " start the container with --shm-size=1g",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def is_alone_on_many_gpus() -> bool:

@@ -16,7 +16,7 @@ from b3.config.schema import MiningOptions
 from b3.console import Progress, bar
 from b3.data.datasets import PairDataset, load_dataset
 from b3.errors import RunError
-from b3.files import Stages, belongs_elsewhere, changes
+from b3.files import Stages, belongs_elsewhere, changes, write_array
 from b3.mining.mine import mine, rank_together
 from b3.mining.plan import BatchPlan
 from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
@@ -114,7 +114,7 @@ def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
         for owner, job in enumerate(jobs[start : start + world]):
             queries, targets = teacher_embeddings(config, job.entry, job.dataset, teacher)
             if owner == distributed.rank():
-                own_job = job, queries, targets
+                own_job = job, _on_disk(config, job, "queries", queries), _on_disk(config, job, "targets", targets)
             if world > 1:
                 with stage_bar(job.entry.subset, show_progress) as progress:
                     options = options_for(config, job.entry)
@@ -123,6 +123,16 @@ def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
             _mine_plan(config, *own_job, show_progress and world == 1)
     distributed.barrier()
     forget_teacher(config)
+
+
+def _on_disk(config: Config, job: _Job, side: str, vectors: np.ndarray) -> np.ndarray:
+    """(N, D) vectors mapped from a file beside the stages, so that the next data set has the memory to itself."""
+    if distributed.world_size() == 1 or isinstance(vectors, np.memmap):
+        return vectors
+    file = _stages(config, job).folder / f"{side}.npy"
+    write_array(file, vectors)
+    mapped: np.ndarray = np.load(file, mmap_mode="r")
+    return mapped
 
 
 def _stages(config: Config, job: _Job) -> Stages:

@@ -98,6 +98,13 @@ class StepInputs:
     def num_chunks(self) -> int:
         return len(self.groups)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays, without their names and shapes."""
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        images = [] if self.images is None else [v for v in vars(self.images).values() if isinstance(v, Tensor)]
+        return sum(tensor.nbytes for tensor in (*tensors, *images))
+
     @cached_property
     def _starts(self) -> np.ndarray:
         return np.concatenate([[0], np.cumsum(self.lengths)])

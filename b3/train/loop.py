@@ -32,6 +32,7 @@ from b3.train.inputs import StepCollator, StepInputs
 from b3.train.losses.loss import Loss
 from b3.train.metrics import ProgressBar, Trackers, Window
 from b3.train.optimizer import build_optimizer, build_schedule, schedule_at, trained_parameters
+from b3.train.room import check_first_batch
 from b3.train.sampler import BatchPlanSampler
 from b3.train.shard import equal_chunks
 from b3.train.step import CachedStep
@@ -92,6 +93,7 @@ class Trainer:
             self.restore(checkpoint)
         if self.request.agreed():
             raise Stopped
+        check_first_batch(self.collator, self.sampler, self.config.train.workers)
         self.bar = ProgressBar(self.done, self.config.train.steps, visible=self.is_first)
         self.trackers = Trackers(self.config if self.is_first else None)
         self.window.clear_times()

@@ -14,9 +14,8 @@ from faults import OOM, Fault, block_forever, bug, disk_full, kill, out_of_memor
 from forks import Job
 
 RANKS = 3
-SECONDS = (
-    60.0  # from the fault on; on an idle machine they need `peers.GRACE`, and the time limit of messages is longer
-)
+START_UP = 600.0  # seconds until the fault, on a machine that is busy with other work
+SECONDS = 120.0  # from the fault on; an idle machine needs `peers.GRACE`, and the time limit of messages is 30 minutes
 STEP, SAVE = "b3.train.step:CachedStep.__call__", "b3.train.checkpoint:save_moments"
 
 

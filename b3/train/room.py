@@ -1,0 +1,74 @@
+"""Whether what the workers read ahead fits into the memory of the machine, asked before the first step.
+
+Workers hand batches over through sockets, in pieces, so that nothing lies in /dev/shm and the 64 MiB of it that a
+container has by default are enough. What is ready waits in the memory of the rank: at most `TASKS_AHEAD` batches for
+each worker, whatever the number of steps.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from b3.console import num_bytes
+from b3.errors import DataError, RunError
+from b3.model.workers import TASKS_AHEAD
+
+if TYPE_CHECKING:
+    from b3.train.inputs import StepCollator
+    from b3.train.sampler import BatchPlanSampler
+
+SAMPLE_ROWS = 8
+
+
+def free_memory() -> int | None:
+    """Bytes that processes of this machine (or container) can still take, or None where that is unknown."""
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+        cgroup = Path("/sys/fs/cgroup")
+        most, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limits.append(int(most) - int(used))
+    except (OSError, ValueError, StopIteration):  # another system, no such limit ("max")
+        pass
+    return min(limits, default=None)
+
+
+def check_first_batch(collator: StepCollator, sampler: BatchPlanSampler, workers: int) -> None:
+    """`check_room` for this rank, from some rows of its first batch."""
+    rows = next(iter(sampler), [])
+    sample = rows[:SAMPLE_ROWS]
+    if not workers or not sample:
+        return
+    try:
+        size = collator(sample).nbytes * len(rows) // len(sample)
+    except DataError:
+        return  # said, or replaced, when the batch is read
+    check_room(size, workers, local_ranks(), free_memory())
+
+
+def check_room(batch_bytes: int, workers: int, ranks: int, free: int | None) -> None:
+    """Raise `RunError` if the batches that wait for their step do not fit.
+
+    Args:
+        batch_bytes: of one rank's share of a batch, as workers hand it over.
+        workers: of each rank.
+        ranks: on this machine.
+        free: bytes of memory, or None if unknown.
+    """
+    need = batch_bytes * TASKS_AHEAD * workers * ranks
+    if free is not None and need > free:
+        most = int(free / (batch_bytes * TASKS_AHEAD * ranks))
+        raise RunError(
+            f"batches that are read ahead take {num_bytes(need)} of memory ({num_bytes(batch_bytes)} each,"
+            f" {TASKS_AHEAD} for each of {workers} workers on {ranks} ranks), {num_bytes(free)} are free;"
+            f" set train.workers to {most} or fewer, lower model.max_pixels, or give the job (docker: --memory) more"
+        )
+
+
+def local_ranks() -> int:
+    """Ranks on this machine, as the launcher says; without its word all of them."""
+    names = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
