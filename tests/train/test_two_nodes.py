@@ -1,0 +1,75 @@
+"""Two nodes, simulated by two agents of torchrun: the bytes of one node, and an end when one of them is lost."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import tiny
+from nodes import Nodes
+
+START_UP, SECONDS = 600.0, 120.0
+
+# All three commands in one process, each with a group of its own; the number of the attempt separates what they store.
+PROGRAM = """
+import os, sys
+from scripts import mine
+import eval_mmeb, train
+from b3 import distributed
+root, out = sys.argv[1:]
+recipe = [f"{root}/recipe.yaml", f"output_dir={out}/run", f"mining.dir={out}/mining"]
+evaluation = ["--model_name", f"{root}/model", "--lora", "--checkpoint_path", f"{out}/run", "--dataset_name"]
+evaluation += [f"{root}/data", "--image_dir", f"{root}/data/images.parquet", "--subset_name", "words", "pictures"]
+calls = ((mine, recipe), (train, recipe), (eval_mmeb, [*evaluation, "--encode_output_path", f"{out}/eval"]))
+for attempt, (program, arguments) in enumerate(calls):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    code = program.main(arguments)
+    if code:
+        distributed.leave(code)
+distributed.leave(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("nodes")
+    tiny.write_data(folder / "data")
+    tiny.write_model(folder / "model")
+    teacher = str(folder / "model")
+    tiny.write_recipe(folder, mining={"teacher": teacher}, batch={"policy": "b3"}, train={"steps": 3, "workers": 1})
+    (folder / "program.py").write_text(PROGRAM)
+    return folder
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """What the three commands computed: plans, weights, scores and vectors."""
+    patterns = ("mining/*/*.npy", "run/*.safetensors", "run/checkpoint-*/*.safetensors", "eval/*_score.json")
+    files = [file for pattern in (*patterns, "eval/*_pred.txt") for file in folder.glob(pattern)]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_two_nodes_give_the_bytes_of_one(root: Path) -> None:
+    results = []
+    for nodes in (1, 2):
+        out = root / f"out-{nodes}"
+        with Nodes(root / f"logs-{nodes}", root / "program.py", root, out, nodes=nodes, ranks=2 // nodes) as started:
+            codes = [started.wait(node, START_UP) for node in range(nodes)]
+            assert codes == [0] * nodes, started.text()
+        results.append(digests(out))
+    assert results[0] == results[1]
+    kinds = {name.partition("/")[0] for name in results[0]}
+    assert kinds == {"mining", "run", "eval"} and len(results[0]) >= 10
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_losing_a_node_ends_the_other_by_name(root: Path, lost: int) -> None:
+    out = root / f"lost-{lost}"
+    recipe = (root / "recipe.yaml", f"output_dir={out}", "batch.policy=random", "train.steps=20000")
+    with Nodes(root / f"logs-lost-{lost}", "train.py", *recipe) as started:
+        metrics = out / "metrics.jsonl"
+        assert started.when(lambda: metrics.exists() and len(metrics.read_text()) > 0, START_UP), started.text()
+        started.kill(lost)
+        assert started.wait(1 - lost, SECONDS) != 0, started.text()
+    text = started.logs[1 - lost].read_text()
+    assert f"[rank {1 - lost}] error: rank {lost} has ended without a message (it was killed" in text, text
