@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-SHARED_BYTES = 512 << 20  # of /dev/shm; about 10 MB for each pair of ranks of a machine that has no direct path
+SHARED_BYTES = 512 << 20  # of /dev/shm
+SILENT_SECONDS = 1800.0  # a process that shows no life for longer is lost, whatever it was to do
 BLOCK_BYTES = 64 << 20  # of one message of arrays
 
 
@@ -82,7 +83,7 @@ def start(timeout_minutes: float = 30.0, overlap: bool = False) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
-    peers.start(rank(), world_size(), timeout.total_seconds(), gather_objects)
+    peers.start(rank(), world_size(), min(timeout.total_seconds(), SILENT_SECONDS), gather_objects)
 
 
 def note_shared_memory(folder: str = "/dev/shm") -> None:

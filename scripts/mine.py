@@ -19,6 +19,7 @@ import yaml
 from b3.config.schema import MiningOptions
 from b3.errors import ConfigError, RunError, command
 
+WAIT_MINUTES = 24 * 60.0  # ranks without a data set to cut wait for those that have one
 FLAGS = {"p": ["-p"], "m": ["-m"], "community_size": ["-k", "--community-size"]}  # where not --like-the-name
 
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     from b3.mining.recipe import mine_recipe
 
     config = load_config(arguments.config, arguments.overrides)
-    distributed.start()
+    distributed.start(WAIT_MINUTES)
     plans = mine_recipe(config, show_progress=True)
     distributed.stop()
     if distributed.is_first():
