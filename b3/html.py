@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 72
 PNG_BYTES = 3000  # drawings, which stay below, keep their sharp edges
-WIDTH, HEIGHT, FOOT = 460.0, 170.0, 22.0  # of a chart: its plane, and below it the tick labels
 BLUE, RED, GREEN, GREY = "#1c5d99", "#c8553d", "#3a7d44", "#7b8794"
 Curve = tuple[str, list[float], list[float], str]  # label, steps, values, colour
 _TOKEN = re.compile(r"<\|[^|<>]*\|>")
@@ -87,28 +86,34 @@ def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> tuple[str, bytes]:
     return "jpeg", jpeg.getvalue()
 
 
-def chart(
-    title: str,
-    shapes: Sequence[str],
-    marks: Sequence[tuple[float, str]],
-    labels: Sequence[tuple[str, str]],
-    reading: str,
-) -> str:
-    """A titled figure: shapes over a base line, marks (x, text) below it, a legend, and how to read it."""
-    ticks = "".join(
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT}" y2="{HEIGHT + 4}" stroke="#9aa5b1"/>'
-        f'<text x="{x:.1f}" y="{HEIGHT + 16}">{text}</text>'
-        for x, text in marks
-        if 8 < x < WIDTH - 8
-    )
-    legend = " ".join(f'<span><i style="background:{colour}"></i>{name}</span>' for name, colour in labels)
-    return (
-        f'<figure class="chart"><figcaption><b>{title}</b></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT + FOOT:.0f}" role="img" aria-label="{title}">' + "".join(shapes)
-        + f'<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}" stroke="#9aa5b1"/>{ticks}</svg>'
-        + (f'<figcaption class="legend">{legend}</figcaption>' if legend else "")
-        + f"<figcaption>{reading}</figcaption></figure>"
-    )  # fmt: skip
+def new_axes(x_label: str) -> Any:
+    """Axes of matplotlib in the style of all pages; `figure` makes them HTML."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    sheet = Figure(figsize=(5.2, 2.7), layout="constrained")
+    FigureCanvasSVG(sheet)
+    axes = sheet.subplots()
+    axes.set_xlabel(x_label, fontsize=8, color="#616e7c")
+    axes.tick_params(labelsize=8, colors="#616e7c")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#cbd2d9")
+    axes.grid(axis="y", alpha=0.3)
+    return axes
+
+
+def figure(title: str, axes: Any, reading: str = "") -> str:
+    """Axes as inline SVG under a title; `reading`, HTML, says how to read them."""
+    from matplotlib import rc_context
+
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": title}):  # names inside the images must not clash, nor change
+        axes.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    caption = f"<figcaption>{reading}</figcaption>" if reading else ""
+    return f"<figure><figcaption><b>{escape(title)}</b></figcaption>{text[text.index('<svg') :]}{caption}</figure>"
 
 
 def line_plot(title: str, curves: list[Curve], smoothed: bool = True, zero: bool = False) -> str:
@@ -116,17 +121,12 @@ def line_plot(title: str, curves: list[Curve], smoothed: bool = True, zero: bool
 
     `smoothed` False: no running mean. `zero`: the axis starts at zero.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     curves = [c for c in curves if c[1]]
     if not curves:
         return ""
-    figure = Figure(figsize=(5.2, 2.7), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
+    axes = new_axes("step")
     for label, steps, values, colour in curves:
         width = max(1, len(values) // 25)
         marker = "o" if len(values) < 3 else None
@@ -134,24 +134,13 @@ def line_plot(title: str, curves: list[Curve], smoothed: bool = True, zero: bool
             axes.plot(*_thinned(steps, values), color=colour, alpha=0.25, linewidth=0.8)
             values = running_mean(values, width)
         axes.plot(*_thinned(steps, values), color=colour, linewidth=1.5, label=label, marker=marker)
-    axes.set_xlabel("step", fontsize=8, color="#616e7c")
-    axes.tick_params(labelsize=8, colors="#616e7c")
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5))
     axes.yaxis.get_offset_text().set(size=8, color="#616e7c")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#cbd2d9")
-    axes.grid(axis="y", alpha=0.3)
     axes.margins(x=0.02)
     if zero:
         axes.set_ylim(bottom=0)
-    if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=8)
-    buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": title}):  # names inside the images must not clash, nor change
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return f"<figure><figcaption><b>{escape(title)}</b></figcaption>{text[text.index('<svg') :]}</figure>"
+    return figure(title, axes)
 
 
 def _thinned(steps: list[float], values: list[float], most: int = 600) -> tuple[list[float], list[float]]:
@@ -229,11 +218,8 @@ th{font-weight:400}thead th{color:#616e7c;font-size:12.5px;vertical-align:bottom
 .tile span{color:#616e7c;font-size:12.5px}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:22px 28px;margin-top:14px}
 .pair{display:flex;flex-wrap:wrap;gap:20px 48px;align-items:flex-start;margin:18px 0 10px}
-figure{margin:0}.chart{flex:1 1 380px;max-width:500px}svg{width:100%;height:auto;display:block;margin:2px 0}
-.chart svg text{font-size:11px;fill:#616e7c;text-anchor:middle}.chart svg .end{text-anchor:end}
+figure{margin:0}.pair figure{flex:1 1 380px;max-width:500px}svg{width:100%;height:auto;display:block;margin:2px 0}
 figcaption{font-size:12.5px;color:#616e7c}figcaption b{color:#1f2933;font-size:13.5px}
-.legend span{margin-right:12px;white-space:nowrap}
-.legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:4px}
 .sheet{display:grid;grid-template-columns:repeat(auto-fill,minmax(124px,1fr));gap:8px}
 .card{border:1px solid #e4e7eb;border-radius:6px;overflow:hidden;display:flex;flex-direction:column;
 font-size:12px;line-height:1.35}
@@ -246,7 +232,6 @@ overflow-wrap:anywhere}
 .sheet.texts{grid-template-columns:repeat(auto-fill,minmax(240px,1fr))}
 .texts .side{text-align:left;align-items:flex-start;padding:6px 10px}
 .texts .card .target{justify-content:flex-start}.texts .card .side:not(.target){font-weight:600;min-height:0}
-.sheet.hubs{grid-template-columns:repeat(auto-fill,minmax(190px,1fr))}
 .triples{display:grid;grid-template-columns:repeat(3,1fr);gap:1px;background:#e4e7eb;border:1px solid #e4e7eb;
 border-radius:6px;overflow:hidden;font-size:12.5px;line-height:1.4;max-width:920px;margin:0 0 14px}
 .triples>*{background:#fff;justify-content:center}.triples>b{padding:5px 10px;font-weight:600;text-align:center}

@@ -79,9 +79,9 @@ def measure_rank(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         _, ids = index.search(queries, 130)
     else:
-        from b3.mining.search import _TileSearch
+        from b3.mining.search import TileSearch
 
-        search = _TileSearch(targets, 130, bfloat16=options["arm"] == "bfloat16")
+        search = TileSearch(targets, 130, bfloat16=options["arm"] == "bfloat16")
         search(queries[:64])
         start = time.perf_counter()
         ids = np.concatenate([search(queries[i : i + 1024])[0] for i in range(0, count, 1024)])

@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         raise RunError(f"{arguments.out} holds a batch plan already; choose another --out or delete it")
     table = read_released(arguments.files)
     where = f"{arguments.data} subset {arguments.subset} split {arguments.split}"
-    own = check_rows(load_table(arguments.data, arguments.subset, arguments.split), PAIR_COLUMNS, where)
+    rows = check_rows(load_table(arguments.data, arguments.subset, arguments.split), PAIR_COLUMNS, where)
     prefix = "" if arguments.no_target_prefix else target_prefix(arguments.subset)
-    dataset = PairDataset(arguments.subset, own, target_prefix=prefix)
+    dataset = PairDataset(arguments.subset, rows, target_prefix=prefix)
     plan = import_released(table, dataset, arguments.community_size, arguments.files)
     plan.save(arguments.out)
     r = plan.report
@@ -122,27 +122,27 @@ def import_released(
             " data set, or the K of its folder name (bs32: 32)"
         )
     prefix = target_prefix(dataset.name)
-    rows, copies = _match(_keys(table.to_pydict(), prefix), _keys(_columns(dataset), prefix), community_size, dataset)
-    whole = np.logical_not(copies.reshape(-1, community_size).any(axis=1))
-    if 2 * (~whole).sum() > len(whole) or not whole.any():
+    columns = {name: dataset.column(name) for name in PAIR_COLUMNS}
+    rows, is_copy = _match(_keys(table.to_pydict(), prefix), _keys(columns, prefix), community_size, dataset)
+    is_whole = np.logical_not(is_copy.reshape(-1, community_size).any(axis=1))
+    if 2 * (~is_whole).sum() > len(is_whole) or not is_whole.any():
         raise DataError(
-            f"{(~whole).sum()} of {len(whole)} communities hold rows that occur more often than in {dataset.name};"
-            f" check the community size {community_size} and that the files are of one data set"
+            f"{(~is_whole).sum()} of {len(is_whole)} communities hold rows that occur more often than in"
+            f" {dataset.name}; check the community size {community_size} and that the files are of one data set"
         )
-    communities = np.sort(rows.reshape(-1, community_size)[whole], axis=1)
+    communities = np.sort(rows.reshape(-1, community_size)[is_whole], axis=1)
     communities = communities[np.argsort(communities[:, 0])]
-    present = np.unique(rows[~copies])
     remainder = np.setdiff1d(np.arange(len(dataset)), communities)
-    negatives, facts = _negatives(table, dataset, rows, copies, prefix)
+    negatives, facts = _negatives(table, dataset, rows, is_copy, prefix)
     report = {
         "n": len(dataset),
         "community_size": community_size,
         "num_communities": len(communities),
         "num_remainder": len(remainder),
-        "rows_missing": len(dataset) - len(present),
-        "copies": int(copies.sum()),
-        "copies_of_other_rows": int((rows[copies] >= community_size).sum()),
-        "communities_dissolved": int((~whole).sum()),
+        "rows_missing": len(dataset) - len(np.unique(rows[~is_copy])),
+        "copies": int(is_copy.sum()),
+        "copies_of_other_rows": int((rows[is_copy] >= community_size).sum()),
+        "communities_dissolved": int((~is_whole).sum()),
         **facts,
         "size_min": community_size,
         "size_max": community_size,
@@ -158,10 +158,6 @@ def import_released(
     return BatchPlan(communities, remainder, negatives, report, manifest)
 
 
-def _columns(dataset: PairDataset) -> dict[str, list[Any]]:
-    return {name: dataset.column(name) for name in PAIR_COLUMNS}
-
-
 def _target_key(text: str | None, path: str | None, prefix: str) -> Key:
     path = (path or "").removeprefix("./").lstrip("/")
     return (text or "") if path else (text or "").removeprefix(prefix), path
@@ -169,16 +165,16 @@ def _target_key(text: str | None, path: str | None, prefix: str) -> Key:
 
 def _keys(columns: dict[str, list[Any]], prefix: str) -> list[Key]:
     """What tells rows apart: query text and image, positive text (without prefix) and image."""
-    given = zip(*(columns[name] for name in PAIR_COLUMNS), strict=True)
-    return [(*_target_key(q, qi, ""), *_target_key(t, ti, prefix)) for q, qi, t, ti in given]
+    rows = zip(*(columns[name] for name in PAIR_COLUMNS), strict=True)
+    return [(*_target_key(q, qi, ""), *_target_key(t, ti, prefix)) for q, qi, t, ti in rows]
 
 
 def _match(
-    released: list[Key], own: list[Key], community_size: int, dataset: PairDataset
+    released: list[Key], known: list[Key], community_size: int, dataset: PairDataset
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(row of the data set for each released one, which of them are copies)."""
+    """(row of the data set for each released one, int64; which of them are copies, bool)."""
     rows_of: dict[Key, list[int]] = defaultdict(list)
-    for row, key in enumerate(own):
+    for row, key in enumerate(known):
         rows_of[key].append(row)
     places_of: dict[Key, list[int]] = defaultdict(list)
     for place, key in enumerate(released):
@@ -192,25 +188,21 @@ def _match(
             f" ({shown!r}); check --data, --subset and the split"
         )
     # A filled community holds many rows that occur too often, their originals are scattered over others.
-    surplus = {key: len(places) - len(rows_of[key]) for key, places in places_of.items()}
     suspects = np.zeros(len(released) // community_size, dtype=np.int64)
     for key, places in places_of.items():
-        if surplus[key] > 0:
+        if len(places) > len(rows_of[key]):
             np.add.at(suspects, np.asarray(places) // community_size, 1)
-    rows, copies = np.empty(len(released), dtype=np.int64), np.zeros(len(released), dtype=bool)
+    rows, is_copy = np.empty(len(released), dtype=np.int64), np.zeros(len(released), dtype=bool)
     for key, places in places_of.items():
-        kept, own_rows = places, rows_of[key]
-        if surplus[key] > 0:
-            likely = sorted(places, key=lambda place: (suspects[place // community_size], place))
-            kept = sorted(likely[: len(own_rows)])
-            copies[likely[len(own_rows) :]] = True
-            rows[likely[len(own_rows) :]] = own_rows[0]
-        rows[kept] = own_rows[: len(kept)]
-    return rows, copies
+        originals = rows_of[key]
+        places = sorted(places, key=lambda place: (suspects[place // community_size], place))
+        rows[places], is_copy[places[len(originals) :]] = originals[0], True
+        rows[sorted(places[: len(originals)])] = originals[: len(places)]
+    return rows, is_copy
 
 
 def _negatives(
-    table: pa.Table, dataset: PairDataset, rows: np.ndarray, copies: np.ndarray, prefix: str
+    table: pa.Table, dataset: PairDataset, rows: np.ndarray, is_copy: np.ndarray, prefix: str
 ) -> tuple[np.ndarray | None, dict[str, int]]:
     """((N, h) row numbers whose targets are the negatives, -1 for none; counts for the report)."""
     if NEGATIVE_COLUMNS[0] not in table.column_names:
@@ -219,7 +211,7 @@ def _negatives(
     for row, key in enumerate(zip(dataset.column("pos_text"), dataset.column("pos_image_path"), strict=True)):
         first.setdefault(_target_key(*key, prefix), row)
     counts = {"negatives": 0, "negatives_not_targets": 0, "negatives_empty": 0}
-    found: list[list[int]] = []
+    ids: list[list[int]] = []
     columns = (table.column(name).to_pylist() for name in NEGATIVE_COLUMNS)
     for place, (texts, paths) in enumerate(zip(*columns, strict=True)):
         texts, paths = ([value] if not isinstance(value, list) else value for value in (texts, paths))
@@ -229,13 +221,13 @@ def _negatives(
         counts["negatives_empty"] += sum(not any(key) for key in keys)
         counts["negatives"] += sum(any(key) for key in keys)
         counts["negatives_not_targets"] += sum(any(key) and key not in first for key in keys)
-        found.append([first.get(key, -1) if any(key) else -1 for key in keys])
-    width = max(map(len, found))
+        ids.append([first.get(key, -1) if any(key) else -1 for key in keys])
+    width = max(map(len, ids))
     if not counts["negatives"]:
         return None, counts
     negatives = np.full((len(dataset), width), -1, dtype=np.int64)
-    for place in np.flatnonzero(~copies).tolist():
-        negatives[rows[place], : len(found[place])] = found[place]
+    for place in np.flatnonzero(~is_copy).tolist():
+        negatives[rows[place], : len(ids[place])] = ids[place]
     return negatives, counts
 
 

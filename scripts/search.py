@@ -20,20 +20,12 @@ import numpy as np
 
 from b3 import html
 from b3.data.items import Item
-from b3.data.own import (
-    Columns,
-    add_rows_arguments,
-    columns_of,
-    load_index,
-    model_arguments,
-    prompt,
-    read_rows,
-)
+from b3.data.own import Columns, add_rows_arguments, columns_of, load_index, model_arguments, prompt, read_rows
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_text
 from b3.html import image_tag, shorten
 
-# Backends round differently; what lies this close (relative to the vectors' lengths) is compared again exactly.
+# Float32 products round; what lies this close (relative to the vectors' lengths) is compared again in float64.
 CLOSE = 1e-5
 
 
@@ -46,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--queries", type=Path, help=".jsonl or .parquet file of queries, read as scripts/embed.py does"
     )
     parser.add_argument("--instruction", "--query-prompt", default="", help="put before the text of each query")
-    parser.add_argument("--top", type=int, default=10, help="results of each query (default 10)")
+    parser.add_argument("--top", type=int, default=10, help="results per query (default 10)")
     parser.add_argument("--html", type=Path, help="also write a page with thumbnails")
     parser.add_argument("--model", help="where the model is now, if the index was made elsewhere")
     parser.add_argument("--adapter", help="where the adapter is now")
@@ -93,61 +85,25 @@ def embed_queries(arguments: argparse.Namespace, items: Sequence[Item], manifest
     return vectors
 
 
-def search(vectors: np.ndarray, queries: np.ndarray, top: int, backend: str = "auto") -> list[list[tuple[int, float]]]:
-    """The `top` rows of each query with the largest inner product: (row, score), best first, ties by row.
+def search(vectors: np.ndarray, queries: np.ndarray, top: int) -> list[list[tuple[int, float]]]:
+    """The `top` rows per query with the largest inner product: (row, score), best first, ties by row.
 
     Args:
         vectors: (N, D) float32.
         queries: (Q, D) float32.
-        backend: "faiss", "numpy", or "auto" (faiss where it is installed). The result does not depend on it.
     """
-    if backend == "auto":
-        try:
-            import faiss  # noqa: F401
-        except ImportError:
-            backend = "numpy"
-        else:
-            backend = "faiss"
     top = min(top, len(vectors))
-    find = _with_faiss if backend == "faiss" else _with_numpy
     length = float(np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max()))
     results = []
-    for query, near in zip(queries, find(vectors, queries, top, length), strict=True):
-        rows = np.sort(near)
-        scores = vectors[rows].astype(np.float64) @ query.astype(np.float64)
+    for query in queries:
+        rough = vectors @ query
+        least = np.partition(rough, len(rough) - top)[len(rough) - top]
+        rows = np.flatnonzero(rough >= least - CLOSE * float(np.linalg.norm(query)) * length)
+        # row by row, unlike a BLAS product: equal vectors get equal scores wherever they stand
+        scores = np.einsum("nd,d->n", vectors[rows].astype(np.float64), query.astype(np.float64))
         best = np.argsort(-scores, kind="stable")[:top]
         results.append([(int(rows[i]), float(scores[i])) for i in best])
     return results
-
-
-def _margin(query: np.ndarray, length: float) -> float:
-    return CLOSE * float(np.linalg.norm(query)) * length
-
-
-def _with_numpy(vectors: np.ndarray, queries: np.ndarray, top: int, length: float) -> list[np.ndarray]:
-    found = []
-    for query in queries:
-        scores = vectors @ query
-        worst = np.partition(scores, len(scores) - top)[len(scores) - top]
-        found.append(np.flatnonzero(scores >= worst - _margin(query, length)))
-    return found
-
-
-def _with_faiss(vectors: np.ndarray, queries: np.ndarray, top: int, length: float) -> list[np.ndarray]:
-    import faiss
-
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(np.ascontiguousarray(vectors))
-    found = []
-    for query in queries:
-        count = min(len(vectors), top + 16)
-        while True:
-            scores, rows = index.search(query[None], count)
-            if count == len(vectors) or scores[0, -1] < scores[0, top - 1] - _margin(query, length):
-                break
-            count = min(len(vectors), 4 * count)
-        found.append(rows[0][scores[0] >= scores[0, top - 1] - _margin(query, length)])
-    return found
 
 
 def line_of(text: str, most: int = 70) -> str:
@@ -214,8 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--top {arguments.top} must be positive")
     vectors, rows, manifest = load_index(arguments.index)
     queries = read_queries(arguments)
-    found = search(vectors, embed_queries(arguments, [item for _, item in queries], manifest), arguments.top)
-    results = [(label, item, hits) for (label, item), hits in zip(queries, found, strict=True)]
+    hits_by_query = search(vectors, embed_queries(arguments, [item for _, item in queries], manifest), arguments.top)
+    results = [(label, item, hits) for (label, item), hits in zip(queries, hits_by_query, strict=True)]
     for label, _, hits in results:
         show(label, hits, rows)
     if arguments.html:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from b3.config.schema import MiningOptions
 from b3.console import Clock
-from b3.mining.rankings import TOP, WINDOW, Rankings
+from b3.mining.rankings import Rankings
 from b3.mining.vectors import DistinctTargets, mix64, uniform
 
 EDGE_BLOCK = 1 << 22
@@ -53,12 +54,11 @@ class Graph:
         """The graph over `rows` (ascending), renumbered 0, 1, ..."""
         if len(rows) == len(self):
             return self
-        number = np.full(len(self), -1, dtype=np.int32)
-        number[rows] = np.arange(len(rows))
-        sources, targets = number[self.sources()], number[self.indices]
-        kept = (sources >= 0) & (targets >= 0)
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(sources[kept], minlength=len(rows)))])
-        return Graph(indptr.astype(np.int64), targets[kept], self.weights[kept])
+        place = places(rows, len(self))
+        sources, targets = place[self.sources()], place[self.indices]
+        is_inside = (sources >= 0) & (targets >= 0)
+        indptr = np.concatenate([[0], np.cumsum(np.bincount(sources[is_inside], minlength=len(rows)))])
+        return Graph(indptr.astype(np.int64), targets[is_inside], self.weights[is_inside])
 
 
 def places(members: np.ndarray, num_rows: int) -> np.ndarray:
@@ -84,16 +84,14 @@ def window_rows(
 
     Returns (indptr (n + 1,) int64, rows (E,) int32), both in these numbers.
     """
-    by_slot = _by_slot(distinct, seed)
-    slots, phase = _slots(distinct, by_slot, seed)
-    by_slot = by_slot.astype(np.int32)
+    by_slot, slots, phase = _slots(distinct, seed)
     degrees, neighbours = [np.zeros(1, dtype=np.int64)], []
     step = max(1, EDGE_BLOCK // max(rankings.m, budget))
-    for start in range(0, len(rankings.own), step):
+    for start in range(0, len(rankings), step):
         rows = start + np.flatnonzero(place[start : start + step] >= 0)
         if not len(rows):
             continue
-        num_near, at = _reached(rankings.window(rows), slots[rows], phase, rankings.own[rows], distinct, budget)
+        num_near, at = _reached(rankings.window(rows), slots[rows], phase, rankings.target_ids[rows], distinct, budget)
         ends = place[by_slot[at]]
         is_member = ends >= 0
         degrees.append(np.bincount(np.repeat(np.arange(len(rows)), num_near)[is_member], minlength=len(rows)))
@@ -105,7 +103,7 @@ def _reached(
     window: np.ndarray,
     slots: np.ndarray,
     phase: np.ndarray,
-    own: np.ndarray,
+    target_ids: np.ndarray,
     distinct: DistinctTargets,
     budget: int,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -114,11 +112,11 @@ def _reached(
     Args:
         window: (n, k) distinct targets in the window of each query.
         slots: (n,) of the queries; phase: (U,) of the targets; both in [0, 1), see `_slots`.
-        own: (n,) the queries' own targets, of which no row is taken.
+        target_ids: (n,) the queries' own targets, of which no row is taken.
     """
     # Row r of a target with `size` rows has the slot (r + phase) / size; `low` and `high` are the r at both ends of
     # what is within reach, and may lie beyond 0 and size: the circle closes by the remainder below.
-    size = np.where(window == own[:, None], 0, distinct.counts[window])
+    size = np.where(window == target_ids[:, None], 0, distinct.counts[window])
     total = size.sum(axis=1)
     reach = np.minimum(1.0, budget / np.maximum(total, 1))[:, None] / 2
     low = np.ceil((slots[:, None] - reach) * size - phase[window]).astype(np.int64)
@@ -132,20 +130,18 @@ def _reached(
     return num_near.sum(axis=1), first + place % np.repeat(size.ravel(), each)
 
 
-def _by_slot(distinct: DistinctTargets, seed: int) -> np.ndarray:
-    """(N,) rows ordered by distinct target, then by a seeded hash: the order of the slots."""
-    if distinct.all_distinct:
-        return distinct.rows
-    return np.lexsort((mix64(seed, 1, np.arange(len(distinct.of_row))), distinct.of_row))
+def _slots(distinct: DistinctTargets, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows (N,) int32 in the order of the slots, slot (N,) of each row in [0, 1), phase (U,) of each target.
 
-
-def _slots(distinct: DistinctTargets, order: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(slot (N,) of each row on the circle [0, 1), phase (U,) of each target's first row)."""
+    The rows of a target, in the order of a seeded hash, are evenly spaced on the circle from its phase on.
+    """
+    num_rows = len(distinct.of_row)
+    by_slot = np.lexsort((mix64(seed, 1, np.arange(num_rows)), distinct.of_row))
     phase = uniform(mix64(seed, 2, np.arange(len(distinct))))
-    target = distinct.of_row[order]
-    slots = np.empty(len(order))
-    slots[order] = (np.arange(len(order)) - distinct.starts[target] + phase[target]) / distinct.counts[target]
-    return slots, phase
+    target = distinct.of_row[by_slot]
+    slots = np.empty(num_rows)
+    slots[by_slot] = (np.arange(num_rows) - distinct.starts[target] + phase[target]) / distinct.counts[target]
+    return by_slot.astype(np.int32), slots, phase
 
 
 def build_graph(
@@ -165,34 +161,26 @@ def build_graph(
     members: (n,) rows, ascending: the graph over these alone, renumbered; default: all.
     """
     assert edges in ("union", "mutual")
-    members = np.arange(len(rankings.own)) if members is None else members
-    place = places(members, len(rankings.own))
+    from scipy import sparse
+
+    members = np.arange(len(rankings)) if members is None else members
+    indptr, rows = window_rows(rankings, distinct, budget, seed, places(members, len(rankings)))
+    forth = sparse.csr_array((np.ones(len(rows), dtype=np.int8), rows, indptr), shape=(len(members), len(members)))
     # Row j of the transpose lists the i whose window holds j's target; the other direction is looked up there.
-    back = _adjacency(*window_rows(rankings, distinct, budget, seed, place)).T.tocsr()
-    kinds = rankings.classify(members[_sources(back)], distinct.of_row[members[back.indices]])
+    back = forth.T.tocsr()
+    sources = np.repeat(members, np.diff(back.indptr))
+    ranks = rankings.rank_of(sources, distinct.of_row[members[back.indices]])
+    is_mutual = ranks >= rankings.p
     if edges == "mutual":
-        back.data = (kinds == WINDOW).astype(np.int8)
+        back.data = is_mutual.astype(np.int8)
     else:
-        back.data = np.where(kinds == WINDOW, 2, 1).astype(np.int8)
+        back.data = np.where(is_mutual, 2, 1).astype(np.int8)
         if veto:
-            back.data[kinds == TOP] = 0
+            back.data[(ranks >= 0) & ~is_mutual] = 0
     back.eliminate_zeros()
     both = back.maximum(back.T.tocsr()).tocsr()
     both.sort_indices()
     return Graph(both.indptr.astype(np.int64), both.indices.astype(np.int32, copy=False), both.data)
-
-
-def _adjacency(indptr: np.ndarray, rows: np.ndarray) -> Any:
-    """A sparse (N, N) int8 matrix of ones."""
-    from scipy import sparse
-
-    count = len(indptr) - 1
-    return sparse.csr_array((np.ones(len(rows), dtype=np.int8), rows, indptr), shape=(count, count))
-
-
-def _sources(matrix: Any) -> np.ndarray:
-    """(E,) int32: the row of each entry of a sparse matrix in compressed rows."""
-    return np.repeat(np.arange(matrix.shape[0], dtype=np.int32), np.diff(matrix.indptr))
 
 
 @dataclass
@@ -225,17 +213,11 @@ class Problem:
     @cached_property
     def graph(self) -> Graph:
         """The graph over `rows`, built when it is first asked for."""
-        options, count = self.options, len(self.rankings.own)
+        options, num_rows = self.options, len(self.rankings)
         with self.clock.stage("graph"):
-            graph = build_graph(
-                self.rankings,
-                self.distinct,
-                options.edges or "union",
-                options.veto,
-                max(options.m, SPARE_EDGES // count),
-                options.seed,
-                self.rows,
-            )
+            budget = max(options.m, SPARE_EDGES // num_rows)
+            edges = options.edges or "union"
+            graph = build_graph(self.rankings, self.distinct, edges, options.veto, budget, options.seed, self.rows)
         self.facts |= graph.facts()
         return graph
 
@@ -268,9 +250,7 @@ def merge_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
             if key not in merged:
                 merged[key] = value
             elif isinstance(value, list):
-                length = max(len(value), len(merged[key]))
-                padded = [values + [0] * (length - len(values)) for values in (merged[key], value)]
-                merged[key] = [a + b for a, b in zip(*padded, strict=True)]
+                merged[key] = [a + b for a, b in zip_longest(merged[key], value, fillvalue=0)]
             elif key.endswith(("_min", "_max")):
                 merged[key] = (min if key.endswith("_min") else max)(merged[key], value)
             else:

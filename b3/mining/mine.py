@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,7 @@ def mine(
 
     # 6. Report: what the plan is worth.
     with clock.stage("report"):
-        report = make_report(problem, communities, negatives, compare)
+        report = make_report(problem, communities, compare)
     report |= {**facts, **problem.facts, "seconds": clock.seconds, "peak_memory_bytes": peak_memory()}
     manifest = {
         "data_fingerprint": data_fingerprint,
@@ -167,13 +167,14 @@ def _stored_rankings(pairs: Pairs, options: MiningOptions, stages: Stages | None
     if arrays is None:
         return None
     width = arrays["order"].shape[1] - options.p
-    return Rankings(p=options.p, m=width, num_targets=len(pairs.distinct), **arrays)
+    return Rankings(p=options.p, m=width, **arrays)
 
 
 def _rankings_key(pairs: Pairs, options: MiningOptions) -> str:
     return Stages.key(
         embeddings=pairs.fingerprint,
         width=max(_widths(options, len(pairs.distinct))),
+        fields=list(Rankings.__annotations__),
         **options.model_dump(include={"p", "community_size", "search", "preset", "classification"}),
     )
 
@@ -227,14 +228,7 @@ def mining_options(**values: Any) -> MiningOptions:
         raise InputError(f"mine has no option '{name}'; it has {', '.join(MiningOptions.model_fields)}")
     if first["type"] == "value_error":
         raise InputError(first["msg"].removeprefix("Value error, "))
-    if first["type"] == "literal_error":
-        choices = ", ".join(re.findall(r"'(\w+)'", first["ctx"]["expected"]))
-        raise InputError(f"{name} is {first['input']!r}; choose from {choices}")
-    if first["type"].startswith(("int", "greater")):
-        field = MiningOptions.model_fields[name]
-        least = next((rule.ge for rule in field.metadata if getattr(rule, "ge", None) is not None), 1)
-        raise InputError(f"{name} is {first['input']!r}; give an integer of at least {least}")
-    raise InputError(f"{name} is {first['input']!r}: {first['msg']}")
+    raise InputError(f"{name} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}")
 
 
 def _versions() -> dict[str, str]:
@@ -244,8 +238,6 @@ def _versions() -> dict[str, str]:
 
     versions = {"b3": __version__}
     for name in ("numpy", "scipy", "pymetis", "numba", "torch"):
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions

@@ -33,7 +33,7 @@ def draw_negatives(
         where targets do not repeat), and negatives are dealt out in turns where they give the first h of the draw to
         the first member; every query meets the negatives of all rows, so the loss does not depend on who owns one.
     """
-    negatives = np.full((len(rankings.own), per_query), -1, dtype=np.int64)
+    negatives = np.full((len(rankings), per_query), -1, dtype=np.int64)
     groups = [*communities, *([remainder] if len(remainder) else [])]
     first_row = distinct.rows[distinct.starts[:-1]]
     for members in groups:
@@ -48,7 +48,7 @@ def _draw(
     members: np.ndarray,
     per_query: int,
     seed: int,
-    as_authors: bool = False,
+    as_authors: bool,
 ) -> np.ndarray:
     """(K, h) distinct targets for one community of `members` (K,), -1 for none."""
     order = rankings.order[members]  # (K, p + m)
@@ -58,14 +58,14 @@ def _draw(
     num_candidates = len(candidate_ids)
     scores = np.bincount(place[:, rankings.p :].ravel(), minlength=num_candidates).astype(np.float64)
     scores -= np.bincount(place[:, : rankings.p].ravel(), minlength=num_candidates)
-    member_targets, num_carriers = np.unique(rankings.own[members], return_counts=True)
+    member_targets, num_carriers = np.unique(rankings.target_ids[members], return_counts=True)
     if as_authors:  # only those that no row outside the community carries
         member_targets = member_targets[num_carriers == distinct.counts[member_targets]]
     scores[np.isin(candidate_ids, member_targets)] = 0
 
-    num_wanted = len(members) * per_query
+    num_places = len(members) * per_query
     usable = np.flatnonzero(scores > 0)
-    num_copies = -(-num_wanted // len(usable)) if as_authors and len(usable) else 1
+    num_copies = -(-num_places // len(usable)) if as_authors and len(usable) else 1
     keys = []
     for copy in range(num_copies):
         # the smallest of these exponential keys are a draw without replacement, weighted by score
@@ -74,39 +74,40 @@ def _draw(
     # all copies in one line, smallest key first; `usable` are places in `candidate_ids`
     queue = np.tile(usable, num_copies)[np.argsort(np.concatenate(keys), kind="stable")]
     if as_authors:
-        dealt = np.full(num_wanted, -1, dtype=np.int64)
-        dealt[: len(queue)] = queue[:num_wanted]
+        dealt = np.full(num_places, -1, dtype=np.int64)
+        dealt[: len(queue)] = queue[:num_places]
     else:
         is_banned = np.zeros((len(members), num_candidates), dtype=bool)  # a member's own top p
         np.put_along_axis(is_banned, place[:, : rankings.p], True, axis=1)
-        dealt = _deal(queue, is_banned, num_wanted)
-    places = dealt.reshape(per_query, len(members)).T  # dealt turn by turn: one row per turn, one column per member
-    return np.where(places >= 0, candidate_ids[places], -1)
+        dealt = _deal(queue, is_banned, num_places)
+    # dealt turn by turn: one row per turn, one column per member
+    by_member = dealt.reshape(per_query, len(members)).T
+    return np.where(by_member >= 0, candidate_ids[by_member], -1)
 
 
-def _deal(queue: np.ndarray, is_banned: np.ndarray, num_wanted: int) -> np.ndarray:
-    """(num_wanted,) candidates of the queue: each query in turn takes the first one left that it may have; -1: none.
+def _deal(queue: np.ndarray, is_banned: np.ndarray, num_places: int) -> np.ndarray:
+    """(num_places,) candidates of the queue: each query in turn takes the first one left that it may have; -1: none.
 
     Args:
         queue: (U',) candidates in the order of the draw.
         is_banned: (K, U) what a query may not have.
     """
-    dealt = np.full(num_wanted, -1, dtype=np.int64)
-    head = queue[:num_wanted]
+    dealt = np.full(num_places, -1, dtype=np.int64)
+    head = queue[:num_places]
     if not is_banned[np.arange(len(head)) % max(1, len(is_banned)), head].any():
         dealt[: len(head)] = head  # nobody has to pass anything on
         return dealt
-    passed: list[int] = []  # left over by the queries before, in order
+    leftovers: list[int] = []  # of the queries before, in order
     ahead = iter(queue.tolist())
-    for turn in range(num_wanted):
+    for turn in range(num_places):
         refused = is_banned[turn % len(is_banned)]
-        place = next((i for i, candidate in enumerate(passed) if not refused[candidate]), None)
+        place = next((i for i, candidate in enumerate(leftovers) if not refused[candidate]), None)
         if place is not None:
-            dealt[turn] = passed.pop(place)
+            dealt[turn] = leftovers.pop(place)
             continue
         for candidate in ahead:
             if not refused[candidate]:
                 dealt[turn] = candidate
                 break
-            passed.append(candidate)
+            leftovers.append(candidate)
     return dealt

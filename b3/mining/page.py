@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from b3 import html
 from b3.console import num_bytes, percent
-from b3.files import write_text
 from b3.html import drop_shared, image_tag, plain_text, shared_words, shorten
-from b3.mining.figures import hub_figure, mass_figure, similarity_figure
 
+GREEN, ORANGE, VIOLET, GREY = "#1f7a5c", "#c2501a", "#5b5fc7", "#7b8794"
+# key in the report's histogram of similarity and of mass, label, colour
+GROUPS = (("positive", "", "own target", GREEN), ("community", "mined", "in the community", ORANGE),
+          ("paper", "paper", "paper's recipe", VIOLET), ("random", "random", "random community", GREY))  # fmt: skip
 MOST_MEMBERS = 36
 SAMPLE = 64
 INTRODUCTION = """<div class="intro"><p>An embedding model is trained with batches of pairs: each <b>query</b> must find
@@ -61,13 +61,8 @@ class Section:
         return self.name or getattr(self.records, "name", None) or "Batch plan"
 
 
-def write_page(path: str | os.PathLike[str], sections: Sequence[Section]) -> None:
-    """Write the page for one or several data sets; images are embedded, nothing is loaded from elsewhere."""
-    write_text(Path(path), render(sections))
-
-
 def render(sections: Sequence[Section]) -> str:
-    """The page as a string."""
+    """The page of one or several data sets; images are embedded, nothing is loaded from elsewhere."""
     alone = len(sections) == 1
     heading = f"Mined batches: {sections[0].title}" if alone else f"Mined batches of {len(sections)} data sets"
     parts = [f'<h1 id="top">{escape(heading)}</h1>', INTRODUCTION]
@@ -96,8 +91,9 @@ def _contents(sections: Sequence[Section]) -> str:
                 f"{r['skipped_ranks_per_query']:.2f}",
             ]
         )
-    head = ["Contents", "Rows", "Distinct targets", "Community size", "Window", "Hard negatives per query",
-            *(["paper's recipe"] if compared else []), "random", "Teacher mass", "Above the window"]  # fmt: skip
+    papers = ["paper's recipe"] if compared else []
+    head = ["Contents", "Rows", "Distinct targets", "Community size", "Window", "Hard negatives per query", *papers,
+            "random communities", "Teacher mass", "Ranked above the window"]  # fmt: skip
     return html.table(head, rows, "numbers contents")
 
 
@@ -133,8 +129,7 @@ def _section(section: Section, number: int, alone: bool) -> str:
             _numbers(r, manifest.get("partitioner")),
             f'<p class="facts">{escape(_remarks(r))}</p>',
             _figures(r),
-            _doubts(r, cards),
-            _hubs(r, cards),
+            _false_negatives(r, cards),
             "" if section.records is None else _communities(r, cards),
             "</section>",
         ]
@@ -185,24 +180,65 @@ def _remarks(r: dict[str, Any]) -> str:
 
 
 def _figures(r: dict[str, Any]) -> str:
+    paper = "paper_teacher_mass_captured"
     similarity = similarity_figure(
         r["histogram"],
         "Height: share of pairs. The further the orange curve lies right of the grey one, the harder the batches;"
         " where it overlaps the green one, the teacher cannot tell negatives from right answers.",
     )
-    paper = f", the paper's recipe {_number(r, 'paper_teacher_mass_captured', percent)}"
     mass = mass_figure(
         r["teacher_mass_histogram"],
-        f"The higher a curve stays towards the right, the better. On average a query meets"
-        f" {percent(r['teacher_mass_captured'])} of the teacher mass of its {r['community_size'] - 1} hardest"
-        f" negatives{paper if 'paper_teacher_mass_captured' in r else ''},"
-        f" a random community {percent(r['random_teacher_mass_captured'])}.",
+        "The higher a curve stays towards the right, the better. On average a query meets"
+        f" {percent(r['teacher_mass_captured'])} of the teacher mass of its {r['community_size'] - 1} hardest negatives"
+        f"{f', by the paper’s recipe {percent(r[paper])}' if paper in r else ''},"
+        f" in a random community {percent(r['random_teacher_mass_captured'])}.",
     )
     return f'<div class="pair">{similarity}{mass}</div>'
 
 
-def _doubts(r: dict[str, Any], cards: Cards) -> str:
-    """Likely false negatives and duplicates."""
+def similarity_figure(h: dict[str, Any], reading: str) -> str:
+    """Share of the scores in each bin of 0.01, by group of ``report["histogram"]``."""
+    axes = html.new_axes("similarity")
+    edges = np.linspace(-1, 1, len(h["positive"]) + 1)
+    spans = []
+    for key, _, label, colour in GROUPS:
+        if any(h.get(key, ())):
+            shares = np.array(h[key]) / sum(h[key])
+            mean = shares @ (edges[:-1] + edges[1:]) / 2
+            label = f"{label} (mean {mean:.2f})"
+            axes.stairs(
+                shares,
+                edges,
+                fill=key != "paper",
+                facecolor=(colour, 0.25),
+                edgecolor=colour,
+                linewidth=1.4,
+                label=label,
+            )
+            spans += [edges[:-1][shares > 5e-4].min(), edges[1:][shares > 5e-4].max()]
+    axes.set_xlim(min(spans) - 0.02, max(spans) + 0.02)
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])  # room for the legend
+    axes.set_yticks([])
+    return html.figure("Similarity of a query to targets", axes, reading)
+
+
+def mass_figure(h: dict[str, Any], reading: str) -> str:
+    """Share of queries that capture at least so much of their teacher mass, of ``report["teacher_mass_histogram"]``."""
+    axes = html.new_axes("teacher mass captured, %")
+    highest = 10.0
+    for _, key, label, colour in GROUPS:
+        if any(h.get(key, ())):
+            counts = np.array(h[key])
+            shares = 100 * np.append(counts[::-1].cumsum()[::-1], 0) / counts.sum()
+            at_least = np.linspace(0, 100, len(shares))
+            axes.plot(at_least, shares, color=colour, label=label)
+            highest = max(highest, at_least[shares > 0.2].max() + 4)
+    axes.set_xlim(0, min(100, highest))  # nothing to see further right
+    axes.set_ylim(0, 103)
+    return html.figure("Share of queries, %, that capture at least so much teacher mass", axes, reading)
+
+
+def _false_negatives(r: dict[str, Any], cards: Cards) -> str:
     share, by = r["queries_with_negatives_above_positive"], r["negatives_above_positive_by"]
     text = (
         f"For {percent(share)} of the queries the teacher scores at least one other target of the community above the"
@@ -211,49 +247,35 @@ def _doubts(r: dict[str, Any], cards: Cards) -> str:
         if share
         else "In no community does the teacher score another target above a query's own."
     )
-    parts = [f"<h3>Likely false negatives</h3><p>{text}</p>"]
-    pairs, copies = r["likely_false_negatives"], r["duplicate_examples"]
+    parts, pairs, depth = [f"<h3>Likely false negatives</h3><p>{text}</p>"], r["likely_false_negatives"], r["window"][1]
     if pairs:
         parts.append(f"<p>The {len(pairs)} largest differences, each query and each target once:</p>")
-        parts.append(false_negative_table(cards, pairs, r["window"][1]))
-    if copies:
-        parts.append("<p>Members with the same target; training does not count them as each other's negatives:</p>")
-        parts.append(duplicate_table(cards, copies))
+        lines = ["<b>query</b><b>its own target</b><b>target of another member</b>"]
+        for pair in pairs:
+            own, other = (
+                f"{cards.show('target', pair[row])}<small>similarity {round(pair[f'{side}_score'], 2) + 0:.2f},"
+                f" {_rank(pair[f'{side}_rank'], depth)}</small>"
+                for row, side in (("row", "positive"), ("other_row", "negative"))
+            )
+            lines.append(
+                f'<div class="side">{cards.show("query", pair["row"])}</div><div class="side target">{own}</div>'
+                f'<div class="side doubt">{other}</div>'
+            )
+        parts.append(f'<div class="triples{cards.layout}">{"".join(lines)}</div>')
     return "\n".join(parts)
 
 
-def _hubs(r: dict[str, Any], cards: Cards) -> str:
-    h = r["hubs"]
-    few = max(1, -(-r["num_distinct_targets"] // 100))
-    name = "most frequent target takes" if few == 1 else f"{few:,} most frequent targets (1\u00a0%) take"
-    text = (
-        f"Hubs are targets that are hard negatives of very many queries. Here the {name} {percent(h['top_share'])} of"
-        f" all places in windows. A target is in {h['mean']:.1f} windows on average, 99\u00a0% of them are in at most"
-        f" {h['p99']:,.0f}, the most frequent one is in {h['max']:,}; {percent(h['unused'])} are in none."
-    )
-    if "drawn_top_share" in h:
-        text += f" Of the hard negatives drawn for single queries, {percent(h['drawn_top_share'])} are such hubs."
-    reading = (
-        "Height: number of targets. The further a tail reaches to the right, the more often the same few targets"
-        " serve as negatives, whatever the query."
-    )
-
-    return "\n".join(
-        [
-            f"<h3>Hubs</h3><p>{text}</p>",
-            hub_figure(h["histogram"], reading),
-            f"<p>The {len(h['targets'])} targets in most windows, with their share of all queries:</p>",
-            hub_cards(cards, h["targets"], r["n"]),
-        ]
-    )
+def _rank(rank: int | None, depth: int) -> str:
+    return f"beyond rank {depth - 1}" if rank is None else f"rank {rank}"
 
 
 def _communities(r: dict[str, Any], cards: Cards) -> str:
+    sheets = {example["community"]: _sheet(cards, example, r["community_size"]) for example in reversed(r["examples"])}
     return (
         "<h3>Communities to look at</h3><p>An easy, a typical and a hard community. Each card is one row: its query"
         " above, its target below, and how many of the other targets are hard negatives for that query. The members"
         " should be easy to confuse, yet no target should be a right answer to another member's query.</p>"
-        + contact_sheets(cards, r)
+        + "\n".join(reversed(sheets.values()))  # none twice
     )  # fmt: skip
 
 
@@ -301,19 +323,7 @@ class Cards:
 def shown_rows(r: dict[str, Any]) -> set[int]:
     """Rows of which the report shows query or target."""
     rows = {int(row) for example in r["examples"] for row in example["rows"][:MOST_MEMBERS]}
-    rows |= {pair[key] for pair in r.get("likely_false_negatives", ()) for key in ("row", "other_row")}
-    rows |= {row for example in r.get("duplicate_examples", ()) for row in example["rows"]}
-    return rows | {target["row"] for target in r.get("hubs", {}).get("targets", ())}
-
-
-def contact_sheets(cards: Cards, r: dict[str, Any]) -> str:
-    """A sheet for each example community of the report; none twice."""
-    sheets, seen = [], set()
-    for example in r["examples"]:
-        if example["community"] not in seen:
-            seen.add(example["community"])
-            sheets.append(_sheet(cards, example, r["community_size"]))
-    return "\n".join(sheets)
+    return rows | {pair[key] for pair in r["likely_false_negatives"] for key in ("row", "other_row")}
 
 
 def _sheet(cards: Cards, example: dict[str, Any], size: int) -> str:
@@ -330,51 +340,3 @@ def _sheet(cards: Cards, example: dict[str, Any], size: int) -> str:
         f" <small>{example['mined_negatives_per_query']:.1f} hard negatives per query</small></h4>"
         f'<div class="sheet{cards.layout}">' + "".join(shown) + "</div>"
     )
-
-
-def false_negative_table(cards: Cards, pairs: list[dict[str, Any]], depth: int) -> str:
-    """One line per pair: query, its own target, and the other member's target that the teacher prefers.
-
-    `depth`: ranks below it are known (p + m).
-    """
-    lines = []
-    for pair in pairs:
-        target = _scored(cards.show("target", pair["row"]), pair["positive_score"], pair["positive_rank"], depth)
-        other = _scored(cards.show("target", pair["other_row"]), pair["negative_score"], pair["negative_rank"], depth)
-        lines.append(
-            f'<div class="side">{cards.show("query", pair["row"])}</div><div class="side target">{target}</div>'
-            f'<div class="side doubt">{other}</div>'
-        )
-    head = "<b>query</b><b>its own target</b><b>target of another member</b>"
-    return f'<div class="triples{cards.layout}">{head}{"".join(lines)}</div>' if lines else ""
-
-
-def _scored(shown: str, score: float, rank: int | None, depth: int) -> str:
-    place = f"beyond rank {depth - 1}" if rank is None else f"rank {rank}"
-    return f"{shown}<small>similarity {score:.2f}, {place}</small>"
-
-
-def duplicate_table(cards: Cards, examples: list[dict[str, Any]]) -> str:
-    """One line per target that several members of a community share: two of their queries, and the target."""
-    lines = [
-        f'<div class="side">{cards.show("query", example["rows"][0])}</div>'
-        f'<div class="side">{cards.show("query", example["rows"][1])}</div>'
-        f'<div class="side target">{cards.show("target", example["rows"][0])}'
-        f"<small>shared by {example['members']:,} rows with another member</small></div>"
-        for example in examples
-    ]
-    head = "<b>query</b><b>query of another member</b><b>the target of both</b>"
-    return f'<div class="triples{cards.layout}">{head}{"".join(lines)}</div>' if lines else ""
-
-
-def hub_cards(cards: Cards, targets: list[dict[str, Any]], num_rows: int) -> str:
-    """The most frequent hard negatives."""
-    shown = []
-    for target in targets:
-        drawn = "" if target["drawn"] is None else f", drawn {target['drawn']:,}×"
-        shown.append(
-            f'<div class="card"><div class="side target">{cards.show("target", target["row"])}</div>'
-            f'<div class="hits">{target["windows"]:,} windows'
-            f" ({percent(target['windows'] / num_rows)}){drawn}</div></div>"
-        )
-    return f'<div class="sheet{cards.layout} hubs">' + "".join(shown) + "</div>"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,50 +49,32 @@ class BatchPlan:
         """Whether the report has the numbers of `b3.mining.report`; not so for imported plans."""
         return "mined_negatives_per_query" in self.report
 
-    def save(self, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write the plan to `folder`: complete and synced under another name first, the manifest last.
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the plan to `folder`, each file complete and synced before it has its name, the manifest last.
 
-        Raises `InputError` if `folder` holds a plan made from other data or parameters and `overwrite` is not set, or
-        something that is no plan.
+        Raises `InputError` if `folder` holds a plan made from other data or parameters, or something that is no plan.
         """
-        folder = Path(folder)
-        if not (overwrite and (folder / "manifest.json").exists()):
-            remedy = "choose another folder, or pass overwrite=True to replace a plan"
-            files.claim(folder, self.identity, "batch plan", remedy, foreign=lambda name: name not in FILES)
-        staged = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        try:
-            self._write(staged)
-            if not folder.exists():
-                files.publish(staged, folder)
-                return
-            files.sync_tree(staged)
-            (folder / "manifest.json").unlink(missing_ok=True)  # from here to the last move: no valid plan
-            for name in FILES:  # the manifest is last
-                if (staged / name).exists():
-                    (staged / name).replace(folder / name)
-                else:
-                    (folder / name).unlink(missing_ok=True)
-            files.sync(folder)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        folder, remedy = Path(folder), "choose another folder or delete it"
+        files.claim(folder, self.identity, "batch plan", remedy, foreign=lambda name: name not in FILES)
+        texts = {"report.json": json.dumps(self.report, indent=1, allow_nan=False) + "\n"}
+        if self.measured:
+            from b3.mining.page import Section, render  # a plan is stored without knowing what it looks like
 
-    def _write(self, folder: Path) -> None:
-        """Write all files to an empty folder."""
+            texts["report.html"] = render([Section(self.report, self.manifest)])
+        (folder / "manifest.json").unlink(missing_ok=True)  # from here to the last file: no valid plan
         checksums = {}
         for name in ARRAYS:
-            array = getattr(self, name)
+            file, array = folder / f"{name}.npy", getattr(self, name)
+            file.unlink(missing_ok=True)
             if array is not None:
-                np.save(folder / f"{name}.npy", array, allow_pickle=False)
-                checksums[f"{name}.npy"] = files.sha256(folder / f"{name}.npy")
-        _write_json(folder / "report.json", self.report)
+                files.write_array(file, array)
+                checksums[file.name] = files.sha256(file)
+        for name, text in texts.items():
+            files.write_text(folder / name, text)
+        files.sync(folder)
         manifest = {**self.manifest, "format_version": FORMAT_VERSION, "sha256": checksums}
-        if self.measured:
-            from b3.mining.page import Section, write_page  # a plan is stored without knowing what it looks like
-
-            write_page(folder / "report.html", [Section(self.report, self.manifest)])
-        _write_json(folder / "manifest.json", manifest)
+        files.write_json(folder / "manifest.json", manifest, indent=1, allow_nan=False)
+        files.sync(folder)
 
     @classmethod
     def load(
@@ -149,10 +130,6 @@ def _read_array(folder: Path, name: str, checksums: Mapping[str, str]) -> np.nda
         raise InputError(f"{file} differs from its checksum in manifest.json (torn or edited); mine the plan again")
     array: np.ndarray = np.load(file, allow_pickle=False)
     return array
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def describe_plans(plans: Mapping[str, BatchPlan]) -> str:

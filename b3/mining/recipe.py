@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,32 +11,24 @@ import numpy as np
 from b3 import distributed
 from b3.config import Config, DatasetConfig
 from b3.config.checks import check
-from b3.config.schema import MiningOptions
 from b3.console import Progress, bar
 from b3.data.datasets import PairDataset, load_dataset
 from b3.errors import RunError
-from b3.files import Stages, belongs_elsewhere, changes, write_array
+from b3.files import Stages, belongs_elsewhere, changes, write_array, write_text
 from b3.mining.mine import mine, rank_together
 from b3.mining.plan import BatchPlan
 from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
 
-
-def plan_folder(config: Config, subset: str) -> Path:
-    return Path(config.mining.dir) / subset
-
-
-def options_for(config: Config, entry: DatasetConfig) -> MiningOptions:
-    """What `mine` takes for a data set of the recipe."""
-    return config.mining.options_for(entry, config.negatives.mined)
+Job = tuple[DatasetConfig, PairDataset]  # a plan to be mined
 
 
 def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> BatchPlan:
     """The plan of a data set. Raises `RunError` if it is missing or was mined with other data or parameters."""
-    folder = plan_folder(config, entry.subset)
+    folder = Path(config.mining.dir) / entry.subset
     if not (folder / "manifest.json").exists():
         raise RunError(f"no batch plan in {folder}; mine it first: python scripts/mine.py CONFIG.yaml")
     plan = BatchPlan.load(folder)
-    options = options_for(config, entry)
+    options = config.mining.options_for(entry, config.negatives.mined)
     facts = {"data_fingerprint": dataset.fingerprint(), "teacher": teacher_name(config), **options.model_dump()}
     if plan.manifest.get("imported") is not None:  # mined elsewhere, with parameters that the files do not tell
         facts = {key: facts[key] for key in ("data_fingerprint", "community_size", "hard_negatives")}
@@ -65,14 +56,6 @@ def stage_bar(label: str, show: bool) -> Iterator[Progress]:
         yield update
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A plan to be mined."""
-
-    entry: DatasetConfig
-    dataset: PairDataset
-
-
 def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchPlan]:
     """Mine every data set of a recipe that has no plan yet; returns all plans by subset.
 
@@ -84,73 +67,85 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
 
     Raises `InputError` for data or embeddings that cannot be used and for an existing plan that does not fit.
     """
-    from b3.mining.page import Section, write_page
+    from b3.mining.page import Section, render
 
     check(config)
-    jobs = [_Job(entry, load_dataset(config, entry)) for entry in config.data.datasets]
-    missing = [job for job in jobs if not (plan_folder(config, job.entry.subset) / "manifest.json").exists()]
-    for job in jobs:
-        if job not in missing:
-            load_plan(config, job.entry, job.dataset)  # refuses one that does not fit, before work starts
+    jobs = [(entry, load_dataset(config, entry)) for entry in config.data.datasets]
+    missing: list[Job] = []
+    for entry, dataset in jobs:
+        if (Path(config.mining.dir) / entry.subset / "manifest.json").exists():
+            load_plan(config, entry, dataset)  # refuses one that does not fit, before work starts
+        else:
+            missing.append((entry, dataset))
     distributed.barrier()  # all have looked before the first plan appears
     if missing:
         _mine_plans(config, missing, show_progress and distributed.rank() == 0)
-    plans = {job.entry.subset: load_plan(config, job.entry, job.dataset) for job in jobs}
+    plans = {entry.subset: load_plan(config, entry, dataset) for entry, dataset in jobs}
     page = Path(config.mining.dir) / "report.html"
-    measured = [(name, job) for name, job in zip(plans, jobs, strict=True) if plans[name].measured]
-    sections = [Section(plans[name].report, plans[name].manifest, job.dataset, name) for name, job in measured]
+    sections = [
+        Section(plan.report, plan.manifest, dataset, name)
+        for (name, plan), (_, dataset) in zip(plans.items(), jobs, strict=True)
+        if plan.measured
+    ]
     if distributed.rank() == 0 and sections and (missing or not page.exists()):
-        write_page(page, sections)
+        write_text(page, render(sections))
     distributed.barrier()
     return plans
 
 
-def _mine_plans(config: Config, jobs: list[_Job], show_progress: bool) -> None:
+def _mine_plans(config: Config, jobs: list[Job], show_progress: bool) -> None:
     """Mine and save plans, as many at a time as there are processes: all rank each, then process i cuts the i-th."""
     teacher = load_teacher(config)
     world = distributed.world_size()
     for start in range(0, len(jobs), world):
-        own_job: tuple[_Job, np.ndarray, np.ndarray] | None = None  # with (N, D) queries and targets
-        for owner, job in enumerate(jobs[start : start + world]):
-            queries, targets = teacher_embeddings(config, job.entry, job.dataset, teacher)
+        arrays: tuple[np.ndarray, np.ndarray] | None = None  # (N, D) queries and targets of the plan to cut here
+        for owner, (entry, dataset) in enumerate(jobs[start : start + world]):
+            queries, targets = teacher_embeddings(config, entry, dataset, teacher)
             if owner == distributed.rank():
-                own_job = job, _on_disk(config, job, "queries", queries), _on_disk(config, job, "targets", targets)
+                arrays = _on_disk(config, entry, "queries", queries), _on_disk(config, entry, "targets", targets)
             if world > 1:
-                with stage_bar(job.entry.subset, show_progress) as progress:
-                    options = options_for(config, job.entry)
-                    rank_together(queries, targets, options, _stages(config, job), owner, progress)
-        if own_job is not None:
-            _mine_plan(config, *own_job, show_progress and world == 1)
+                options = config.mining.options_for(entry, config.negatives.mined)
+                with stage_bar(entry.subset, show_progress) as progress:
+                    rank_together(queries, targets, options, _stages(config, entry), owner, progress)
+        if arrays is not None:
+            _mine_plan(config, *jobs[start + distributed.rank()], *arrays, show_progress and world == 1)
     distributed.barrier()
     forget_teacher(config)
 
 
-def _on_disk(config: Config, job: _Job, side: str, vectors: np.ndarray) -> np.ndarray:
+def _on_disk(config: Config, entry: DatasetConfig, side: str, vectors: np.ndarray) -> np.ndarray:
     """(N, D) vectors mapped from a file beside the stages, so that the next data set has the memory to itself."""
     if distributed.world_size() == 1 or isinstance(vectors, np.memmap):
         return vectors
-    file = _stages(config, job).folder / f"{side}.npy"
+    file = _stages(config, entry).folder / f"{side}.npy"
     write_array(file, vectors)
     mapped: np.ndarray = np.load(file, mmap_mode="r")
     return mapped
 
 
-def _stages(config: Config, job: _Job) -> Stages:
-    return Stages(Path(config.mining.dir) / f".{job.entry.subset}.stages")
-
-
-def _mine_plan(config: Config, job: _Job, queries: np.ndarray, targets: np.ndarray, show_progress: bool) -> None:
-    stages = _stages(config, job)
-    with stage_bar(job.entry.subset, show_progress) as progress:
+def _mine_plan(
+    config: Config,
+    entry: DatasetConfig,
+    dataset: PairDataset,
+    queries: np.ndarray,
+    targets: np.ndarray,
+    show_progress: bool,
+) -> None:
+    stages = _stages(config, entry)
+    with stage_bar(entry.subset, show_progress) as progress:
         plan = mine(
             queries,
             targets,
-            **options_for(config, job.entry).model_dump(),
-            data_fingerprint=job.dataset.fingerprint(),
+            **config.mining.options_for(entry, config.negatives.mined).model_dump(),
+            data_fingerprint=dataset.fingerprint(),
             teacher=teacher_name(config),
             compare=config.report.compare,
             progress=progress,
             stages=stages,
         )
-    plan.save(plan_folder(config, job.entry.subset))
+    plan.save(Path(config.mining.dir) / entry.subset)
     stages.remove()
+
+
+def _stages(config: Config, entry: DatasetConfig) -> Stages:
+    return Stages(Path(config.mining.dir) / f".{entry.subset}.stages")

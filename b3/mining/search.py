@@ -19,15 +19,17 @@ SMALL = 6000  # up to this many distinct targets the float64 product alone is as
 SCORES_IN_BLOCK = 1 << 24
 SCORES_ON_DEVICE = 1 << 28  # 1 GiB in float32
 TILE = 8192
-PROBED = 0.2  # share of the cells that a query looks into
-LEAST_IN_CELL = 64
-TRAINED_ON = 256  # targets a cell, at most
+PROBED_SHARE = 0.2  # share of the cells that a query looks into
+MIN_CELL_TARGETS = 64
+MAX_TRAINING_TARGETS = 256  # per cell
 ROOM = 4  # a query's candidates are thinned out when they exceed this many times the depth
 
 Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-def exact_search(targets: np.ndarray, depth: int, device: str | None = None) -> tuple[Search, int]:
+def make_search(
+    targets: np.ndarray, depth: int, method: str = "exact", device: str | None = None
+) -> tuple[Search, int]:
     """(search, number of queries per call that suits it).
 
     The search takes queries (n, D) to (ids (n, depth), exact scores (n, depth) float64) in rank order, ties by id.
@@ -35,9 +37,12 @@ def exact_search(targets: np.ndarray, depth: int, device: str | None = None) -> 
     Args:
         targets: (U, D), like the queries float32 unit vectors on the grid.
         depth: 0 < depth <= U.
+        method: "exact" or "ivf".
         device: torch device for large inputs; default: a GPU if there is one.
     """
     assert 0 < depth <= len(targets)
+    if method == "ivf":
+        return CellSearch(targets, depth), 1024
     if len(targets) <= SMALL:
         wide = targets.astype(np.float64).T
         step = max(1, min(4096, SCORES_IN_BLOCK // len(targets)))
@@ -47,25 +52,39 @@ def exact_search(targets: np.ndarray, depth: int, device: str | None = None) -> 
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        return _TileSearch(targets, depth), 1024
-    return _DeviceSearch(targets, depth, device), max(1, min(4096, SCORES_ON_DEVICE // len(targets)))
+        return TileSearch(targets, depth), 1024
+    return DeviceSearch(targets, depth, device), max(1, min(4096, SCORES_ON_DEVICE // len(targets)))
 
 
 def select(scores: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
     """The `depth` best of each row of scores (n, U), ties by column."""
     num = scores.shape[1]
     bound = np.partition(scores, num - depth, axis=1)[:, num - depth]
-    rows, columns = np.nonzero(scores >= bound[:, None])  # at least `depth` a row, more where the last ones tie
+    rows, columns = np.nonzero(scores >= bound[:, None])  # at least `depth` per row, more where the last ones tie
     values = scores[rows, columns]
     order = np.lexsort((columns, -values, rows))
     starts = np.searchsorted(rows, np.arange(len(scores)))
-    kept = order[starts[:, None] + np.arange(depth)]
-    return columns[kept], values[kept]
+    top = order[starts[:, None] + np.arange(depth)]
+    return columns[top], values[top]
 
 
 def pair_scores(queries: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Exact scores (n, k) float64 of queries (n, D) with their own targets (n, k, D), both on the grid."""
+    """Exact scores (n, k) float64 of queries (n, D) with k targets each (n, k, D), both on the grid."""
     return np.matmul(targets.astype(np.float64), queries.astype(np.float64)[:, :, None])[:, :, 0]
+
+
+def rank_candidates(
+    queries: np.ndarray, targets: np.ndarray, ids: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, exact scores), each (n, depth), of the best of the candidates `ids` (n, k) by rank, ties by id."""
+    ids = np.sort(ids, axis=1)
+    scores = np.empty(ids.shape)
+    step = max(1, SCORES_IN_BLOCK // (ids.shape[1] * queries.shape[1]))
+    for start in range(0, len(queries), step):
+        span = slice(start, start + step)
+        scores[span] = pair_scores(queries[span], targets[ids[span]])
+    by_rank = np.argsort(-scores, axis=1, kind="stable")[:, :depth]  # stable over sorted ids: ties by id
+    return np.take_along_axis(ids, by_rank, axis=1), np.take_along_axis(scores, by_rank, axis=1)
 
 
 def error_of_products(dim: int) -> float:
@@ -82,7 +101,7 @@ def fast_bfloat16() -> bool:
     )
 
 
-class _TileSearch:
+class TileSearch:
     """On the CPU: products of tiles in bfloat16 where that is fast, in float32 otherwise; candidates by compiled code.
 
     The error of a rough score is that of rounding both vectors, |q - q'| + |q'| |t - t'| by Cauchy-Schwarz, that of the
@@ -96,16 +115,12 @@ class _TileSearch:
         self.dtype = torch.bfloat16 if (fast_bfloat16() if bfloat16 is None else bfloat16) else torch.float32
         self.rough_targets = torch.from_numpy(targets).to(self.dtype)
         self.target_error = max(
-            float((torch.from_numpy(part) - rough.float()).double().norm(dim=1).max())
-            for part, rough in zip(
-                np.array_split(targets, -(-len(targets) // TILE)),
-                torch.tensor_split(self.rough_targets, -(-len(targets) // TILE)),
-                strict=True,
-            )
+            float((part - part.to(self.dtype).float()).double().norm(dim=1).max())
+            for part in torch.from_numpy(targets).split(TILE)
         )
         self.result_error = 2.0**-9 if self.dtype == torch.bfloat16 else 0.0
-        self.pool = ThreadPoolExecutor(torch.get_num_threads())
         self.threads = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(self.threads)
 
     def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch
@@ -118,25 +133,30 @@ class _TileSearch:
         rounding = (exact - rough.float()).double().norm(dim=1).numpy()
         error = 1.01 * (rounding + 1.01 * self.target_error) + error_of_products(queries.shape[1])
         bits: Any = torch.int16 if self.result_error else torch.int32
-        pool = _Candidates(count, most + 2 * TILE, np.int16 if self.result_error else np.int32)
+        # Candidates of each query: keys of their rough scores (a key orders floats as integers) and ids, `counts` of
+        # them; what has a key up to the floor is ruled out.
+        room = most + 2 * TILE
+        keys = np.empty((count, room), dtype=np.int16 if self.result_error else np.int32)
+        candidate_ids = np.empty((count, room), dtype=np.int32)
+        counts, floors = np.zeros(count, dtype=np.int64), np.full(count, np.iinfo(np.int64).min)
         shares = [slice(s[0], s[-1] + 1) for s in np.array_split(np.arange(count), self.threads) if len(s)]
         for start in range(0, len(self.targets), TILE):
             with torch.inference_mode():
                 tile: Any = (rough @ self.rough_targets[start : start + TILE].T).view(bits).numpy()
 
             def add(s: slice, tile: Any = tile, start: int = start) -> None:
-                candidates = pool.keys[s], pool.ids[s], pool.counts[s], pool.floors[s]
+                candidates = keys[s], candidate_ids[s], counts[s], floors[s]
                 collect(tile[s], start, *candidates, error[s], self.result_error, self.depth, most)
 
             list(self.pool.map(add, shares))
         ids, scores = np.empty((count, self.depth), dtype=np.int64), np.empty((count, self.depth))
 
         def rank(s: slice) -> None:
-            candidates = pool.keys[s], pool.ids[s], pool.counts[s]
+            candidates = keys[s], candidate_ids[s], counts[s]
             finish(queries[s], self.targets, *candidates, error[s], self.result_error, ids[s], scores[s])
 
         list(self.pool.map(rank, shares))
-        in_full(queries, self.targets, np.flatnonzero(pool.counts < 0), ids, scores)
+        in_full(queries, self.targets, np.flatnonzero(counts < 0), ids, scores)
         return ids, scores
 
 
@@ -150,20 +170,7 @@ def in_full(queries: np.ndarray, targets: np.ndarray, rows: np.ndarray, ids: np.
         ids[part], scores[part] = select(np.concatenate(pieces, axis=1), ids.shape[1])
 
 
-class _Candidates:
-    """Targets that may belong to the top of each of n queries: keys of their rough scores, and ids; `counts` are used.
-
-    A key orders floats as integers; `floors` are the keys below which a target is ruled out.
-    """
-
-    def __init__(self, count: int, room: int, kind: type) -> None:
-        self.keys: np.ndarray = np.empty((count, room), dtype=kind)
-        self.ids = np.empty((count, room), dtype=np.int32)
-        self.counts = np.zeros(count, dtype=np.int64)
-        self.floors = np.full(count, np.iinfo(np.int64).min)
-
-
-class _DeviceSearch:
+class DeviceSearch:
     """On an accelerator: products in float32 and their top by torch; what these cannot decide is computed in full."""
 
     def __init__(self, targets: np.ndarray, depth: int, device: str) -> None:
@@ -182,14 +189,7 @@ class _DeviceSearch:
             block = torch.from_numpy(np.ascontiguousarray(queries)).to(self.device)
             top = torch.topk(block @ self.on_device.T, self.width, dim=1)
             rough, columns = top.values.cpu().numpy(), top.indices.cpu().numpy()
-        ids = np.sort(columns, axis=1)
-        scores = np.empty(ids.shape)
-        step = max(1, SCORES_IN_BLOCK // (self.width * queries.shape[1]))
-        for start in range(0, len(queries), step):
-            span = slice(start, start + step)
-            scores[span] = pair_scores(queries[span], self.targets[ids[span]])
-        by_rank = np.argsort(-scores, axis=1, kind="stable")[:, : self.depth]  # stable over sorted ids: ties by id
-        ids, scores = np.take_along_axis(ids, by_rank, axis=1), np.take_along_axis(scores, by_rank, axis=1)
+        ids, scores = rank_candidates(queries, self.targets, columns, self.depth)
         if self.width < len(self.targets):
             undecided = np.flatnonzero(rough[:, -1] >= rough[:, self.depth - 1] - self.margin)
             in_full(queries, self.targets, undecided, ids, scores)
@@ -213,15 +213,15 @@ class CellSearch:
             raise RunError("mining.search ivf needs faiss; pip install 'b3[faiss]', or use search exact") from None
         count, dim = targets.shape
         self.targets, self.depth = targets, depth
-        cells = max(1, min(int(4 * count**0.5), count // LEAST_IN_CELL))
+        cells = max(1, min(int(4 * count**0.5), count // MIN_CELL_TARGETS))
         self.index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
-        self.index.cp.seed, self.index.cp.max_points_per_centroid = 1, TRAINED_ON
+        self.index.cp.seed, self.index.cp.max_points_per_centroid = 1, MAX_TRAINING_TARGETS
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
         self.index.train(targets)
         faiss.omp_set_num_threads(threads)
         self.index.add(targets)
-        self.index.nprobe = int(np.ceil(PROBED * cells))
+        self.index.nprobe = int(np.ceil(PROBED_SHARE * cells))
 
     def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _, ids = self.index.search(np.ascontiguousarray(queries), self.depth)
@@ -229,7 +229,4 @@ class CellSearch:
             missing = ids[row] < 0
             others = np.setdiff1d(np.arange(min(len(self.targets), 2 * self.depth)), ids[row])
             ids[row, missing] = others[: missing.sum()]
-        ids.sort(axis=1)
-        scores = pair_scores(queries, self.targets[ids])
-        by_rank = np.argsort(-scores, axis=1, kind="stable")  # stable over sorted ids: ties by id
-        return np.take_along_axis(ids, by_rank, axis=1), np.take_along_axis(scores, by_rank, axis=1)
+        return rank_candidates(queries, self.targets, ids, self.depth)

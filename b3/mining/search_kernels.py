@@ -1,4 +1,4 @@
-"""Compiled parts of the search: collecting candidates from tiles of rough scores, and ranking them exactly.
+"""Compiled loops: candidates out of tiles of rough scores, their exact ranking, and where a target is ranked.
 
 Rough scores arrive as the bits of bfloat16 (int16) or float32 (int32). Flipping the lower bits of negative ones gives
 keys that order as the floats do, so that a comparison of integers finds candidates. All functions release the
@@ -39,26 +39,26 @@ def _key(value, narrow):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _floor(kept, depth, error, result_error, narrow):  # type: ignore[no-untyped-def]
+def _floor(keys, depth, error, result_error, narrow):  # type: ignore[no-untyped-def]
     """Key up to which no target can belong to the top `depth`, given the keys of at least `depth` others.
 
     With r the depth-th best rough score before its rounding, at least `depth` targets score r - e exactly; one that
     reaches this has a rough score of at least r - 2e before its own rounding.
     """
-    best = _value(np.partition(kept, len(kept) - depth)[len(kept) - depth], narrow)
+    best = _value(np.partition(keys, len(keys) - depth)[len(keys) - depth], narrow)
     lowest = best - 1.01 * result_error * abs(best) - 2 * error
     return _key(lowest - 1.01 * result_error * abs(lowest), narrow)
 
 
 @_jit
-def _keep(keys, ids, count, floor):  # type: ignore[no-untyped-def]
+def _thin_out(keys, ids, count, floor):  # type: ignore[no-untyped-def]
     """Move the candidates above a floor to the front; returns their number."""
-    kept = 0
+    num = 0
     for c in range(count):
         if keys[c] > floor:
-            keys[kept], ids[kept] = keys[c], ids[c]
-            kept += 1
-    return kept
+            keys[num], ids[num] = keys[c], ids[c]
+            num += 1
+    return num
 
 
 @_jit
@@ -93,7 +93,7 @@ def collect(tile, first, keys, ids, counts, floors, error, result_error, depth, 
 
     Args:
         tile: (n, T) bits of the rough scores of targets first, first + 1, ...
-        keys, ids (n, room), counts (n,), floors (n,): candidates so far (`b3.mining.search._Candidates`), changed.
+        keys, ids (n, room), counts (n,), floors (n,): candidates so far : see `b3.mining.search.TileSearch`, changed.
         error: (n,) of a rough score before its own rounding; `result_error`: that rounding, relative.
         most: candidates of a query before they are thinned out. A query with more left than the room allows gets a
             count of -1.
@@ -109,7 +109,7 @@ def collect(tile, first, keys, ids, counts, floors, error, result_error, depth, 
         count = _add(tile[i], first, floors[i], low[0], flip, keys[i], ids[i], counts[i])
         if count > most:
             floors[i] = max(floors[i], _floor(keys[i, :count], depth, error[i], result_error, narrow))
-            count = _keep(keys[i], ids[i], count, floors[i])
+            count = _thin_out(keys[i], ids[i], count, floors[i])
         counts[i] = count
 
 
@@ -137,11 +137,23 @@ def finish(queries, targets, keys, ids, counts, error, result_error, best_ids, b
         if counts[i] < 0:
             continue
         floor = _floor(keys[i, : counts[i]], depth, error[i], result_error, narrow)
-        count = _keep(keys[i], ids[i], counts[i], floor)
-        own = np.sort(ids[i, :count])  # then a stable sort by score breaks ties by id
+        count = _thin_out(keys[i], ids[i], counts[i], floor)
+        candidates = np.sort(ids[i, :count])  # then a stable sort by score breaks ties by id
         scores = np.empty(count)
         for c in range(count):
-            scores[c] = -_dot(queries[i], targets[own[c]])
+            scores[c] = -_dot(queries[i], targets[candidates[c]])
         order = np.argsort(scores, kind="mergesort")[:depth]
         for c in range(depth):
-            best_ids[i, c], best_scores[i, c] = own[order[c]], -scores[order[c]]
+            best_ids[i, c], best_scores[i, c] = candidates[order[c]], -scores[order[c]]
+
+
+@_jit
+def rank_of(order, rows, targets):  # type: ignore[no-untyped-def]
+    """(E,) int32: the column of row ``rows[e]`` of `order` (N, k) that holds ``targets[e]``, -1 if none does."""
+    ranks = np.full(len(rows), -1, dtype=np.int32)
+    for e in range(len(rows)):
+        for rank in range(order.shape[1]):
+            if order[rows[e], rank] == targets[e]:
+                ranks[e] = rank
+                break
+    return ranks

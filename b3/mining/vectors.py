@@ -3,7 +3,7 @@
 Every unit vector is rounded to multiples of 2**-26. Products of two such numbers are multiples of 2**-52 and, by
 Cauchy-Schwarz, no partial sum of a dot product reaches 2, so float64 holds every intermediate result exactly: a score
 does not depend on the order of summation, hence not on block sizes, threads, libraries or devices. The rounding (at
-most 2**-27 a component) is below that of normalising in float32.
+most 2**-27 per component) is below that of normalising in float32.
 
 Random choices are seeded hashes of what is chosen, not a generator's stream: a stream would tie a plan to block sizes
 and to the numpy version; a hash of (seed, row) ties it to neither.
@@ -102,43 +102,21 @@ class DistinctTargets:
         """(U,) int64: rows that carry each target."""
         return np.diff(self.starts)
 
-    @property
-    def all_distinct(self) -> bool:
-        return len(self.vectors) == len(self.of_row)
+
+def group_targets(vectors: np.ndarray, of_row: np.ndarray) -> DistinctTargets:
+    """The distinct targets (U, D) that rows carry: number `of_row` (N,) each."""
+    starts = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=len(vectors)))])
+    return DistinctTargets(vectors, of_row, np.argsort(of_row, kind="stable"), starts)
 
 
 def distinct_targets(units: np.ndarray) -> DistinctTargets:
     """Group the identical rows of `units` (N, D), float32 on the grid."""
-    first = _first_equal(units)
-    heads = np.flatnonzero(first == np.arange(len(units)))
-    of_row = np.searchsorted(heads, first)
-    rows = np.argsort(of_row, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=len(heads)))])
-    vectors = units if len(heads) == len(units) else units[heads]
-    return DistinctTargets(vectors, of_row.astype(np.int64), rows.astype(np.int64), starts.astype(np.int64))
-
-
-def _first_equal(units: np.ndarray) -> np.ndarray:
-    """(N,) number of the first row equal to each row: by hash, then checked, so a collision cannot pass."""
-    count, dim = units.shape
-    seed = 0
-    while True:
-        weights = mix64(seed, np.arange(dim)) | np.uint64(1)
-        hashes = np.empty(count, dtype=np.uint64)
-        for start in range(0, count, BLOCK_ROWS):
-            block = (units[start : start + BLOCK_ROWS].astype(np.float64) * GRID).astype(np.int64).view(np.uint64)
-            hashes[start : start + len(block)] = np.add.reduce(block * weights, axis=1, dtype=np.uint64)
-        order = np.argsort(hashes, kind="stable")
-        new = np.concatenate([[True], hashes[order][1:] != hashes[order][:-1]])
-        first = np.empty(count, dtype=np.int64)
-        first[order] = order[np.flatnonzero(new)][np.cumsum(new) - 1]
-        repeats = np.flatnonzero(first != np.arange(count))
-        if all(
-            np.array_equal(units[part], units[first[part]])
-            for part in np.array_split(repeats, max(1, len(repeats) // BLOCK_ROWS))
-        ):
-            return first
-        seed += 1
+    number_of: dict[bytes, int] = {}  # by a digest of 128 bits: the rows themselves would be a second copy in memory
+    digests = (hashlib.blake2b(row.data, digest_size=16).digest() for row in units)
+    of_row = np.fromiter((number_of.setdefault(digest, len(number_of)) for digest in digests), np.int64, len(units))
+    if len(number_of) < len(units):
+        units = units[np.unique(of_row, return_index=True)[1]]
+    return group_targets(units, of_row)
 
 
 def _splitmix(x: np.ndarray) -> np.ndarray:

@@ -92,7 +92,7 @@ def test_pieces_keep_sizes_exact_and_cost_some_quality() -> None:
     ("options", "message"),
     [
         ({"piece_rows": 9}, "piece_rows is 9; give an integer of at least 16"),
-        ({"search": "hnsw"}, "search is 'hnsw'; choose from exact, ivf"),
+        ({"search": "hnsw"}, "search is 'hnsw': input should be 'exact' or 'ivf'"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
 
 def window_rows(ranks: Rankings, distinct: DistinctTargets, budget: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    everyone = np.arange(len(ranks.own))
+    everyone = np.arange(len(ranks))
     return directed_edges(ranks, distinct, budget, seed, places(everyone, len(everyone)))
 
 

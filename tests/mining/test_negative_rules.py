@@ -76,7 +76,7 @@ def test_labels_of_members_are_drawn_only_by_the_authors_code() -> None:
     for as_authors in num_labels:
         for members in communities:
             targets = _draw(ranks, distinct, members, 5, 0, as_authors)
-            num_labels[as_authors] += int(np.isin(targets[targets >= 0], ranks.own[members]).sum())
+            num_labels[as_authors] += int(np.isin(targets[targets >= 0], ranks.target_ids[members]).sum())
     assert num_labels[False] == 0 and num_labels[True] > 0
 
 

@@ -26,7 +26,7 @@ def drawn(labels: int | None, per_query: int, rows: int = 90, seed: int = 0) -> 
 def test_every_drawn_negative_is_allowed(labels: int | None, per_query: int) -> None:
     negatives, communities, remainder, ranks = drawn(labels, per_query)
     assert negatives.shape == (90, per_query) and negatives.dtype == np.int64
-    own, order = ranks.own, ranks.order
+    own, order = ranks.target_ids, ranks.order
     for members in [*communities, remainder]:
         given = negatives[members]
         targets = own[given[given >= 0]]
@@ -87,4 +87,4 @@ def drawn_for(members: np.ndarray, ranks: object, seed: int) -> np.ndarray:
     from b3.mining.negatives import _draw
 
     distinct = distinct_targets(unit_rows(reference.clustered(90)[1], "targets"))
-    return _draw(ranks, distinct, members, 1, seed)[:2, 0]  # type: ignore[arg-type]
+    return _draw(ranks, distinct, members, 1, seed, as_authors=False)[:2, 0]  # type: ignore[arg-type]

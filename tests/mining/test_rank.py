@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mining import reference
 
-import b3.mining.rankings as rank
 import b3.mining.search as search
-from b3.mining.rankings import NONE, TOP, WINDOW, Rankings, join_rankings, rank_targets
+from b3.mining.rankings import Rankings, join_rankings, rank_targets
 from b3.mining.vectors import distinct_targets, unit_rows
 
 
@@ -23,7 +22,7 @@ def ranks_of(
 
 
 def equal(a: Rankings, b: Rankings) -> bool:
-    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("order", "own", "positive", "best", "mass"))
+    return all(np.array_equal(a.arrays[key], b.arrays[key]) for key in a.arrays)
 
 
 @settings(max_examples=40, deadline=None)
@@ -36,13 +35,13 @@ def test_ranks_equal_exact_arithmetic_with_ties_and_duplicates(rows: int, dim: i
     number = reference.distinct_of(targets)
     found = ranks_of(queries, targets, 0, number.max() + 1)
     assert found.order.tolist() == reference.ranking(queries, targets)
-    assert np.array_equal(found.own, number)
+    assert np.array_equal(found.target_ids, number)
 
 
 SEARCHES = {
-    "bfloat16": lambda t, d: search._TileSearch(t, d, bfloat16=True),
-    "float32": lambda t, d: search._TileSearch(t, d, bfloat16=False),
-    "device": lambda t, d: search._DeviceSearch(t, d, "cpu"),
+    "bfloat16": lambda t, d: search.TileSearch(t, d, bfloat16=True),
+    "float32": lambda t, d: search.TileSearch(t, d, bfloat16=False),
+    "device": lambda t, d: search.DeviceSearch(t, d, "cpu"),
 }
 
 
@@ -139,18 +138,20 @@ def test_mass_is_the_sum_of_the_largest_terms_from_rank_p_on() -> None:
     for i, order in enumerate(reference.ranking(queries, targets)):
         kept = [u for u in order[p:] if u != number[i]][:terms]
         scores = [a[i] @ b[np.flatnonzero(number == u)[0]] for u in kept]
-        assert found.best[i] == scores[0]
-        np.testing.assert_allclose(found.mass[i], np.exp((np.array(scores) - scores[0]) / 0.02).sum(), rtol=1e-12)
-        assert found.positive[i] == a[i] @ b[i]
+        assert found.best_scores[i] == scores[0]
+        np.testing.assert_allclose(found.total_mass[i], np.exp((np.array(scores) - scores[0]) / 0.02).sum(), rtol=1e-12)
+        assert found.positive_scores[i] == a[i] @ b[i]
 
 
-def test_classify_tells_top_from_window_from_neither(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank, "CLASSIFY_ROWS", 16)
+@pytest.mark.parametrize("width", [9, 5])
+def test_rank_of_finds_targets_down_to_the_end_of_the_window(width: int) -> None:
     queries, targets = reference.clustered(50)
-    found = ranks_of(queries, targets, 4, 9)
-    rows, columns = np.divmod(np.arange(2500), 50)
-    kinds = found.classify(rows, columns).reshape(50, 50)
-    for i, order in enumerate(reference.ranking(queries, targets)):
-        assert set(np.flatnonzero(kinds[i] == TOP)) == set(order[:4])
-        assert set(np.flatnonzero(kinds[i] == WINDOW)) == set(order[4:13])
-        assert (kinds[i] == NONE).sum() == 37
+    found = ranks_of(queries, targets, 4, 9).narrow(width)
+    everyone = np.arange(50)
+    ranks = found.rank_of(everyone[::-1, None], everyone)
+    assert ranks.shape == (50, 50)
+    for row, order in zip(ranks[::-1], reference.ranking(queries, targets), strict=True):
+        assert (
+            np.argsort(row[order[: 4 + width]]).tolist() == row[order[: 4 + width]].tolist() == list(range(4 + width))
+        )
+        assert (row[order[4 + width :]] == -1).all()

@@ -15,7 +15,7 @@ from mining import reference
 from b3.errors import RunError
 from b3.mining import BatchPlan, mine
 from b3.mining.rankings import Rankings, rank_targets
-from b3.mining.report import duplicate_examples, hubs, likely_false_negatives, quality
+from b3.mining.report import likely_false_negatives, quality
 from b3.mining.vectors import DistinctTargets, distinct_targets, unit_rows
 
 ROWS, SIZE, P, M = 90, 8, 3, 12
@@ -198,66 +198,13 @@ def test_equal_queries_are_shown_once() -> None:
     assert [pair["row"] for pair in likely_false_negatives(data.units, data.ranks, excess, nearest)] == [0, 7]
 
 
-@everywhere
-def test_duplicates(kind: str) -> None:
-    data = toy(kind)
-    communities = np.random.default_rng(1).permutation(ROWS)[:88].reshape(-1, 22)
-    communities.sort(axis=1)
-    shared: dict[int, list[list[int]]] = {}
-    for members in communities.tolist():
-        for target in sorted(set(data.number[members].tolist())):
-            same = [i for i in members if data.number[i] == target]
-            if len(same) > 1:
-                shared.setdefault(target, []).append(same)
-    expected = [
-        {"rows": groups[0][:2], "members": sum(map(len, groups))}
-        for _, groups in sorted(shared.items(), key=lambda item: (-sum(map(len, item[1])), item[0]))[:4]
-    ]
-    assert duplicate_examples(communities, data.distinct) == expected
-    assert bool(expected) == (kind != "distinct")
-
-
-@everywhere
-def test_hubs(kind: str) -> None:
-    data, plan = toy(kind), mined(kind, h=4)
-    drawn = plan.hard_negatives
-    assert drawn is not None
-    count = np.zeros(data.number.max() + 1, dtype=int)
-    for i in range(ROWS):
-        count[[u for u in data.order[i, P : P + M].tolist() if u != data.number[i]]] += 1
-    times = [sum(data.number[row] == u for row in drawn.ravel().tolist() if row >= 0) for u in range(len(count))]
-    ordered = sorted(range(len(count)), key=lambda u: (-count[u], u))
-    first = [int(np.flatnonzero(data.number == u)[0]) for u in range(len(count))]
-    found = plan.report["hubs"]
-    assert found["targets"] == [{"row": first[u], "windows": count[u], "drawn": times[u]} for u in ordered[:10]]
-    assert found["mean"] == pytest.approx(count.mean()) and found["max"] == count.max()
-    assert found["p99"] == pytest.approx(np.percentile(count, 99)) and found["unused"] == (count == 0).mean()
-    assert found["top_share"] == pytest.approx(count[ordered[0]] / count.sum()), "1 % of under 100 targets is one"
-    assert found["drawn_top_share"] == pytest.approx(times[ordered[0]] / sum(times))
-    edges = [0, 1, 2, 4, 8, 16, 32, 64, 128]
-    histogram = np.histogram(count, edges)[0].tolist()
-    assert found["histogram"] == histogram[: len(found["histogram"])] and sum(found["histogram"]) == len(count)
-    without = hubs(data.ranks, data.distinct, None)
-    assert "drawn_top_share" not in without and without["targets"][0]["drawn"] is None
-
-
-def test_one_percent_of_many_targets_are_several() -> None:
-    rng = np.random.default_rng(0)
-    units = unit_rows(rng.normal(size=(250, 8)), "queries")
-    distinct = distinct_targets(unit_rows(rng.normal(size=(250, 8)), "targets"))
-    found = hubs(ranks := rank_targets(units, distinct, 5, 20, 7), distinct, None)
-    inside = ranks.order[:, 5:25]
-    count = [int((np.any(inside == u, axis=1) & (np.arange(250) != u)).sum()) for u in range(250)]
-    assert found["top_share"] == pytest.approx(sum(sorted(count)[-3:]) / sum(count))
-
-
 def test_communities_of_one_and_of_everybody() -> None:
     data = toy("labels")
     for size in (1, ROWS):
         report = mine(data.queries, data.targets, P, M, size, 0, compare=True).report
         json.dumps(report, allow_nan=False)
         if size == 1:
-            assert report["likely_false_negatives"] == report["duplicate_examples"] == []
+            assert report["likely_false_negatives"] == []
             assert report["negatives_above_positive_by"] == 0
         else:
             assert report["paper_mined_negatives_per_query"] == report["mined_negatives_per_query"]

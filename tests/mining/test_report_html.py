@@ -15,7 +15,7 @@ from PIL import Image
 
 from b3.html import THUMBNAIL, drop_shared, plain_text, shared_words, shorten, thumbnail
 from b3.mining import BatchPlan, mine
-from b3.mining.page import MOST_MEMBERS, Section, render, write_page
+from b3.mining.page import MOST_MEMBERS, Section, render
 
 
 class Drawing:
@@ -52,9 +52,8 @@ def plan() -> BatchPlan:
     return mine(queries, targets, p=2, m=10, community_size=10, teacher="toy & co", compare=True)
 
 
-def test_the_page_is_self_contained_and_escaped(plan: BatchPlan, tmp_path: Path) -> None:
-    write_page(tmp_path / "page.html", [section(plan, Records()), section(plan, Records(), name="second")])
-    page = (tmp_path / "page.html").read_text()
+def test_the_page_is_self_contained_and_escaped(plan: BatchPlan) -> None:
+    page = render([section(plan, Records()), section(plan, Records(), name="second")])
     assert "<script" not in page and "&lt;script&gt;toy" in page
     assert "toys &lt;b&gt;" in page and "toy &amp; co" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)
@@ -75,8 +74,7 @@ def test_without_records_there_are_numbers_only(plan: BatchPlan) -> None:
     assert "<svg" in page and "<img" not in page and "percentile of hardness" not in page
     pair = plan.report["likely_false_negatives"][0]
     rows = [f"query of row {pair['row']}", f"target of row {pair['row']}", f"target of row {pair['other_row']}"]
-    shown = [f">{row}<" in page for row in rows]
-    assert all(shown) and f"target of row {plan.report['hubs']['targets'][0]['row']}" in page
+    assert all(f">{row}<" in page for row in rows)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "LA", "1"])
@@ -134,11 +132,11 @@ def test_the_numbers_stand_beside_the_papers_recipe_and_random(plan: BatchPlan) 
 
 def test_contents_lead_to_every_data_set(plan: BatchPlan) -> None:
     page = render([section(plan, Records()), section(plan, name="second & last"), section(plan, name="third")])
-    links = re.findall(r'href="#([^"]*)"', page)
+    links = re.findall(r'<a [^>]*href="#([^"]*)"', page)
     assert set(links) == {"top", "d0", "d1", "d2"} and links[:3] == ["d0", "d1", "d2"]
     assert all(page.count(f'id="{link}"') == 1 for link in set(links))
     assert '<a href="#d1">second &amp; last</a>' in page
-    assert "href" not in render([section(plan)]), "one data set needs no contents"
+    assert "<a " not in render([section(plan)]), "one data set needs no contents"
 
 
 def test_terms_are_explained_before_they_are_used(plan: BatchPlan) -> None:
@@ -146,25 +144,21 @@ def test_terms_are_explained_before_they_are_used(plan: BatchPlan) -> None:
     intro, rest = page.split('<section id="d0">')
     for term in ("Teacher", "Window, hard negative", "Community", "Likely false negative", "Teacher mass captured"):
         assert f"<dt>{term}</dt>" in intro and f"<dt>{term}</dt>" not in rest
-    assert rest.count("<figure ") == 3 and rest.count("</svg>") == 3
+    assert rest.count("<figure>") == rest.count("</svg>") == 2
 
 
-def test_likely_false_negatives_and_hubs_are_shown() -> None:
+def test_likely_false_negatives_are_shown() -> None:
     queries, targets = reference.clustered(60, labels=20, noise=1.6)
     plan = mine(queries, targets, p=2, m=10, community_size=15, hard_negatives=3)
     page = render([section(plan, Records())])
-    pairs, copies = plan.report["likely_false_negatives"], plan.report["duplicate_examples"]
-    assert len(pairs) > 2 and len(copies) > 1
+    pairs = plan.report["likely_false_negatives"]
+    assert len(pairs) > 2
     seen = text_of(page)
     for pair in pairs:
         ranks = [f"rank {pair[key]}" if pair[key] is not None else "beyond rank 11" for key in pair if "rank" in key]
-        own = f"{pair['row']}&lt;/script&gt; similarity {pair['positive_score']:.2f}, {ranks[0]}"
-        other = f"{pair['other_row']}&lt;/script&gt; similarity {pair['negative_score']:.2f}, {ranks[1]}"
+        own = f"{pair['row']}&lt;/script&gt; similarity {round(pair['positive_score'], 2) + 0:.2f}, {ranks[0]}"
+        other = f"{pair['other_row']}&lt;/script&gt; similarity {round(pair['negative_score'], 2) + 0:.2f}, {ranks[1]}"
         assert f"{own} {other}" in seen, "without the word that all targets start with"
-    assert seen.count("rows with another member") == len(copies)
-    for hub in plan.report["hubs"]["targets"]:
-        assert f"{hub['windows']} windows ({hub['windows'] / 0.6:.1f} %), drawn {hub['drawn']}×" in seen
-    assert f"{100 * plan.report['hubs']['drawn_top_share']:.1f} % are such hubs" in seen
     share = plan.report["queries_with_negatives_above_positive"]
     assert f"For {100 * share:.1f} % of the queries" in seen
 
@@ -213,7 +207,7 @@ def test_a_page_of_the_worst_images_stays_light() -> None:
     queries, targets = reference.clustered(len(Noise()), noise=1.5)
     plan = mine(queries, targets, p=5, m=50, community_size=MOST_MEMBERS)
     page = render([section(plan, Noise())])
-    assert len(plan.report["likely_false_negatives"]) == 12 and page.count("<img") == 3 * 36 * 2 + 12 * 3 + 10
+    assert len(plan.report["likely_false_negatives"]) == 12 and page.count("<img") == 3 * 36 * 2 + 12 * 3
     assert len(page.encode()) < 1_500_000
 
 
@@ -236,8 +230,8 @@ def test_text_helpers() -> None:
     assert len(shorten("x" * 50, 10)) == 10
 
 
-def test_bins_cover_the_ends() -> None:
-    from b3.mining.report import bins
+def test_histograms_cover_the_ends() -> None:
+    from b3.mining.report import histogram_of
 
-    counts = bins(np.array([-1.0, 1.0, 0.999, 0.0]))
+    counts = histogram_of(np.array([-1.0, 1.0, 0.999, 0.0]), -1, 200)
     assert counts[0] == 1 and counts[199] == 2 and counts[100] == 1 and counts.sum() == 4

@@ -52,16 +52,16 @@ def balanced_kmeans(vectors: np.ndarray, rows: np.ndarray, clusters: int, unit: 
     """
     assert len(rows) % unit == 0 and 0 < clusters <= len(rows) // unit
     labels = np.empty(len(rows), dtype=np.int64)
-    waiting, number = [(np.arange(len(rows)), clusters)], 0
-    while waiting:
-        part, count = waiting.pop()
+    parts, number = [(np.arange(len(rows)), clusters)], 0
+    while parts:
+        part, count = parts.pop()
         if count == 1:
             labels[part] = number
             number += 1
             continue
         first = len(part) // unit * (count // 2) // count
         near = _split(vectors, rows[part], first * unit, seed)
-        waiting += [(part[~near], count - count // 2), (part[near], count // 2)]
+        parts += [(part[~near], count - count // 2), (part[near], count // 2)]
     return labels
 
 

@@ -16,7 +16,7 @@ from b3.errors import InputError, RunError
 from b3.mining.graph import Graph, Problem, kept_rows, merge_facts
 from b3.mining.miners.random import random_groups
 from b3.mining.rankings import Rankings, rank_labels
-from b3.mining.vectors import DistinctTargets, mix64
+from b3.mining.vectors import DistinctTargets, group_targets, mix64
 
 SUBSET_ROWS = 10_000
 BLOCK_VALUES = 1 << 24
@@ -115,9 +115,7 @@ def split_rows(num_rows: int, subset_rows: int, seed: int) -> list[np.ndarray]:
 def restrict_targets(distinct: DistinctTargets, rows: np.ndarray) -> DistinctTargets:
     """The distinct targets of `rows` (ascending), renumbered in the same order."""
     present, of_row = np.unique(distinct.of_row[rows], return_inverse=True)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=len(present)))])
-    by_target = np.argsort(of_row, kind="stable").astype(np.int64)
-    return DistinctTargets(distinct.vectors[present], of_row.astype(np.int64), by_target, starts.astype(np.int64))
+    return group_targets(distinct.vectors[present], of_row)
 
 
 def label_graph(rankings: Rankings, distinct: DistinctTargets) -> Graph:
@@ -125,7 +123,7 @@ def label_graph(rankings: Rankings, distinct: DistinctTargets) -> Graph:
 
     Raises `InputError` if the graph could have more than 200 million directed edges.
     """
-    labels, count = distinct.of_row, len(rankings.own)
+    labels, count = distinct.of_row, len(rankings)
     is_near = np.zeros((count, len(distinct)), dtype=bool)  # (N, U): label u is among the first of row i
     np.put_along_axis(is_near, rankings.order.astype(np.int64), True, axis=1)
     most = int((is_near @ distinct.counts.astype(np.float64)).sum())
