@@ -89,6 +89,8 @@ def _one_line(error: Exception, memory: str) -> str | None:
         return f"out of {where}: {memory} ({text.splitlines()[0] if text else 'MemoryError'})"
     if any(sign in text for sign in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))):
         return f"the disk is full: {text}; free space, then run the same command again to continue"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; check the path and its permissions"
     is_of_peers = type(error).__name__.startswith("Dist") or any(sign in text for sign in _SIGNS_OF_PEERS)
     if peers.is_one_of_several() and is_of_peers:
         return peers.news() or f"another rank ended or does not answer ({text.splitlines()[0]}); this rank stops too"

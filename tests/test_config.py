@@ -26,9 +26,9 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'steps'?"),
+        ("train.stepz=3", "unknown key 'train.stepz'; did you mean 'train.steps'?"),
         ("zzz=3", "unknown key 'zzz'; known keys: adapter"),
-        ("data.datasets.0.famly=vqa", "did you mean 'family'?"),
+        ("data.datasets.0.famly=vqa", "did you mean 'data.datasets.0.family'?"),
         ("train.steps=many", "'train.steps' = 'many'"),
         ("train.lr=0", "greater than 0"),
         ("batch.policy=best", "'b3', 'b3_merged', 'b3_mixed', 'random' or 'random_mixed'"),

@@ -130,7 +130,8 @@ def _explain(error: ValidationError, path: Path, overrides: list[str]) -> str:
     if first["type"] == "extra_forbidden":
         keys = sorted(section.model_fields)
         near = difflib.get_close_matches(str(location[-1]), keys, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(keys)}"
+        parents = "".join(f"{part}." for part in location[:-1])
+        hint = f"did you mean '{parents}{near[0]}'?" if near else f"known keys: {', '.join(keys)}"
         return f"{where}: unknown key '{key}'; {hint}"
     if first["type"] == "missing":
         return f"{where}: key '{key}' is required"

@@ -99,7 +99,8 @@ def _read_files(kind: str, files: list[Path]) -> pa.Table:
             tables.append(pq.read_table(file) if kind != "jsonl" else pa.json.read_json(file))
         except (pa.ArrowException, OSError) as error:
             what = str(error).splitlines()[0]
-            raise DataError(f"{file} cannot be read as {'jsonl' if kind == 'jsonl' else 'parquet'} ({what})") from None
+            name = "jsonl" if kind == "jsonl" else "parquet"
+            raise DataError(f"{file} cannot be read as {name} ({what}); correct or replace the file") from None
     return pa.concat_tables(tables, promote_options="default")
 
 
@@ -180,14 +181,14 @@ def image_store(table: pa.Table, columns: tuple[str, ...], image_dir: str | None
 
     if image_dir is not None:
         if not Path(image_dir).exists():
-            raise DataError(f"{where}: image_dir {image_dir} does not exist")
+            raise DataError(f"{where}: image_dir {image_dir} does not exist; give a folder or .parquet of images")
         return open_store(image_dir)
     for name in columns:
         column = table[name]
         if not pa.types.is_large_string(column.type):
             column = pc.list_flatten(column)
         if pc.any(pc.not_equal(pc.fill_null(column, ""), "")).as_py():
-            raise DataError(f"{where}: rows have image paths ({name}), so image_dir must be given")
+            raise DataError(f"{where}: rows have image paths ({name}); give image_dir, the folder of the images")
     return None
 
 

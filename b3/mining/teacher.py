@@ -113,8 +113,10 @@ def load_matrix(file: Path) -> np.ndarray:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{file} does not exist; write the teacher's embeddings there as a (N, D) .npy file") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{file} is not a readable .npy file ({str(error).splitlines()[0]})") from None
+    except (ValueError, OSError, EOFError):
+        raise DataError(
+            f"{file} is not an .npy file of numbers; write the teacher's embeddings with numpy.save"
+        ) from None
     if array.ndim != 2 or array.dtype.kind != "f":
         raise DataError(f"{file} has shape {array.shape} and type {array.dtype}; expected floats of shape (N, D)")
     return array

@@ -47,7 +47,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
-        raise InputError(f"{file} does not exist; {file.parent} is not a complete checkpoint") from None
+        raise InputError(f"{file.parent} holds no {file.name}; give the folder of a complete checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid JSON ({error})") from None
 

@@ -82,7 +82,8 @@ class GuardedCollator:
                 self.collator.processor(item)
             except DataError as error:
                 if not self.replace or item.image is None:
-                    raise DataError(f"{self._name(dataset)} row {row}: {error}") from None
+                    remedy = "" if item.image is None else ", or set data.bad_images: replace"
+                    raise DataError(f"{self._name(dataset)} row {row}: {error}{remedy}") from None
                 return str(error)
         return None
 

@@ -12,7 +12,7 @@ from benchmarks.evidence import tables
 from benchmarks.evidence.grid import HERE
 from benchmarks.evidence.results import Results
 
-PICTURES = "pictures"
+IMAGES = "images"
 _PLACE = re.compile(r"^\{\{(.+)\}\}$", re.MULTILINE)
 
 
@@ -45,7 +45,7 @@ def _listed(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plot(results: Results, docs: Path, question: str, **given: Any) -> str:
-    file = Path(PICTURES) / f"{given.pop('file')}.png"
+    file = Path(IMAGES) / f"{given.pop('file')}.png"
     title = given.get("title", "")
     tables.plot_lines(results, question, path=docs / file, **given)
     return f"![{title}]({file})"

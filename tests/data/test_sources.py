@@ -99,7 +99,7 @@ PAIR = {"qry": "q", "qry_image_path": "", "pos_text": "p", "pos_image_path": ""}
         ([PAIR, PAIR, {**PAIR, "pos_text": None}], "row 2: the target has neither"),
         ([{"qry": "q"}], "missing; found qry; expected"),
         ([{**PAIR, "qry": 3}], "column qry has type int64"),
-        ([{**PAIR, "qry_image_path": "a.png"}], "image_dir must be given"),
+        ([{**PAIR, "qry_image_path": "a.png"}], "give image_dir, the folder of the images"),
         ([{**PAIR, "neg_text": "n"}], "go together"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_checkpoint_can_be_the_teacher(root: Path) -> None:
     [
         ("absent", "does not exist; write the teacher's embeddings"),
         ("short", "have 95 rows, the data set 96"),
-        ("torn", "is not a readable .npy file"),
+        ("torn", "is not an .npy file of numbers; write the teacher's embeddings with numpy.save"),
         ("integers", "expected floats of shape"),
         ("nan", "row 5"),
     ],

@@ -82,5 +82,5 @@ def test_repeated_items_are_encoded_once(folder: Path, monkeypatch: pytest.Monke
 def test_a_missing_model_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         Embedder.from_pretrained(tmp_path / "nothing")
-    with pytest.raises(InputError, match=r"config\.json does not exist"):
+    with pytest.raises(InputError, match=r"holds no config\.json; give the folder"):
         Embedder.from_pretrained(tmp_path)

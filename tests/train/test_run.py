@@ -218,7 +218,7 @@ def test_workers_change_nothing(root: Path, single: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.stepz=1"], "did you mean 'steps'"),
+        (["train.stepz=1"], "did you mean 'train.steps'"),
         (["batch.policy=b3", "batch.size=10"], "not a multiple of mining.k 4; use 8 or 12"),
         (["batch.size=1000"], "fewer than the batch size"),
         (["batch.policy=b3"], "no batch plan in"),
