@@ -9,7 +9,7 @@ Also under torchrun: the ranks share the work and the scores are the same bytes.
 that are scored already are kept, and an interrupted run continues.
 
 The reference parses model, data and training arguments together, so its commands carry flags that never mattered to an
-evaluation. Each flag is accepted; one that has no effect says so in a line; one that contradicts the model is an error.
+evaluation. Each is accepted, with a note if it has no effect; one that contradicts the model is an error.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--lora_dropout", type=float, help="checked against the adapter")
     add("--lora_target_modules", help="checked against the adapter")
     more = parser.add_argument_group("not in the published program")
-    more.add_argument("--benchmark", help="whose tasks and rows, see b3/registry.py (default: of the data, else mmeb)")
+    more.add_argument("--benchmark", help="tasks and published scores: mmeb or emoji (default: of the data, else mmeb)")
     more.add_argument(
         "--numerics",
         choices=("clean", "reference"),
@@ -111,7 +111,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         default="fail",
         help="skip: an unreadable item is counted and reported, its row stays in the denominator",
     )
-    more.add_argument("--explain", type=int, default=0, help="write a page of so many wrong predictions per subset")
+    more.add_argument("--explain", type=int, default=0, help="write a page with so many wrong predictions per subset")
     more.add_argument("--batch_tokens", type=int, help="upper bound on the tokens of one forward pass")
     for name in IGNORED_VALUES:
         add(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=None, dest=name, help=argparse.SUPPRESS)
@@ -166,9 +166,13 @@ def check(arguments: argparse.Namespace) -> str | None:
     ):
         value = getattr(arguments, name)
         if value is not None and value < least:
-            raise InputError(f"--{name} {value} must be at least {least}")
+            raise InputError(f"--{name} is {value}; give at least {least}")
     folder = fetch(arguments.model_name)
     extra: Path | None = None if arguments.checkpoint_path is None else fetch(arguments.checkpoint_path)
+    if extra is not None and not is_adapter(extra):
+        raise InputError(
+            f"--checkpoint_path {extra} holds no {CONFIG_FILE}; name an adapter, a full model as --model_name"
+        )
     source = extra or folder
     if arguments.lora and not is_adapter(source):
         raise InputError(f"--lora was given but {source} holds no {CONFIG_FILE}; name the adapter or drop --lora")

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=8 train.py configs/b3_qwen2vl_2b.yaml
     python train.py configs/b3_qwen2vl_2b.yaml --debug           its miniature: three steps on any machine
 
-A batch plan is mined first: python scripts/mine.py CONFIG.yaml. An interrupted run continues when the same command is
-given again. On SIGTERM or SIGUSR1 the run ends its step, saves, and leaves with exit code 85. Exit code 2 and one line
-on stderr for a mistake in the input.
+Mine a batch plan first: python scripts/mine.py CONFIG.yaml. The same command continues an interrupted run. On SIGTERM
+or SIGUSR1 the run finishes its step, saves and exits with code 85. A mistake in the input is one line on stderr and
+exit code 2.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from b3.data.own import (
     read_rows,
     save_index,
 )
-from b3.errors import command
+from b3.errors import InputError, command
 from b3.files import sha256
 
 
@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_rows_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    model.add_argument("--min-pixels", type=int, help="image budget, as in training")
-    model.add_argument("--max-pixels", type=int)
+    model.add_argument("--min-pixels", type=int, help="fewest pixels of an image (default: the checkpoint's)")
+    model.add_argument("--max-pixels", type=int, help="most pixels of an image (default: the checkpoint's)")
     model.add_argument("--batch-tokens", type=int, help="tokens of one forward pass")
     model.add_argument("--workers", type=int, default=0, help="processes that decode images ahead")
     model.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help="unit length")
@@ -118,10 +118,9 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
 
 @partial(command, memory="lower --batch-tokens, or give fewer --workers")
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     if arguments.batch_tokens is not None and arguments.batch_tokens < 1:
-        parser.error(f"--batch-tokens {arguments.batch_tokens} must be positive")
+        raise InputError(f"--batch-tokens is {arguments.batch_tokens}; give at least 1")
     data = read_rows(arguments.input, columns_of(arguments), arguments.image_dir, arguments.instruction)
     identity = identity_of(arguments, data)
     if is_done(arguments.out, identity):

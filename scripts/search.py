@@ -4,7 +4,7 @@
     python scripts/search.py --index my-index --query-image car.jpg --html results.html
     python scripts/search.py --index my-index --queries rows.jsonl
 
-The query is embedded by the same model. Scores are inner products (cosines, as vectors have unit length by default).
+The model of the index embeds the query. Scores are inner products (cosines, as vectors have unit length by default).
 """
 
 from __future__ import annotations
@@ -164,10 +164,9 @@ class Images:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     if arguments.top < 1:
-        parser.error(f"--top {arguments.top} must be positive")
+        raise InputError(f"--top is {arguments.top}; give at least 1")
     vectors, rows, manifest = load_index(arguments.index)
     queries = read_queries(arguments)
     hits_by_query = search(vectors, embed_queries(arguments, [item for _, item in queries], manifest), arguments.top)

@@ -58,7 +58,9 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     shard: bool = Field(False, description="spread the decoder layers' frozen weights over the ranks (FSDP2)")
     train: Literal["adapter", "full"] = Field("adapter", description="full: all weights, in float32, without adapter")
-    freeze: list[str] = Field([], description="regular expressions; parameters whose name one of them finds stay fixed")
+    freeze: list[str] = Field(
+        [], description="regular expressions; parameters whose name matches one (re.search) stay fixed"
+    )
 
     def settings(self) -> dict[str, Any]:
         """What the recipe asks for of `b3.model.settings.Settings`; the rest is the checkpoint's."""
@@ -112,7 +114,7 @@ class DataConfig(Section):
     image_dir: str | None = Field(None, description="folder (or .parquet) of the images; embedded data brings its own")
     prefix_targets: bool = Field(True, description="put the paper's prefixes before text-only targets")
     bad_images: Literal["fail", "replace"] = Field(
-        "fail", description="a row whose image cannot be read ends the run, or gives its place to another row"
+        "fail", description="a row with an unreadable image ends the run, or is replaced by another row"
     )
     max_bad_images: int = Field(100, gt=0, description="rows that may be replaced in a run (with bad_images replace)")
     datasets: list[DatasetConfig] = Field(min_length=1, description="the data sets to train on")
@@ -263,7 +265,7 @@ class BatchConfig(Section):
         " communities of all; random: random rows of one data set (fair control); random_mixed: of all",
     )
     random_steps: int = Field(
-        0, ge=0, description="so many steps at the start draw random batches of one data set, as policy random"
+        0, ge=0, description="the first so many steps draw random batches of one data set, as policy random: a warm-up"
     )
 
     @property
@@ -299,7 +301,7 @@ class TrainConfig(Section):
     )
     share_duplicates: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="encode equal items of a rank once; auto: if nothing drops out (else they share a dropout mask)",
+        description="encode equal items of a rank once; auto: only without dropout (else they share a dropout mask)",
     )
     bf16: bool = Field(False, description="bfloat16 autocast")
     workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead of the step")
@@ -310,9 +312,11 @@ class TrainConfig(Section):
         False, description="also write OUTPUT/merged: the backbone with the adapter in its weights"
     )
     trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]] = Field(
-        [], description="report to these beside metrics.jsonl (pip install 'b3[trackers]')"
+        [], description="also report to these (pip install 'b3[trackers]')"
     )
-    timeout_minutes: float = Field(30.0, gt=0, description="a rank that waits longer for the others ends the run")
+    timeout_minutes: float = Field(
+        30.0, gt=0, description="a rank that waits longer than this for the others ends the run"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -329,8 +333,8 @@ class EvalConfig(Section):
     source: str = Field(description="source line of the evaluation data, as data.source")
     split: str = "test"
     subsets: list[str] = Field(min_length=1, description="subsets to score")
-    image_dir: str | None = None
-    prefix_targets: bool = Field(True, description="as --tgt_prefix_mod")
+    image_dir: str | None = Field(None, description="as data.image_dir")
+    prefix_targets: bool = Field(True, description="as data.prefix_targets")
     every: int | None = Field(None, gt=0, description="steps between evaluations during training; null: none")
     max_rows: int | None = Field(None, gt=0, description="score only the first rows of each subset during training")
 

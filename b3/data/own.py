@@ -145,10 +145,10 @@ def read_rows(
         raise DataError(f"{file} does not exist; give a .jsonl or .parquet file")
     root = Path(image_dir) if image_dir is not None else file.parent
     if not root.is_dir():
-        raise DataError(f"image_dir {root} is not a folder")
+        raise DataError(f"--image-dir {root} is not a folder; give that of the images")
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     if file.suffix not in readers:
-        raise DataError(f"{file} ends in '{file.suffix}'; give a .jsonl or .parquet file")
+        raise DataError(f"{file} is neither .jsonl nor .parquet; give one of these")
     store, data, row_of_id = RowImages(file, columns, root), OwnData([], []), dict[str | int, str]()
     for where, place, record in readers[file.suffix](file, columns):
         try:

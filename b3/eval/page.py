@@ -77,7 +77,7 @@ def _card(dataset: EvalDataset, score: SubsetScore, row: int) -> str:
     facts, listed = [f"row {row}"], ""
     if np.isfinite(margin(score, row)):
         rank = int((values > values[0]).sum()) + 1
-        facts += [f"margin <b>{margin(score, row):.3f}</b>", f"the right candidate is number {rank} of {len(items)}"]
+        facts += [f"margin <b>{margin(score, row):.3f}</b>", f"the right candidate ranks {rank} of {len(items)}"]
     else:
         facts.append("the right candidate could not be scored")
     order = [int(i) for i in np.argsort(-values, kind="stable") if np.isfinite(values[i])]

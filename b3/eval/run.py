@@ -11,7 +11,7 @@ import numpy as np
 
 from b3 import distributed
 from b3.data.datasets import EvalDataset
-from b3.errors import RunError
+from b3.errors import DataError, RunError
 from b3.eval.benchmark import Benchmark, of_source
 from b3.eval.page import write_explanations
 from b3.eval.report import read_score, summarise, write_subset, write_summary
@@ -19,7 +19,7 @@ from b3.eval.score import SubsetScore, score_subset
 from b3.files import claim, write_json
 from b3.model.cache import EmbeddingCache
 from b3.model.checkpoint import adapter_key, checkpoint_key
-from b3.model.encode import Encoder, unique_items, unit
+from b3.model.encode import Encoder, ItemError, unique_items, unit
 from b3.model.settings import Settings
 
 if TYPE_CHECKING:
@@ -75,7 +75,12 @@ def evaluate_subset(
     candidates = [dataset.candidates(row) for row in range(len(dataset))]
     queries = [dataset.query(row) for row in range(len(dataset))]
     items, index = unique_items(queries + [item for row in candidates for item in row])
-    vectors = encoder.encode(items, dataset.name if progress else None)
+    try:
+        vectors = encoder.encode(items, dataset.name if progress else None)
+    except ItemError as error:
+        pairs = enumerate(zip(queries, candidates, strict=True))
+        row = next(row for row, (query, others) in pairs if error.item.key in [item.key for item in (query, *others)])
+        raise DataError(f"{dataset.name} row {row}: {error}, or give --on_error skip") from None
     if normalize:  # in float32, whatever the model's dtype
         vectors = unit(vectors)
     ends = np.cumsum([len(dataset), *map(len, candidates)])
@@ -94,7 +99,7 @@ def _claim(folder: Path, facts: dict[str, Any], names: dict[str, Any]) -> None:
         try:
             write_json(folder / MANIFEST, {**facts, "names": names})
         except OSError as error:
-            raise RunError(f"output directory {folder} cannot be written ({error.strerror})") from None
+            raise RunError(f"output directory {folder} cannot be written ({error.strerror}); choose another") from None
 
 
 def evaluate(

@@ -23,20 +23,19 @@ INTRODUCTION = """<div class="intro"><p>An embedding model is trained with batch
 its own <b>target</b> among the targets of all rows in its batch. Rows drawn at random make this too easy to learn
 from. Mining therefore puts rows together that are hard to tell apart. This page shows how well that worked.</p>
 <dl><dt>Teacher</dt><dd>the model whose similarities (cosine, from -1 to 1) rank all targets for each query; rank 0 is
-the most similar one. The model to be trained has not been asked.</dd>
+the most similar one. The student plays no part.</dd>
 <dt>Window, hard negative</dt><dd>the window is a range of those ranks. A target inside it is a hard negative of the
-query: similar enough to be mistaken, low enough to be wrong most likely.</dd>
-<dt>Community</dt><dd>a group of rows, all of one size, chosen so that the members' targets are hard negatives of each
-other's queries. A batch consists of whole communities.</dd>
+query: similar enough to be mistaken for the answer, ranked low enough to be most likely wrong.</dd>
+<dt>Community</dt><dd>a group of rows, chosen so that the members' targets are hard negatives of each other's queries.
+All communities have the same size, and a batch consists of whole ones.</dd>
 <dt>Likely false negative</dt><dd>another member's target that the teacher ranks above the window, or scores above the
-query's own target: it may well be a right answer, and training would push it away.</dd>
-<dt>Teacher mass captured</dt><dd>how near a query's community comes to the hardest one possible, in which all other
-members have the best-ranked targets from the start of the window on (100 %); near targets count far more than distant
-ones. The higher it is, the closer training on the batch is to training on all rows at once
-(arXiv 2505.11293, Theorem 1).</dd></dl>
-<p><b>Good</b> is: many more hard negatives and much more teacher mass than in random communities and, where it is
-compared, than by the paper's recipe (mutual edges, METIS with its defaults), while likely false negatives stay few
-(harder communities always hold somewhat more of them).</p></div>"""
+query's own target: it may well be a correct answer, and training would push it away.</dd>
+<dt>Teacher mass captured</dt><dd>how close a query's community comes to the hardest possible one (100 %), whose other
+members have the best-ranked targets of the window; near targets count far more than distant ones. The higher it is,
+the closer training on the batch is to training on all rows at once (arXiv 2505.11293, Theorem 1).</dd></dl>
+<p>A <b>good</b> plan has many more hard negatives and much more teacher mass than random communities and, if it is
+compared (<code>report.compare</code>), than the paper's recipe (mutual edges, METIS with its defaults), and few
+likely false negatives (harder communities always have somewhat more).</p></div>"""
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ def _remarks(r: dict[str, Any]) -> str:
     if r["num_remainder"]:
         remarks.append(f"{r['num_remainder']} rows left over")
     if r.get("hard_negatives_missing"):
-        remarks.append(f"{r['hard_negatives_missing']:,} drawn negatives missing (too few candidates)")
+        remarks.append(f"{r['hard_negatives_missing']:,} hard negatives missing (too few candidates)")
     total = sum(r["seconds"].values())
     stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in r["seconds"].items() if seconds >= 0.05)
     remarks.append(f"mined in {total:.1f} s ({stages})" if stages else f"mined in {total:.1f} s")
@@ -183,15 +182,15 @@ def _figures(r: dict[str, Any]) -> str:
     paper = "paper_teacher_mass_captured"
     similarity = similarity_figure(
         r["histogram"],
-        "Height: share of pairs. The further the orange curve lies right of the grey one, the harder the batches;"
-        " where it overlaps the green one, the teacher cannot tell negatives from right answers.",
+        "Cosine similarity; height: share of pairs. The further the orange curve lies to the right of the grey one, the"
+        " harder the batches; where it overlaps the green one, the teacher cannot tell negatives from correct answers.",
     )
     mass = mass_figure(
         r["teacher_mass_histogram"],
-        "The higher a curve stays towards the right, the better. On average a query meets"
+        "The higher a curve stays towards the right, the better. On average a query's community has"
         f" {percent(r['teacher_mass_captured'])} of the teacher mass of its {r['community_size'] - 1} hardest negatives"
         f"{f', by the paper’s recipe {percent(r[paper])}' if paper in r else ''},"
-        f" in a random community {percent(r['random_teacher_mass_captured'])}.",
+        f" a random community {percent(r['random_teacher_mass_captured'])}.",
     )
     return f'<div class="pair">{similarity}{mass}</div>'
 
@@ -242,8 +241,8 @@ def _false_negatives(r: dict[str, Any], cards: Cards) -> str:
     share, by = r["queries_with_negatives_above_positive"], r["negatives_above_positive_by"]
     text = (
         f"For {percent(share)} of the queries the teacher scores at least one other target of the community above the"
-        f" query's own, by {by:.2f} on average. Some are right answers that the data does not list; others are pairs"
-        " whose own target the teacher does not understand, or that are wrong in the data."
+        f" query's own, by {by:.2f} on average. Some are correct answers that the data does not list; for others the"
+        " teacher does not understand the query's own target, or the pair is wrong in the data."
         if share
         else "In no community does the teacher score another target above a query's own."
     )
@@ -272,9 +271,9 @@ def _rank(rank: int | None, depth: int) -> str:
 def _communities(r: dict[str, Any], cards: Cards) -> str:
     sheets = {example["community"]: _sheet(cards, example, r["community_size"]) for example in reversed(r["examples"])}
     return (
-        "<h3>Communities to look at</h3><p>An easy, a typical and a hard community. Each card is one row: its query"
-        " above, its target below, and how many of the other targets are hard negatives for that query. The members"
-        " should be easy to confuse, yet no target should be a right answer to another member's query.</p>"
+        "<h3>Example communities</h3><p>An easy, a typical and a hard community. Each card is a row: the query,"
+        " below it its target, and how many of the other targets are hard negatives of the query. The members should be"
+        " easy to confuse, yet no target should be a correct answer to another member's query.</p>"
         + "\n".join(reversed(sheets.values()))  # none twice
     )  # fmt: skip
 

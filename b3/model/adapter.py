@@ -180,7 +180,11 @@ def load_trainable(wrapped: nn.Module, folder: Path) -> None:
         for part, value in parts.items():
             names = [n for n in parameters if n.startswith(f"base_model.model.{module}.{part}.default")]
             if len(names) != 1 or parameters[names[0]].numel() != value.numel():
-                raise InputError(f"adapter in {folder} does not fit the configured adapter at '{module}.{part}'")
+                here = tuple(parameters[names[0]].shape) if names else "absent"
+                raise InputError(
+                    f"the adapter in {folder} does not fit the section adapter: {module}.{part} is {tuple(value.shape)}"
+                    f" there and {here} here; copy r, use_dora and target_modules from its adapter_config.json"
+                )
             with torch.no_grad():
                 parameters[names[0]].copy_(value.reshape(parameters[names[0]].shape))
             seen.add(names[0])

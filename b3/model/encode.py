@@ -52,6 +52,14 @@ def unique_items(items: Iterable[Item]) -> tuple[list[Item], np.ndarray]:
     return distinct, np.asarray(index, dtype=np.int64)
 
 
+class ItemError(DataError):
+    """An item that cannot be used; whoever knows its row can name it."""
+
+    def __init__(self, problem: str, item: Item) -> None:
+        super().__init__(problem)
+        self.item = item
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What is known of N items before they are decoded.
@@ -144,7 +152,7 @@ class Encoder:
     def encode(self, items: Iterable[Item], progress: str | None = None) -> np.ndarray:
         """Raw vectors (N, D) float32 in the order of `items`, on every rank.
 
-        Raises `DataError` for the first item that cannot be used (unless on_error is "skip").
+        Raises `ItemError` for the first item that cannot be used (unless on_error is "skip").
         """
         named, of_input = unique_items(items)
         measured = measure_over_ranks(self.embedder.processor, named)
@@ -170,7 +178,7 @@ class Encoder:
         if problem is None:
             return
         if self.on_error == "fail":
-            raise DataError(problem)
+            raise ItemError(problem, item)
         self.skipped[item.describe()] = problem
 
     def _fill(

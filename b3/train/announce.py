@@ -83,8 +83,8 @@ class Estimate:
         """For the start of a run."""
         share = 100 * self.trainable / self.parameters
         return [
-            f"  about {count(self.tokens)} tokens per step in about {self.chunks} chunks per rank (longest item of a"
-            f" sample: {self.longest} tokens)",
+            f"  about {count(self.tokens)} tokens per step in about {self.chunks} chunk{'s' * (self.chunks > 1)}"
+            f" per rank (longest item of a sample: {self.longest} tokens)",
             f"  {count(self.trainable)} of {count(self.parameters)} parameters are trained ({share:.2g} %)",
             f"  memory of a rank, about {num_bytes(self.memory)}: weights {num_bytes(self.weights)}, gradients and"
             f" optimiser {num_bytes(self.states)}, activations of a chunk {num_bytes(self.activations)}",

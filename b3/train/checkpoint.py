@@ -258,7 +258,7 @@ def claim_folder(config: Config, data: dict[str, Any] | None = None) -> list[str
         if data is not None:
             write_json(run / DATA, data)
     except OSError as error:
-        raise RunError(f"output_dir {run} cannot be written ({error.strerror})") from None
+        raise RunError(f"output_dir {run} cannot be written ({error.strerror}); choose another") from None
     return notes
 
 

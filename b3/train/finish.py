@@ -145,7 +145,7 @@ def model_card(
         *markdown(data_rows(datasets, plans)),
     ]
     if replaced:
-        lines += ["", f"{len(replaced)} unreadable rows gave their place to others, see bad_rows.jsonl."]
+        lines += ["", f"{len(replaced)} unreadable rows were replaced by others, see bad_rows.jsonl."]
     lines += ["", "## Results", ""]
     if evaluation:
         scores = evaluation["evaluation"]

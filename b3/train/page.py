@@ -43,7 +43,7 @@ def write_page(
         parts += ["<h2>Evaluation</h2>", _evaluation_table(evaluations)]
     parts += ["<h2>Data</h2>", _table(data)]
     if result["replaced_rows"]:
-        parts.append(f"<p>{result['replaced_rows']} unreadable rows gave their place to others: bad_rows.jsonl.</p>")
+        parts.append(f"<p>{result['replaced_rows']} unreadable rows were replaced by others, see bad_rows.jsonl.</p>")
     machine = [["", ""], *([key, _plain(value)] for key, value in environment.items())]
     parts += ["<h2>Machine</h2>", _table(machine), "<h2>Recipe</h2>", f"<pre>{escape(recipe)}</pre>"]
     write_text(file, html.page(f"{config['name']}: training", parts))
@@ -60,7 +60,7 @@ def _headline(config: dict[str, Any], environment: dict[str, Any], result: dict[
     return (
         f"{config['train']['steps']} steps of {config['batch']['size']} pairs, policy {config['batch']['policy']},"
         f" {config['negatives']['per_query']} hard negatives per query, {config['model']['name']}, {where};"
-        f" the last part took {duration(result['seconds'])}"
+        f" {duration(result['seconds'])} since the last start"
     )
 
 

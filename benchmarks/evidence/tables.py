@@ -11,7 +11,7 @@ from benchmarks.evidence.results import Cell, Results, difference
 NAMES = {
     "size": "batch size |B|",
     "examples": "pairs seen",
-    "window": "targets of the window [30, 130) in the batch, a query",
+    "window": "targets of the window [30, 130) in the batch, per query",
     "in_community": "mined negatives per query, in its community",
 }
 
@@ -124,6 +124,7 @@ def plot_lines(
     from b3.eval.plots import new_figure, save_figure
 
     figure, axes = new_figure(6.4, 3.8)
+    named: list[tuple[Any, float, str]] = []
     for name in results.values_of(question, by):
         points = []
         for value in (v for v in results.values_of(question, x) if None not in (v, name)):
@@ -136,8 +137,11 @@ def plot_lines(
         xs, ys, bars, texts = zip(*points, strict=True)
         label = name if isinstance(name, str) else f"{by} {name}"
         axes.errorbar(xs, ys, yerr=bars, fmt="o" if fact else "o-", capsize=3, label=label)
-        for where, height, text in zip(xs, ys, texts, strict=True) if fact else ():
-            axes.annotate(text, (where, height), xytext=(6, 4), textcoords="offset points", fontsize=8)
+        named += zip(xs, ys, texts, strict=True) if fact else ()
+    for where, height, text in named:  # to the right of its point, or to the left if the next point is there
+        is_crowded = any(0 < other - where < 1 and abs(level - height) < 0.1 for other, level, _ in named)
+        near, side = (-6, "right") if is_crowded else (6, "left")
+        axes.annotate(text, (where, height), xytext=(near, 4), textcoords="offset points", fontsize=8, ha=side)
     if log:
         axes.set_xscale("log", base=2)
         axes.set_xticks([v for v in results.values_of(question, x) if v is not None])

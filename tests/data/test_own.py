@@ -127,7 +127,7 @@ def test_other_bad_files_are_named(tmp_path: Path) -> None:
         read_rows(write_jsonl(tmp_path / "a.jsonl", [{"text": "t", "id": i} for i in ("x", "y", "x")]))
     with pytest.raises(DataError, match="has no rows"):
         read_rows(write_jsonl(tmp_path / "b.jsonl", []))
-    with pytest.raises(DataError, match=r"ends in '\.csv'"):
+    with pytest.raises(DataError, match=r"neither \.jsonl nor \.parquet"):
         read_rows(write_jsonl(tmp_path / "c.csv", []))
     pq.write_table(pa.table({"caption": ["x"]}), tmp_path / "d.parquet")
     with pytest.raises(DataError, match="found caption; name them with --text-column"):

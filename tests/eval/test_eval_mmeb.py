@@ -146,6 +146,7 @@ def test_flags_without_effect_are_accepted_and_named(
     [
         ([], ["Nothing"], "subsets there: ImageNet-1K, MSCOCO_i2t"),
         (["--lora"], ["WebQA"], "holds no adapter_config.json"),
+        (["--checkpoint_path", str(DATA)], ["WebQA"], "holds no adapter_config.json; name an adapter"),
         (["--lora_r", "4"], ["WebQA"], "need --lora"),
         (
             ["--lora", "--lora_r", "4", "--checkpoint_path", str(GOLDEN / "adapter-lora")],
@@ -186,7 +187,9 @@ def test_a_broken_image_keeps_what_was_scored(folder: Path, tmp_path: Path, caps
     command[command.index("--image_dir") + 1] = str(data / "eval_images")
     assert eval_mmeb.main(command) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "does not decode" in message and paths[0] in message
+    row = next(number for number, row in enumerate(rows) if paths[0] in (row["qry_img_path"], *row["tgt_img_path"]))
+    assert message.startswith(f"error: WebQA row {row}: image {paths[0]} in {data / 'eval_images'} does not decode")
+    assert message.endswith("or give --on_error skip")
     assert (tmp_path / "out" / "OK-VQA_score.json").exists()
     assert not (tmp_path / "out" / "WebQA_score.json").exists()
 

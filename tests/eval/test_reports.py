@@ -161,7 +161,7 @@ def test_page_of_wrong_predictions(dataset: EvalDataset, tmp_path: Path) -> None
     for text in ("right&lt;1&gt;", "wrong 1", "third 1", "query number 1 &lt;b&gt;&amp;", "margin <b>-0.300</b>"):
         assert text in page
     assert "<code>0.800</code>" in page
-    assert "number 2 of 4" in page
+    assert "ranks 2 of 4" in page
     assert not any(text in page for text in ("right<1>", "<|image_1|>", "image_1", "PREFIX"))
     assert page.count("unreadable image") == 2
     assert page.count("data:image/png;base64,") == 2 + 4  # queries 0 and 5, and a candidate of each row

@@ -209,7 +209,7 @@ def test_replaced_rows_are_counted_and_the_same_for_any_ranks_and_workers(
     assert json.loads((folder / "result.json").read_text())["replaced_rows"] == 3
     for one, many in zip(lines(folder), lines(root / "replaced-2"), strict=True):
         assert one["loss"] == pytest.approx(many["loss"], rel=1e-4)
-    assert "3 unreadable rows gave their place" in (folder / "README.md").read_text()
+    assert "3 unreadable rows were replaced by others" in (folder / "README.md").read_text()
 
 
 def test_more_bad_rows_than_allowed_end_the_run(root: Path, broken: tuple[Path, list[int]]) -> None:

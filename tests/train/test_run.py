@@ -225,6 +225,8 @@ def test_workers_change_nothing(root: Path, single: Path) -> None:
         (["data.datasets.0.subset=nothing"], "subsets there: pictures, words"),
         (["data.image_dir=/nowhere"], "image_dir /nowhere does not exist"),
         (["model.name=/nowhere"], "does not exist"),
+        (["adapter.r=3", "model.init_adapter={root}/single"], "copy r, use_dora and target_modules"),
+        (["output_dir={root}/recipe.yaml/run"], "cannot be written (Not a directory); choose another"),
         (["adapter.r=3", "resume=never", "output_dir={root}/single"], "resume is 'never'"),
         (["adapter.r=3", "output_dir={root}/single"], "holds another run (adapter.r was 4, now 3)"),
     ],
