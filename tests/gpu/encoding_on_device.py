@@ -13,7 +13,7 @@ from pretend_device import NAME, Session, move, pretend_device
 
 from b3 import Embedder
 from b3.data.items import Item
-from b3.mining.search import SMALL, _DeviceSearch, exact_search, select
+from b3.mining.search import SMALL, DeviceSearch, make_search, select
 from b3.model.backbones.heads import Heads
 
 TOLERANCE = 1e-6  # of a unit vector's numbers
@@ -63,8 +63,8 @@ def test_search_is_exact() -> None:
     queries = targets[rng.permutation(len(targets))[:50]]
     expected_ids, expected_scores = select(queries.astype(np.float64) @ targets.astype(np.float64).T, 20)
     with pretend_device() as session:
-        search, _ = exact_search(targets, 20, device=NAME)
-        assert isinstance(search, _DeviceSearch)
+        search, _ = make_search(targets, 20, device=NAME)
+        assert isinstance(search, DeviceSearch)
         ids, scores = search(queries)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_array_equal(scores, expected_scores)
