@@ -103,11 +103,8 @@ def import_released(
     are taken in order. A community with copies is dissolved: its own rows go to the remainder, like rows that the
     files do not have, so the remainder may exceed K. A hard negative is given as the first row that has it as target.
 
-    Args:
-        table: of `read_released`.
-        dataset: the data set, in the order that training will see.
-        community_size: K of the files.
-        files: names for the manifest.
+    `table` is that of `read_released`, `dataset` in the order that training will see, `community_size` K of the files;
+    `files` are names for the manifest.
 
     The report counts: rows_missing (in the data but not in the files), copies, copies_of_other_rows (not among the
     data set's first K, which the authors' script never makes), communities_dissolved, negatives,
