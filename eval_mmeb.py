@@ -146,8 +146,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 def ignored(arguments: argparse.Namespace) -> list[str]:
     """Names of the given flags that have no effect."""
-    own = [name for name in (*IGNORED_VALUES, *IGNORED_SWITCHES) if getattr(arguments, name) is not None]
-    return own + arguments.training_flags
+    names = [name for name in (*IGNORED_VALUES, *IGNORED_SWITCHES) if getattr(arguments, name) is not None]
+    return names + arguments.training_flags
 
 
 def check(arguments: argparse.Namespace) -> str | None:
@@ -181,11 +181,11 @@ def check(arguments: argparse.Namespace) -> str | None:
     if arguments.lora:
         config = read_json(source / CONFIG_FILE)
         for flag, key in LORA_FLAGS.items():
-            value, found = getattr(arguments, flag), config.get(key)
+            value, saved = getattr(arguments, flag), config.get(key)
             if flag == "lora_target_modules" and value is not None:
-                value, found = sorted(value.split(",")), sorted(found) if isinstance(found, list) else found
-            if value is not None and value != found:
-                raise InputError(f"--{flag} {value} contradicts the adapter in {source} ({key} {found})")
+                value, saved = sorted(value.split(",")), sorted(saved) if isinstance(saved, list) else saved
+            if value is not None and value != saved:
+                raise InputError(f"--{flag} {value} contradicts the adapter in {source} ({key} {saved})")
     elif any(getattr(arguments, flag) is not None for flag in LORA_FLAGS):
         raise InputError("--lora_r, --lora_alpha, --lora_dropout and --lora_target_modules need --lora")
     return None if extra is None else str(extra)

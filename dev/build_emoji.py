@@ -75,37 +75,37 @@ def write_subset(name: str, subset: rows.Subset, out: Path) -> None:
 
 
 def build_scenes(
-    pool: list[catalog.Concept], pictures: dict[str, bytes]
+    pool: list[catalog.Concept], images: dict[str, bytes]
 ) -> tuple[list[scenes.Scene], Callable[[scenes.Scene, int], str]]:
-    """Draw and render all scenes into `pictures`; crops are added when asked for."""
+    """Draw and render all scenes into `images`; crops are added when asked for."""
     drawn = [scenes.draw_scene(number, pool, SEED) for number in range(TRAIN_SCENES + TEST_SCENES)]
     rendered = {}
     for scene in drawn:
-        rendered[scene.number] = scenes.render(scene, pictures)
-        pictures[scene.path] = scenes.encode(rendered[scene.number], SCENE_QUALITY)
+        rendered[scene.number] = scenes.render(scene, images)
+        images[scene.path] = scenes.encode(rendered[scene.number], SCENE_QUALITY)
 
     def crop(scene: scenes.Scene, index: int) -> str:
         path = scene.crop_path(index)
-        pictures[path] = scenes.encode(rendered[scene.number].crop(scene.objects[index].box), CROP_QUALITY)
+        images[path] = scenes.encode(rendered[scene.number].crop(scene.objects[index].box), CROP_QUALITY)
         return path
 
     return drawn, crop
 
 
-def check_leaks(subsets: dict[str, rows.Subset], held: list[catalog.Concept], pictures: dict[str, bytes]) -> None:
-    """Raise AssertionError if a test query, a held-out picture or a held-out name occurs in train."""
-    hashed = {path: hashlib.sha256(data).hexdigest() for path, data in pictures.items()} | {"": ""}
+def check_leaks(subsets: dict[str, rows.Subset], held: list[catalog.Concept], images: dict[str, bytes]) -> None:
+    """Raise AssertionError if a test query, a held-out image or a held-out name occurs in train."""
+    hashed = {path: hashlib.sha256(data).hexdigest() for path, data in images.items()} | {"": ""}
     codes, names = {c.code for c in held}, {c.name for c in held}
     captions = {c.caption for c in held}
     caption_queries = {rows.t2i_query(c) for c in captions}
-    held_pictures = {hashed[c.path(v)] for c in held for v in catalog.VENDORS}
+    held_images = {hashed[c.path(v)] for c in held for v in catalog.VENDORS}
     for name, subset in subsets.items():
         queries = {(text, hashed[path]) for text, path, _, _ in subset.train}
         for text, path, _, _ in subset.test:
             assert (text, hashed[path]) not in queries, f"{name}: test query in train: {text} {path}"
         for text, path, target, target_path in subset.train:
             for used in (path, target_path):
-                assert hashed[used] == "" or hashed[used] not in held_pictures, f"{name}: held-out picture {used}"
+                assert hashed[used] == "" or hashed[used] not in held_images, f"{name}: held-out image {used}"
                 assert Path(used).stem not in codes, f"{name}: held-out concept {used}"
             assert target not in captions, f"{name}: held-out caption {target}"
             assert name == "emoji_cls" or target not in names, f"{name}: held-out name {target}"
@@ -140,7 +140,7 @@ def write_teacher(subsets: dict[str, rows.Subset], embedded: teacher.Embedded, f
 
 def describe(
     subsets: dict[str, rows.Subset],
-    pictures: dict[str, bytes],
+    images: dict[str, bytes],
     embedded: teacher.Embedded,
     held: list[catalog.Concept],
     out: Path,
@@ -157,13 +157,13 @@ def describe(
         }
         for name, subset in subsets.items()
     ]
-    note = TEACHER_NOTE.format(side=teacher.PICTURE_SIDE, dims=teacher.DIMENSIONS, **teacher.SCENE_WEIGHT)
+    note = TEACHER_NOTE.format(side=teacher.IMAGE_SIDE, dims=teacher.DIMENSIONS, **teacher.SCENE_WEIGHT)
     files = sorted(p for p in out.rglob("*") if p.suffix in (".parquet", ".safetensors"))
     return {
         "name": "emoji",
         "seed": SEED,
         "subsets": described,
-        "images": len(pictures),
+        "images": len(images),
         "held_out_concepts": [c.code for c in held],
         "teacher": {"description": note, "dimensions": teacher.DIMENSIONS, **embedded.report},
         "npm_packages": catalog.PACKAGES,
@@ -174,27 +174,27 @@ def describe(
 
 def build(packages: Path, out: Path, threads: int) -> dict[str, object]:
     """Write every data file below `out`; returns what `dataset.json` says."""
-    pictures = catalog.read_pictures(packages)
-    concepts = catalog.read_concepts(packages, pictures)
+    images = catalog.read_images(packages)
+    concepts = catalog.read_concepts(packages, images)
     train, held = catalog.split_concepts(concepts, SEED)
     subsets = {name: rows.Subset() for name in rows.FAMILIES}
     rows.add_concept_rows(subsets, train, held, SEED)
     pool = scenes.scene_pool(train)
-    drawn, crop = build_scenes(pool, pictures)
+    drawn, crop = build_scenes(pool, images)
     train_scenes, test_scenes = drawn[:TRAIN_SCENES], drawn[TRAIN_SCENES:]
     rows.add_question_rows(subsets["emoji_vqa"], train_scenes, test_scenes, pool, SEED)
     rows.add_grounding_rows(subsets["emoji_vg"], train_scenes, test_scenes, crop, SEED)
-    check_leaks(subsets, held, pictures)
+    check_leaks(subsets, held, images)
     out.mkdir(parents=True, exist_ok=True)
     for name, subset in subsets.items():
         write_subset(name, subset, out)
-    store = {"path": pa.array(list(pictures), pa.string()), "bytes": pa.array(list(pictures.values()), pa.binary())}
+    store = {"path": pa.array(list(images), pa.string()), "bytes": pa.array(list(images.values()), pa.binary())}
     write_table(pa.table(store), out / "images.parquet")
-    fitted = teacher.Teacher(teacher.Encoders(threads), train, pictures, SEED)
+    fitted = teacher.Teacher(teacher.Encoders(threads), train, images, SEED)
     contents = [c for subset in subsets.values() for pair in subset.contents for c in pair]
     embedded = fitted.embed(contents, held)
     write_teacher(subsets, embedded, out / "teacher.safetensors")
-    described = describe(subsets, pictures, embedded, held, out)
+    described = describe(subsets, images, embedded, held, out)
     (out / "dataset.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n")
     return described
 
@@ -214,11 +214,11 @@ def main() -> int:
         size = sum(p.stat().st_size for p in options.out.rglob("*") if p.is_file())
         print(f"{time.time() - start:.0f} s, {size} bytes")
         return 0
-    wanted: dict[str, str] = json.loads((options.out / "dataset.json").read_text())["sha256"]
+    known: dict[str, str] = json.loads((options.out / "dataset.json").read_text())["sha256"]
     with tempfile.TemporaryDirectory() as folder:
         build(options.packages, Path(folder), options.threads)
-        found: dict[str, str] = json.loads((Path(folder) / "dataset.json").read_text())["sha256"]
-    differing = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+        rebuilt: dict[str, str] = json.loads((Path(folder) / "dataset.json").read_text())["sha256"]
+    differing = sorted(k for k in known.keys() | rebuilt.keys() if known.get(k) != rebuilt.get(k))
     print(f"{time.time() - start:.0f} s; differing files: {', '.join(differing) or 'none'}")
     return 1 if differing else 0
 

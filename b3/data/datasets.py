@@ -7,7 +7,8 @@ list, element 0 being right (MMEB).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config, DatasetConfig
@@ -55,7 +56,6 @@ class PairDataset:
         self.target_prefix = target_prefix
         self._columns = {column: table.column(column).combine_chunks() for column in table.column_names}
         self._num_rows = table.num_rows
-        self._fingerprint: str | None = None
 
     def __len__(self) -> int:
         return self._num_rows
@@ -68,17 +68,12 @@ class PairDataset:
         values: list[Any] = self._columns[name].to_pylist()
         return values
 
-    def _item(self, text: str | None, path: str | None, prefix: str = "") -> Item:
-        if not path:
-            return Item(prefix + (text or ""))
-        assert self.images is not None, f"{self.name} has image paths but no image store"
-        return Item(text or "", ImageRef(self.images, path))
-
     def query(self, row: int) -> Item:
-        return self._item(self._value("qry", row), self._value("qry_image_path", row))
+        return _item(self.images, self._value("qry", row), self._value("qry_image_path", row))
 
     def target(self, row: int) -> Item:
-        return self._item(self._value("pos_text", row), self._value("pos_image_path", row), self.target_prefix)
+        text, path = self._value("pos_text", row), self._value("pos_image_path", row)
+        return _item(self.images, text, path, self.target_prefix)
 
     @property
     def has_negatives(self) -> bool:
@@ -91,21 +86,17 @@ class PairDataset:
             return []
         texts, paths = self._value("neg_text", row), self._value("neg_image_path", row)
         pairs = zip(texts, paths, strict=True) if isinstance(texts, list) else [(texts, paths)]
-        return [self._item(text, path, self.target_prefix) for text, path in pairs if text or path]
+        return [_item(self.images, text, path, self.target_prefix) for text, path in pairs if text or path]
 
     def __iter__(self) -> Iterator[tuple[Item, Item]]:
         return ((self.query(row), self.target(row)) for row in range(len(self)))
 
     def fingerprint(self) -> str:
-        """SHA-256 over all rows in order (texts and image paths, prefix included); equal data, equal fingerprint.
-
-        Computed once: a run asks for it several times, and it reads every row.
-        """
-        if self._fingerprint is None:
-            self._fingerprint = self._hash_rows()
+        """SHA-256 over all rows in order (texts and image paths, prefix included); equal data, equal fingerprint."""
         return self._fingerprint
 
-    def _hash_rows(self) -> str:
+    @cached_property  # a run asks for it several times, and it reads every row
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.target_prefix.encode())
         for column in sorted(self._columns):
             digest.update(column.encode())
@@ -138,15 +129,9 @@ class EvalDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _item(self, text: str, path: str) -> Item:
-        if not path:
-            return Item(text)
-        assert self.images is not None, f"{self.name} has image paths but no image store"
-        return Item(text, ImageRef(self.images, path))
-
     def query(self, row: int) -> Item:
         record = self._rows[row]
-        return self._item(record["qry_text"] or "", record["qry_img_path"] or "")
+        return _item(self.images, record["qry_text"], record["qry_img_path"])
 
     def raw_candidates(self, row: int) -> list[tuple[str, str]]:
         """(text, image path) of each candidate as stored, without prefix."""
@@ -154,7 +139,15 @@ class EvalDataset:
         return [(t or "", p or "") for t, p in zip(record["tgt_text"], record["tgt_img_path"], strict=True)]
 
     def candidates(self, row: int) -> list[Item]:
-        return [self._item(self.target_prefix + text, path) for text, path in self.raw_candidates(row)]
+        return [_item(self.images, self.target_prefix + text, path) for text, path in self.raw_candidates(row)]
+
+
+def _item(images: ImageStore | None, text: str | None, path: str | None, prefix: str = "") -> Item:
+    """`prefix` goes before a text without image."""
+    if not path:
+        return Item(prefix + (text or ""))
+    assert images is not None, "rows with image paths have an image store"
+    return Item(text or "", ImageRef(images, path))
 
 
 def load_pairs(
@@ -180,12 +173,7 @@ def load_pairs(
     Raises:
         DataError: nothing found, a column is missing, or a row has neither text nor image.
     """
-    where = f"{source} subset {subset} split {split}"
-    table = check_rows(load_table(source, subset, split), PAIR_COLUMNS, where)
-    check_pairs(table, where)
-    if max_rows is not None:
-        table = table.slice(0, max_rows)
-    store = image_store(table, ("qry_image_path", "pos_image_path"), image_dir or default_image_dir(source), where)
+    table, store = _load(source, subset, split, PAIR_COLUMNS, check_pairs, image_dir, max_rows)
     return PairDataset(subset, table, store, family, target_prefix(subset) if prefix_targets else "")
 
 
@@ -199,11 +187,25 @@ def load_eval(
     max_rows: int | None = None,
 ) -> EvalDataset:
     """One evaluation subset (MMEB-eval schema). Arguments and errors as `load_pairs`."""
-    where = f"{source} subset {subset} split {split}"
-    table = check_rows(load_table(source, subset, split), EVAL_COLUMNS, where).slice(0, max_rows)
-    check_eval(table, where)
-    store = image_store(table, ("qry_img_path", "tgt_img_path"), image_dir or default_image_dir(source), where)
+    table, store = _load(source, subset, split, EVAL_COLUMNS, check_eval, image_dir, max_rows)
     return EvalDataset(subset, table, store, target_prefix(subset) if prefix_targets else "")
+
+
+def _load(
+    source: str,
+    subset: str,
+    split: str,
+    columns: tuple[str, ...],
+    check: Callable[[pa.Table, str], None],
+    image_dir: str | None,
+    max_rows: int | None,
+) -> tuple[pa.Table, ImageStore | None]:
+    """The first rows of a subset, checked, and the store of their images."""
+    where = f"{source} subset {subset} split {split}"
+    table = check_rows(load_table(source, subset, split), columns, where).slice(0, max_rows)
+    check(table, where)
+    paths = tuple(name for name in columns if name.endswith("_path"))
+    return table, image_store(table, paths, image_dir or default_image_dir(source), where)
 
 
 def load_dataset(config: Config, entry: DatasetConfig) -> PairDataset:

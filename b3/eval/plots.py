@@ -72,20 +72,14 @@ def plot_precision(results: dict[str, dict[str, Any]], path: Path, benchmark: Be
     save_figure(figure, axes, path)
 
 
-def _errors(summary: dict[str, Any], groups: list[str], means: list[float]) -> list[list[float]] | None:
-    """Lengths below and above each bar in percent, from `summary['interval']`; None if there is none to draw."""
-    interval = summary.get("interval")
-    if not interval:
+def _errors(interval: dict[str, Any] | None, means: dict[str, float]) -> list[list[float]] | None:
+    """Lengths below and above each bar, in percent, of groups with these `means` (0 to 1); None without an interval."""
+    if interval is None:
         return None
-    if not isinstance(interval, dict):
-        interval = {"mean": interval}
-    known = {**interval, **interval.get("families", {})}
-    below, above = [], []
-    for group, mean in zip(groups, means, strict=True):
-        low, high = known.get("mean" if group == "overall" else group) or (mean / 100, mean / 100)
-        below.append(max(0.0, mean - 100 * low))
-        above.append(max(0.0, 100 * high - mean))
-    return [below, above] if any(below + above) else None
+    ends = {**interval["families"], "overall": interval["mean"]}
+    below = [max(0.0, 100 * (mean - ends[group][0])) for group, mean in means.items()]
+    above = [max(0.0, 100 * (ends[group][1] - mean)) for group, mean in means.items()]
+    return [below, above]
 
 
 def plot_families(
@@ -101,8 +95,7 @@ def plot_families(
     there is none.
 
     Args:
-        summary: as of `b3.eval.report.summarise`; an optional `interval` draws error bars: (low, high) of the mean, or
-            a dict with such pairs under 'mean' and under the families' names (these may lie below a key 'families').
+        summary: as of `b3.eval.report.summarise`; its `interval`, if it has one, draws error bars.
         benchmark: whose tasks and published scores.
         baselines: models with published scores; default those of `DEFAULT_BASELINES`.
         name: label of the run.
@@ -125,7 +118,7 @@ def plot_families(
         last = index == len(columns) - 1
         values = [100 * means[group] for group in groups]
         places = [i + (index - (len(columns) - 1) / 2) * width for i in range(len(groups))]
-        errors = _errors(summary, groups, values) if last else None
+        errors = _errors(summary.get("interval"), {group: means[group] for group in groups}) if last else None
         colour = COLOURS["b3"] if last else GREYS[index % len(GREYS)]
         bars = axes.bar(
             places, values, width, label=label, color=colour, yerr=errors, ecolor="#333333", error_kw={"elinewidth": 1}

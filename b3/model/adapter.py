@@ -57,15 +57,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
             raise InputError(f"{folder / CONFIG_FILE}: {key} is set, which is not supported; merge it with peft first")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         raise InputError(f"{folder / CONFIG_FILE}: only LoRA and DoRA adapters without bias are supported")
+    file, old_file = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if not file.is_file() and not old_file.is_file():
+        raise InputError(f"{folder} has no adapter_model.safetensors (or .bin); the adapter is incomplete")
     try:
-        if (folder / "adapter_model.safetensors").is_file():
-            tensors = load_file(folder / "adapter_model.safetensors")
-        elif (folder / "adapter_model.bin").is_file():
-            tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
-        else:
-            raise InputError(f"{folder} has no adapter_model.safetensors (or .bin); the adapter is incomplete")
-    except InputError:
-        raise
+        tensors = load_file(file) if file.is_file() else torch.load(old_file, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors and the unpickler each raise their own types on a torn file
         raise InputError(f"adapter weights in {folder} cannot be read ({str(error).splitlines()[0]})") from None
     return config, {new_name(key): value for key, value in tensors.items()}

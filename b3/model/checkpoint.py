@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from b3.console import no_bars
 from b3.errors import InputError
 from b3.files import sha256
 
@@ -167,15 +168,13 @@ def _silence() -> Iterator[None]:
     """Without upstream's bar and its table of weights that a model leaves out on purpose."""
     from transformers.utils import logging
 
-    bar, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with no_bars():
+            yield
     finally:
         logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
 
 
 def unfreeze_all(backbone: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The emoji themselves: names, captions, class labels, pictures, look-alikes and the held-out split."""
+"""The emoji themselves: names, captions, class labels, images, look-alikes and the held-out split."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Concept:
     twins: int | None
 
     def path(self, vendor: str) -> str:
-        """Path of the picture inside the image store."""
+        """Path of the image inside the image store."""
         return f"{vendor}/{self.code}.png"
 
 
@@ -94,33 +94,33 @@ def readable_class(subcategory: str) -> str:
 def compose_caption(name: str, tags: list[str]) -> str:
     """'name: tag, tag' without the tags whose words are all in the name already."""
     words = set(name.lower().replace(",", " ").split())
-    kept = [t for t in tags if not set(t.lower().split()) <= words][:MAX_TAGS]
-    return f"{name}: {', '.join(kept)}" if kept else name
+    new_tags = [t for t in tags if not set(t.lower().split()) <= words][:MAX_TAGS]
+    return f"{name}: {', '.join(new_tags)}" if new_tags else name
 
 
-def read_pictures(packages: Path) -> dict[str, bytes]:
+def read_images(packages: Path) -> dict[str, bytes]:
     """Original PNG bytes of every base emoji that both vendors draw, by path in the image store."""
-    pictures: dict[str, bytes] = {}
-    listed = json.loads((package_dir(packages, "emoji-datasource") / "emoji.json").read_text())
-    for entry in sorted(listed, key=lambda e: e["image"]):
+    images: dict[str, bytes] = {}
+    entries = json.loads((package_dir(packages, "emoji-datasource") / "emoji.json").read_text())
+    for entry in sorted(entries, key=lambda e: e["image"]):
         if all(entry[f"has_img_{v}"] for v in VENDORS):
             for vendor in VENDORS:
                 folder = package_dir(packages, f"emoji-datasource-{vendor}")
-                pictures[f"{vendor}/{entry['image']}"] = (folder / "img" / vendor / "64" / entry["image"]).read_bytes()
-    return pictures
+                images[f"{vendor}/{entry['image']}"] = (folder / "img" / vendor / "64" / entry["image"]).read_bytes()
+    return images
 
 
 def _plain(code: str) -> str:
     return code.upper().replace("-FE0F", "")
 
 
-def read_concepts(packages: Path, pictures: dict[str, bytes]) -> list[Concept]:
+def read_concepts(packages: Path, images: dict[str, bytes]) -> list[Concept]:
     """All concepts, sorted by code; checks that names and captions are distinct."""
     english = json.loads((package_dir(packages, "emojibase-data") / "en" / "data.json").read_text())
     named = {_plain(e["hexcode"]): e for e in english}
-    listed = json.loads((package_dir(packages, "emoji-datasource") / "emoji.json").read_text())
-    entries = [e for e in sorted(listed, key=lambda e: e["image"]) if f"google/{e['image']}" in pictures]
-    twins = find_twins([e["image"].removesuffix(".png") for e in entries], pictures)
+    datasource = json.loads((package_dir(packages, "emoji-datasource") / "emoji.json").read_text())
+    entries = [e for e in sorted(datasource, key=lambda e: e["image"]) if f"google/{e['image']}" in images]
+    twins = find_twins([e["image"].removesuffix(".png") for e in entries], images)
     concepts = []
     for entry in entries:
         code = entry["image"].removesuffix(".png")
@@ -138,13 +138,13 @@ def read_concepts(packages: Path, pictures: dict[str, bytes]) -> list[Concept]:
 
 def thumbnail(data: bytes) -> np.ndarray:
     """16x16 RGB thumbnail on mid grey, flattened; for comparing looks."""
-    picture = Image.open(io.BytesIO(data)).convert("RGBA")
-    ground = Image.new("RGBA", picture.size, (128, 128, 128, 255))
-    ground.alpha_composite(picture)
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    ground = Image.new("RGBA", image.size, (128, 128, 128, 255))
+    ground.alpha_composite(image)
     return np.asarray(ground.convert("RGB").resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel()
 
 
-def find_twins(codes: list[str], pictures: dict[str, bytes]) -> dict[str, int]:
+def find_twins(codes: list[str], images: dict[str, bytes]) -> dict[str, int]:
     """Group number of each code that looks (nearly) like another one of the same vendor."""
     parent = {code: code for code in codes}
 
@@ -154,7 +154,7 @@ def find_twins(codes: list[str], pictures: dict[str, bytes]) -> dict[str, int]:
         return code
 
     for vendor in VENDORS:
-        looks = np.stack([thumbnail(pictures[f"{vendor}/{code}.png"]) for code in codes])
+        looks = np.stack([thumbnail(images[f"{vendor}/{code}.png"]) for code in codes])
         for i in range(len(codes)):
             distance = np.abs(looks[i + 1 :] - looks[i]).mean(axis=1)
             for j in np.flatnonzero(distance < TWIN_DISTANCE):
@@ -174,12 +174,12 @@ def split_concepts(concepts: list[Concept], seed: int) -> tuple[list[Concept], l
     share = HELD_OUT / len(concepts)
     free = {k: [c for c in v if c.twins is None] for k, v in classes.items()}
     quota = {k: share * len(v) if len(v) >= 3 else 0.0 for k, v in classes.items()}
-    taken = {k: min(int(q), len(free[k])) for k, q in quota.items()}
-    while sum(taken.values()) < HELD_OUT:
-        open_classes = [k for k in sorted(taken) if quota[k] and taken[k] < min(len(free[k]), len(classes[k]) // 2)]
-        neediest = max(open_classes, key=lambda k: (quota[k] - taken[k], k))
-        taken[neediest] += 1
+    counts = {k: min(int(q), len(free[k])) for k, q in quota.items()}
+    while sum(counts.values()) < HELD_OUT:
+        open_classes = [k for k in sorted(counts) if quota[k] and counts[k] < min(len(free[k]), len(classes[k]) // 2)]
+        neediest = max(open_classes, key=lambda k: (quota[k] - counts[k], k))
+        counts[neediest] += 1
     held: set[str] = set()
-    for label in sorted(taken):
-        held.update(c.code for c in random.Random(f"{seed}/split/{label}").sample(free[label], taken[label]))
+    for label in sorted(counts):
+        held.update(c.code for c in random.Random(f"{seed}/split/{label}").sample(free[label], counts[label]))
     return [c for c in concepts if c.code not in held], [c for c in concepts if c.code in held]

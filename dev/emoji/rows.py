@@ -11,7 +11,7 @@ from dev.emoji.catalog import VENDORS, Concept
 from dev.emoji.scenes import NUMBERS, Question, Scene, ask
 
 IMAGE = "<|image_1|>"
-PICTURE_TARGET = f"{IMAGE}\nRepresent the given image.\n"
+IMAGE_TARGET = f"{IMAGE}\nRepresent the given image.\n"
 CROP_TARGET = f"{IMAGE}\nRepresent the given cropped image of the object"
 I2T_QUERY = f"{IMAGE}\nFind an image caption describing the given emoji.\n"
 I2I_QUERY = f"{IMAGE}\nFind an emoji from another vendor that shows the same thing as the provided image.\n"
@@ -79,12 +79,12 @@ def concept_pairs(concept: Concept, vendor: str) -> dict[str, tuple[Pair, Pair, 
     """(query, target, teacher content of each) of the four subsets that are about single emoji."""
     path = concept.path(vendor)
     other = concept.path(VENDORS[1 - VENDORS.index(vendor)])
-    caption, picture = _text(concept.caption), _image(path)
+    caption, image = _text(concept.caption), _image(path)
     return {
-        "emoji_t2i": ((t2i_query(concept.caption), ""), (PICTURE_TARGET, path), caption, picture),
-        "emoji_i2t": ((I2T_QUERY, path), (concept.caption, ""), picture, caption),
-        "emoji_i2i": ((I2I_QUERY, path), (PICTURE_TARGET, other), picture, _image(other)),
-        "emoji_cls": ((CLS_QUERY, path), (concept.label, ""), picture, _text(concept.label)),
+        "emoji_t2i": ((t2i_query(concept.caption), ""), (IMAGE_TARGET, path), caption, image),
+        "emoji_i2t": ((I2T_QUERY, path), (concept.caption, ""), image, caption),
+        "emoji_i2i": ((I2I_QUERY, path), (IMAGE_TARGET, other), image, _image(other)),
+        "emoji_cls": ((CLS_QUERY, path), (concept.label, ""), image, _text(concept.label)),
     }
 
 
@@ -92,11 +92,11 @@ def _negatives(concept: Concept, held: list[Concept], rng: random.Random) -> lis
     """Other held-out concepts; a third of them from the same category."""
     count = RETRIEVAL_CANDIDATES - 1
     near = [c for c in held if c.category == concept.category and c.code != concept.code]
-    chosen = rng.sample(near, min(len(near), count // 3))
-    used = {concept.code, *(c.code for c in chosen)}
-    chosen += rng.sample([c for c in held if c.code not in used], count - len(chosen))
-    rng.shuffle(chosen)
-    return chosen
+    negatives = rng.sample(near, min(len(near), count // 3))
+    codes = {concept.code, *(c.code for c in negatives)}
+    negatives += rng.sample([c for c in held if c.code not in codes], count - len(negatives))
+    rng.shuffle(negatives)
+    return negatives
 
 
 def add_concept_rows(subsets: dict[str, Subset], train: list[Concept], held: list[Concept], seed: int) -> None:
@@ -117,20 +117,17 @@ def add_concept_rows(subsets: dict[str, Subset], train: list[Concept], held: lis
                 subsets[name].add_test(query, [target, *others])
 
 
-def add_question_rows(
-    subset: Subset, train: list[Scene], test: list[Scene], pool: list[Concept], seed: int
-) -> list[Question]:
-    """Fill the question subset; returns the test questions."""
+def add_question_rows(subset: Subset, train: list[Scene], test: list[Scene], pool: list[Concept], seed: int) -> None:
+    """Fill the question subset."""
     for scene in train:
         for question in ask(scene, pool, seed, PER_SCENE):
             query = (vqa_query(question.text), scene.path)
             content = ("question", question.text, scene.path)
             subset.add(query, (question.answer, ""), (content, _text(question.answer)))
-    asked = [question for scene in test for question in ask(scene, pool, seed, PER_SCENE)]
-    for number, question in enumerate(asked):
+    questions = [question for scene in test for question in ask(scene, pool, seed, PER_SCENE)]
+    for number, question in enumerate(questions):
         answers = _answers(question, pool, random.Random(f"{seed}/answers/{number}"))
         subset.add_test((vqa_query(question.text), question.scene.path), [(a, "") for a in answers])
-    return asked
 
 
 def _answers(question: Question, pool: list[Concept], rng: random.Random) -> list[str]:
@@ -139,12 +136,12 @@ def _answers(question: Question, pool: list[Concept], rng: random.Random) -> lis
         wrong = [n for n in NUMBERS if n != question.answer]
         rng.shuffle(wrong)
         return [question.answer, *wrong]
-    shown = sorted({o.concept.name for o in question.scene.objects} - {question.answer})
+    in_scene = sorted({o.concept.name for o in question.scene.objects} - {question.answer})
     first = ["no" if question.answer == "yes" else "yes"] if question.kind == "truth" else []
     by_label = {c.name: c.label for c in pool}
-    excluded = {question.answer, *shown}
+    excluded = {question.answer, *in_scene}
     near = [c.name for c in pool if c.label == by_label.get(question.answer) and c.name not in excluded]
-    wrong = first + shown + rng.sample(near, min(len(near), 6))
+    wrong = first + in_scene + rng.sample(near, min(len(near), 6))
     names = [c.name for c in pool if c.name not in {question.answer, *wrong}]
     wrong += rng.sample(names, SCENE_CANDIDATES - 1 - len(wrong))
     rng.shuffle(wrong)
@@ -162,30 +159,30 @@ def add_grounding_rows(
             name, path = scene.objects[index].concept.name, crop(scene, index)
             contents = ("phrase", name, scene.path), _image(path)
             subset.add((vg_query(name), scene.path), (CROP_TARGET, path), contents)
-    shown: dict[int, dict[str, str]] = defaultdict(dict)
+    crops: dict[int, dict[str, str]] = defaultdict(dict)
     for scene in test:
         for index, thing in enumerate(scene.objects):
-            if thing.concept.code not in shown[scene.number]:
-                shown[scene.number][thing.concept.code] = crop(scene, index)
+            if thing.concept.code not in crops[scene.number]:
+                crops[scene.number][thing.concept.code] = crop(scene, index)
     for scene in test:
         rng = random.Random(f"{seed}/grounding/{scene.number}")
         unique = scene.unique()
         for index in sorted(rng.sample(unique, min(PER_SCENE, len(unique)))):
             right = scene.objects[index].concept
-            paths = _crops(right.code, scene, shown, rng)
+            paths = _crops(right.code, scene, crops, rng)
             subset.add_test((vg_query(right.name), scene.path), [(CROP_TARGET, p) for p in paths])
 
 
-def _crops(code: str, scene: Scene, shown: dict[int, dict[str, str]], rng: random.Random) -> list[str]:
+def _crops(code: str, scene: Scene, crops: dict[int, dict[str, str]], rng: random.Random) -> list[str]:
     """The right crop, the other objects of the scene, then crops of other scenes; each concept once."""
-    chosen = dict(shown[scene.number])
-    others = [(c, p) for n in sorted(shown) if n != scene.number for c, p in sorted(shown[n].items())]
+    path_of = dict(crops[scene.number])
+    others = [(c, p) for n in sorted(crops) if n != scene.number for c, p in sorted(crops[n].items())]
     rng.shuffle(others)
     for other, path in others:
-        if len(chosen) == SCENE_CANDIDATES:
+        if len(path_of) == SCENE_CANDIDATES:
             break
-        chosen.setdefault(other, path)
-    right = chosen.pop(code)
-    wrong = list(chosen.values())
+        path_of.setdefault(other, path)
+    right = path_of.pop(code)
+    wrong = list(path_of.values())
     rng.shuffle(wrong)
     return [right, *wrong]

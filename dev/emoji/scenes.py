@@ -106,15 +106,15 @@ def draw_scene(number: int, pool: list[Concept], seed: int) -> Scene:
     grid = 2 if rng.random() < 0.5 else 3
     total = rng.choice((3, 4)) if grid == 2 else rng.choice((3, 4, 5))
     repeats = rng.choice((2, 2, 3)) if rng.random() < 0.33 else 1
-    chosen: list[Concept] = []
-    while len(chosen) < total - min(repeats, total - 1) + 1:
+    concepts: list[Concept] = []
+    while len(concepts) < total - min(repeats, total - 1) + 1:
         candidate = rng.choice(pool)
-        if not any(_confusable(candidate, other) for other in chosen):
-            chosen.append(candidate)
-    chosen += [chosen[0]] * (total - len(chosen))
+        if not any(_confusable(candidate, other) for other in concepts):
+            concepts.append(candidate)
+    concepts += [concepts[0]] * (total - len(concepts))
     cells = rng.sample([(c, r) for r in range(grid) for c in range(grid)], total)
     objects = []
-    for concept, (column, row) in sorted(zip(chosen, cells, strict=True), key=lambda pair: (pair[1][1], pair[1][0])):
+    for concept, (column, row) in sorted(zip(concepts, cells, strict=True), key=lambda pair: (pair[1][1], pair[1][0])):
         side = rng.randint(*SIZES)
         slack = CELL - side - 2 * MARGIN
         left = column * CELL + MARGIN + rng.randint(0, slack)
@@ -123,13 +123,13 @@ def draw_scene(number: int, pool: list[Concept], seed: int) -> Scene:
     return Scene(number, rng.choice(VENDORS), grid, rng.choice(BACKGROUNDS), tuple(objects))
 
 
-def render(scene: Scene, pictures: dict[str, bytes]) -> Image.Image:
+def render(scene: Scene, images: dict[str, bytes]) -> Image.Image:
     """The scene as an RGB image."""
     canvas = Image.new("RGBA", (scene.grid * CELL, scene.grid * CELL), (*scene.background, 255))
     for placed in scene.objects:
-        picture = Image.open(io.BytesIO(pictures[placed.concept.path(scene.vendor)])).convert("RGBA")
+        image = Image.open(io.BytesIO(images[placed.concept.path(scene.vendor)])).convert("RGBA")
         side = (placed.side, placed.side)
-        canvas.alpha_composite(picture.resize(side, Image.Resampling.LANCZOS), (placed.left, placed.top))
+        canvas.alpha_composite(image.resize(side, Image.Resampling.LANCZOS), (placed.left, placed.top))
     return canvas.convert("RGB")
 
 
@@ -141,7 +141,7 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 
 def _spatial(scene: Scene) -> list[Question]:
-    found = []
+    questions = []
     for index in scene.unique():
         thing = scene.objects[index]
         for phrase, (dx, dy) in DIRECTIONS.items():
@@ -153,19 +153,19 @@ def _spatial(scene: Scene) -> list[Question]:
             ]
             if len(line) == 1:
                 text = f"What is directly {phrase} the {thing.concept.name}?"
-                found.append(Question(text, line[0].concept.name, "label", scene))
-    return found
+                questions.append(Question(text, line[0].concept.name, "label", scene))
+    return questions
 
 
 def _corners(scene: Scene) -> list[Question]:
-    found = []
+    questions = []
     for phrase, (right, bottom) in CORNERS.items():
         cell = (right * (scene.grid - 1), bottom * (scene.grid - 1))
         for thing in scene.objects:
             if (thing.column, thing.row) == cell:
                 text = f"What is in the {phrase} corner?"
-                found.append(Question(text, thing.concept.name, "label", scene))
-    return found
+                questions.append(Question(text, thing.concept.name, "label", scene))
+    return questions
 
 
 def _counts(scene: Scene, rng: random.Random) -> list[Question]:

@@ -1,7 +1,7 @@
-"""The teacher: a text encoder, and picture features mapped into its space by ridge regression on train concepts.
+"""The teacher: a text encoder, and image features mapped into its space by ridge regression on train concepts.
 
 A scene's vector is the mean over its non-blank tiles, each mapped like a single emoji.
-Nothing here is fitted on held-out concepts. Text vectors and mapped picture vectors are centred on the mean train
+Nothing here is fitted on held-out concepts. Text vectors and mapped image vectors are centred on the mean train
 caption, reduced by PCA (fitted on train texts) and scaled to unit length.
 """
 
@@ -21,7 +21,7 @@ from dev.emoji.catalog import VENDORS, Concept
 from dev.emoji.rows import Content
 from dev.emoji.scenes import CELL
 
-PICTURE_SIDE = 224
+IMAGE_SIDE = 224
 DIMENSIONS = 160
 REGULARISERS = (0.03, 0.1, 0.3, 1.0, 3.0)
 SCENE_WEIGHT = {"question": 1.0, "phrase": 0.3}
@@ -61,11 +61,11 @@ class Encoders:
         return unit(out)
 
     @torch.inference_mode()
-    def pictures(self, pictures: Sequence[Image.Image], batch: int = 32) -> np.ndarray:
+    def images(self, images: Sequence[Image.Image], batch: int = 32) -> np.ndarray:
         """(n, 1280) features, float64; transparent parts become white."""
         out = []
-        for start in range(0, len(pictures), batch):
-            pixels = np.stack([_pixels(p) for p in pictures[start : start + batch]])
+        for start in range(0, len(images), batch):
+            pixels = np.stack([_pixels(p) for p in images[start : start + batch]])
             inputs = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1.0
             out.append(self.net.extract_features(inputs).mean((2, 3)).numpy().astype(np.float64))
         return np.concatenate(out)
@@ -82,10 +82,10 @@ def cut_tiles(scene: Image.Image) -> list[Image.Image]:
     return [t for t in tiles if np.asarray(t, dtype=np.float64).std(axis=(0, 1)).max() > BLANK_SPREAD]
 
 
-def _pixels(picture: Image.Image) -> np.ndarray:
-    ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    ground.alpha_composite(picture)
-    side = (PICTURE_SIDE, PICTURE_SIDE)
+def _pixels(image: Image.Image) -> np.ndarray:
+    ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    ground.alpha_composite(image)
+    side = (IMAGE_SIDE, IMAGE_SIDE)
     return np.asarray(ground.convert("RGB").resize(side, Image.Resampling.BICUBIC), dtype=np.float32)
 
 
@@ -97,8 +97,8 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def recall(queries: np.ndarray, targets: np.ndarray, k: int, right: np.ndarray | None = None) -> float:
     """Share of queries whose own target (row `right`, default the same row) has fewer than k better ones."""
     scores = queries @ targets.T
-    own = scores[np.arange(len(queries)), np.arange(len(queries)) if right is None else right]
-    return float(((scores > own[:, None]).sum(1) < k).mean())
+    positive = scores[np.arange(len(queries)), np.arange(len(queries)) if right is None else right]
+    return float(((scores > positive[:, None]).sum(1) < k).mean())
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def choose_regulariser(features: np.ndarray, captions: np.ndarray, seed: int) ->
         ridge = Ridge.fit(_both(features, fitting), targets, regulariser)
         texts = unit(captions[validation] - mean)
         images = [ridge(features[v][validation]) for v in range(len(VENDORS))]
-        found = [recall(i, texts, 10) + recall(texts, i, 10) for i in images]
-        scores[str(regulariser)] = round(float(np.mean(found)) / 2, 4)
+        recalls = [recall(i, texts, 10) + recall(texts, i, 10) for i in images]
+        scores[str(regulariser)] = round(float(np.mean(recalls)) / 2, 4)
     return max(REGULARISERS, key=lambda r: scores[str(r)]), scores
 
 
@@ -174,13 +174,13 @@ def _quality(texts: np.ndarray, images: np.ndarray) -> dict[str, float]:
 class Teacher:
     """Fits on train concepts, then embeds contents."""
 
-    def __init__(self, encoders: Encoders, train: list[Concept], pictures: dict[str, bytes], seed: int) -> None:
-        """Choose the regulariser and fit on the train concepts' pictures and captions."""
-        self.encoders, self.pictures, self.seed = encoders, pictures, seed
+    def __init__(self, encoders: Encoders, train: list[Concept], images: dict[str, bytes], seed: int) -> None:
+        """Choose the regulariser and fit on the train concepts' images and captions."""
+        self.encoders, self.images, self.seed = encoders, images, seed
         self.features: dict[str, np.ndarray] = {}
         self.first: dict[bytes, str] = {}
-        for path in sorted(pictures):
-            self.first.setdefault(pictures[path], path)
+        for path in sorted(images):
+            self.first.setdefault(images[path], path)
         captions = encoders.texts([c.caption for c in train])
         features = self._concept_features(train)
         regulariser, scores = choose_regulariser(features, captions, seed)
@@ -193,28 +193,28 @@ class Teacher:
         return np.stack([self._features([c.path(v) for c in concepts]) for v in VENDORS])
 
     def _features(self, paths: list[str]) -> np.ndarray:
-        """Features of stored pictures, each distinct picture once."""
-        same = [self.first[self.pictures[p]] for p in paths]
+        """Features of stored images, each distinct image once."""
+        same = [self.first[self.images[p]] for p in paths]
         new = sorted(set(same) - self.features.keys())
         if new:
-            found = self.encoders.pictures([_open(self.pictures[p]) for p in new])
-            self.features.update(zip(new, found, strict=True))
+            features = self.encoders.images([_open(self.images[p]) for p in new])
+            self.features.update(zip(new, features, strict=True))
         return np.stack([self.features[p] for p in same])
 
     def _image_vectors(self, paths: list[str]) -> dict[str, np.ndarray]:
-        """Unit vectors of pictures; scenes as the mean of their tiles."""
+        """Unit vectors of images; scenes as the mean of their tiles."""
         single = [p for p in paths if not p.startswith("scenes/")]
-        found = dict(zip(single, self.ridge(self._features(single)), strict=True))
+        vector_of = dict(zip(single, self.ridge(self._features(single)), strict=True))
         scenes = [p for p in paths if p.startswith("scenes/")]
-        tiles = [cut_tiles(_open(self.pictures[p])) for p in scenes]
-        vectors = self.ridge(self.encoders.pictures([t for cut in tiles for t in cut]))
+        tiles = [cut_tiles(_open(self.images[p])) for p in scenes]
+        vectors = self.ridge(self.encoders.images([t for cut in tiles for t in cut]))
         ends = np.cumsum([len(cut) for cut in tiles])
         for path, cut, end in zip(scenes, tiles, ends, strict=True):
-            found[path] = unit(vectors[end - len(cut) : end].mean(0, keepdims=True))[0]
-        return found
+            vector_of[path] = unit(vectors[end - len(cut) : end].mean(0, keepdims=True))[0]
+        return vector_of
 
     def embed(self, contents: Sequence[Content], held: list[Concept]) -> Embedded:
-        """Vectors of the distinct contents; pictures with equal bytes share one."""
+        """Vectors of the distinct contents; images with equal bytes share one."""
         keys = [self._canonical(c) for c in contents]
         unique = sorted(set(keys))
         texts = sorted({text for _, text, _ in unique if text})
@@ -233,11 +233,11 @@ class Teacher:
         return Embedded(index, vectors.astype(np.float16), self.report)
 
     def _canonical(self, content: Content) -> Content:
-        """Equal pictures under two paths become one path (the first by name)."""
+        """Equal images under two paths become one path (the first by name)."""
         kind, text, path = content
         if not path:
             return content
-        return kind, text, self.first[self.pictures[path]]
+        return kind, text, self.first[self.images[path]]
 
     @staticmethod
     def _combine(

@@ -23,7 +23,7 @@ WORDS = [*tiny.COLOURS, *tiny.SHAPES, "a", "what", "is", "?", "number", *"012345
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT with WordPiece vocabulary and mean pooling, with a default prompt that must not be used."""
-    st = pytest.importorskip("sentence_transformers")
+    st = pytest.importorskip("sentence_transformers", reason="pip install 'b3[st]' runs this test")
     from sentence_transformers.models import Pooling, Transformer
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -91,7 +91,7 @@ def test_a_text_only_model_refuses_images(root: Path, bert: Path) -> None:
 
 
 def test_a_folder_without_a_model_is_named(root: Path) -> None:
-    pytest.importorskip("sentence_transformers")
+    pytest.importorskip("sentence_transformers", reason="pip install 'b3[st]' runs this test")
     (root / "nothing").mkdir()
     recipe = tiny.write_recipe(root, mining={"teacher": f"st:{root / 'nothing'}"})
     with pytest.raises(RunError, match=r"nothing cannot be loaded \(") as caught:

@@ -132,7 +132,7 @@ def test_pooling_and_length_are_the_checkpoints(roberta: Path, tmp_path: Path, w
 
 def test_sentence_transformers_gives_the_same_vectors(folder: Path, tmp_path: Path) -> None:
     """From what we save, with its own padding and masks, and texts that are cut."""
-    library = pytest.importorskip("sentence_transformers")
+    library = pytest.importorskip("sentence_transformers", reason="pip install 'b3[st]' runs this test")
 
     model = Embedder.from_pretrained(folder, dtype="float32", pooling="cls", max_length=40)
     model.save(tmp_path / "saved")

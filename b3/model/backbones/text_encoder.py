@@ -11,7 +11,6 @@ loads it and gives the same vectors. Texts are taken as they are, with the speci
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from b3.data.items import Item
 from b3.errors import DataError, InputError
+from b3.files import write_json
 from b3.model.attention import Packing, kernel_arguments, use_packed_attention
 from b3.model.backbones.tiny import make_tiny_text_model
 from b3.model.batch import Batch, Processor
@@ -72,8 +72,7 @@ class TextProcessor(Processor):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the tokenizer and the longest text."""
         self.tokenizer.save_pretrained(str(folder))
-        facts = {"max_seq_length": self.max_length, "do_lower_case": False}
-        (Path(folder) / TRANSFORMER_FILE).write_text(json.dumps(facts, indent=2) + "\n")
+        write_json(Path(folder) / TRANSFORMER_FILE, {"max_seq_length": self.max_length, "do_lower_case": False})
 
 
 class TextEncoder(Embedder):
@@ -174,7 +173,6 @@ class TextEncoder(Embedder):
     def save_settings(self, folder: Path) -> None:
         """Write tokenizer, longest text and pooling in the layout of sentence-transformers."""
         super().save_settings(folder)
-        (folder / "1_Pooling").mkdir(exist_ok=True)
         modules = [
             {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for index, (path, kind) in enumerate(_MODULES)
@@ -182,9 +180,8 @@ class TextEncoder(Embedder):
         switches = {
             name: mode == self.settings.pooling for name, mode in MODES.items() if name.startswith("pooling_mode")
         }
-        pooling = {"word_embedding_dimension": self.dim, **switches}
-        for name, facts in ((MODULES_FILE, modules), (POOLING_FILE, pooling)):
-            (folder / name).write_text(json.dumps(facts, indent=2) + "\n")
+        write_json(folder / MODULES_FILE, modules)
+        write_json(folder / POOLING_FILE, {"word_embedding_dimension": self.dim, **switches})
 
 
 def first_position(config: Any) -> int:
@@ -223,8 +220,8 @@ def saved_pooling(folders: list[Path]) -> str | None:
         file = folder / POOLING_FILE
         if file.is_file():
             facts = read_json(file)
-            asked = facts.get("pooling_mode") or [k for k, on in facts.items() if k.startswith("pooling_mode") and on]
-            names = [asked] if isinstance(asked, str) else list(asked)
+            modes = facts.get("pooling_mode") or [k for k, on in facts.items() if k.startswith("pooling_mode") and on]
+            names = [modes] if isinstance(modes, str) else list(modes)
             if len(names) != 1 or names[0] not in MODES:
                 raise InputError(f"{file}: pooling {' + '.join(names) or 'none'} is not supported; give mean or cls")
             return MODES[names[0]]
