@@ -125,12 +125,10 @@ def evaluate(
         max_items, workers, batch_tokens: as in `Encoder`.
         explain: also write <subset>_errors.html with so many wrong predictions of each newly scored subset.
 
-    Returns:
-        The summary (see `b3.eval.report.summarise`) with `seconds`.
+    Returns the summary of `b3.eval.report.summarise` with `seconds`, `items` and `items_per_second`.
 
-    Raises:
-        InputError: an unknown subset, a missing image folder, or a folder that holds another evaluation; before the
-            model is loaded.
+    Raises `InputError`, before the model is loaded, for an unknown subset, a missing image folder, or a folder that
+    holds another evaluation.
     """
     started = time.perf_counter()
     benchmark = benchmark or of_source(spec.source)
