@@ -119,6 +119,6 @@ def test_the_grid_from_data_to_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     page.write_page(results, tmp_path)
     text = (tmp_path / "evidence.md").read_text()
     assert f"{100 * cell.mean:.1f} ± {100 * cell.sd:.1f}" in text and "b3 − random" in text
-    assert (tmp_path / "pictures" / "p.png").stat().st_size > 5000
+    assert (tmp_path / "images" / "p.png").stat().st_size > 5000
     assert "{{" not in text
     assert tables.pivot(results, "both", "arm", "size").count("\n") == 3
