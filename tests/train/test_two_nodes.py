@@ -11,9 +11,9 @@ from nodes import Nodes
 
 START_UP, SECONDS = 600.0, 120.0
 
-# All three commands in one process, each with a group of its own; the number of the attempt separates what they store.
+# All three commands in one process and one group.
 PROGRAM = """
-import os, sys
+import sys
 from scripts import mine
 import eval_mmeb, train
 from b3 import distributed
@@ -22,11 +22,12 @@ recipe = [f"{root}/recipe.yaml", f"output_dir={out}/run", f"mining.dir={out}/min
 evaluation = ["--model_name", f"{root}/model", "--lora", "--checkpoint_path", f"{out}/run", "--dataset_name"]
 evaluation += [f"{root}/data", "--image_dir", f"{root}/data/images.parquet", "--subset_name", "words", "pictures"]
 calls = ((mine, recipe), (train, recipe), (eval_mmeb, [*evaluation, "--encode_output_path", f"{out}/eval"]))
-for attempt, (program, arguments) in enumerate(calls):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+stop, distributed.stop = distributed.stop, lambda: None
+for program, arguments in calls:
     code = program.main(arguments)
     if code:
         distributed.leave(code)
+stop()
 distributed.leave(0)
 """
 
