@@ -109,9 +109,9 @@ def stop() -> None:
     """Leave the process group, after success only: NCCL waits here for ranks that are still at work."""
     import torch.distributed as dist
 
-    peers.stop()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    peers.stop()
 
 
 def leave(code: int) -> NoReturn:

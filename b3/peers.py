@@ -46,7 +46,7 @@ def start(rank: int, size: int, limit: float, gather: Callable[[Any], list[Any]]
     """
     global _watch, _rank, _size
     _rank, _size = rank, size
-    server = socket.create_server(("", 0)) if rank == 0 else None
+    server = _listener() if rank == 0 else None
     port = server.getsockname()[1] if server else 0
     hosts, port, token = gather((_addresses(), port, secrets.token_hex(16)))[0]
     if server:
@@ -91,6 +91,12 @@ def end(line: str, code: int) -> NoReturn:
         sys.stdout.flush()
     tell(line.partition("\n")[0].removeprefix("error: "))
     os._exit(code)
+
+
+def _listener() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _addresses() -> list[str]:

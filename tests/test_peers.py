@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from processes import ROOT, free_port
+
+from b3 import peers
 
 SECONDS = 60.0
 SCRIPT = """
@@ -144,6 +146,19 @@ def test_a_rank_that_hangs_is_lost_after_the_limit(start: Callable[..., Ranks], 
     ends = ranks.ends(others)
     text = f"rank {hung} has not answered for 4 seconds{STOPS}"
     assert ends == [(2, f"[rank {rank}] error: {text}\n") for rank in others]
+
+
+def test_a_rank_that_cannot_be_watched_says_so_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    port = free_port()  # nobody listens there
+    peers.start(3, 4, 60.0, lambda value: [(["127.0.0.1"], port, "token"), value])
+    try:
+        text = capsys.readouterr().err
+        assert text.startswith(f"note: rank 3 cannot reach rank 0 at 127.0.0.1, port {port} (")
+        assert peers.is_one_of_several() and peers.news(0) is None
+        peers.tell("nobody hears this")
+    finally:
+        peers.stop()
+    assert not peers.is_one_of_several()
 
 
 def test_a_stranger_on_the_port_is_turned_away(start: Callable[..., Ranks]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 from nodes import Nodes
+from processes import end
 
 START_UP, SECONDS = 600.0, 120.0
 
@@ -72,5 +73,6 @@ def test_losing_a_node_ends_the_other_by_name(root: Path, lost: int) -> None:
         assert started.when(lambda: metrics.exists() and len(metrics.read_text()) > 0, START_UP), started.text()
         started.kill(lost)
         assert started.wait(1 - lost, SECONDS) != 0, started.text()
+        assert not end(started.marks[1 - lost], grace=30.0), "workers of a rank have outlived it"
     text = started.logs[1 - lost].read_text()
     assert f"[rank {1 - lost}] error: rank {lost} has ended without a message (it was killed" in text, text
