@@ -51,10 +51,14 @@ def command(main: Callable[..., int | None], memory: str = "stop other programs"
     Args:
         main: the function.
         memory: what to do when memory runs out.
+
+    Nothing has imported torch yet when it runs, so torch's allocator is told here how to lay out GPU memory.
     """
 
     @functools.wraps(main)
     def wrapped(*args: object, **kwargs: object) -> int:
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # chunks differ in size, which would cut GPU memory into pieces
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         try:
             return main(*args, **kwargs) or 0
         except KeyboardInterrupt:

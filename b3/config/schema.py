@@ -43,7 +43,11 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen weights; auto: bfloat16 on GPU"
     )
-    attention: Literal["auto", "flash_attention_2", "sdpa"] = Field("auto", description="attention kernel")
+    attention: Literal["auto", "varlen", "sdpa"] = Field(
+        "auto",
+        description="varlen: torch's kernel for packed sequences (GPU, 16 bit); sdpa: any device; auto: varlen if it"
+        " runs",
+    )
     min_pixels: int | None = Field(None, gt=0, description="smallest image, pixels; null: the checkpoint's")
     max_pixels: int | None = Field(
         None, gt=0, description="largest image, pixels (28*28 per token); null: the checkpoint's"

@@ -7,6 +7,7 @@ scores (`b3.mining.vectors`) decide. The result is that of exact arithmetic, wha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +23,7 @@ TILE = 8192
 PROBED_SHARE = 0.2  # share of the cells that a query looks into
 MIN_CELL_TARGETS = 64
 MAX_TRAINING_TARGETS = 256  # per cell
+MAX_ON_GPU = 2048  # results and cells per query that faiss takes on a GPU
 ROOM = 4  # a query's candidates are thinned out when they exceed this many times the depth
 
 Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -201,7 +203,8 @@ class CellSearch:
 
     A query looks only into the cells whose centroids are nearest to it; what is elsewhere is not found, and the report
     says how much that is (`b3.mining.rankings.search_recall`). Cells are trained on one thread from a fixed seed. On
-    100,000 rows the exact search is faster (docs/log.md); this one is for many millions.
+    100,000 rows the exact search is faster (docs/log.md); this one is for many millions. The trained file moves to the
+    rank's GPU where faiss was built for one (`pip install 'b3[gpu]'`) and its limits allow.
 
     Raises `RunError` if faiss is not installed.
     """
@@ -214,7 +217,7 @@ class CellSearch:
         count, dim = targets.shape
         self.targets, self.depth = targets, depth
         cells = max(1, min(int(4 * count**0.5), count // MIN_CELL_TARGETS))
-        self.index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
+        self.index: Any = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, cells, faiss.METRIC_INNER_PRODUCT)
         self.index.cp.seed, self.index.cp.max_points_per_centroid = 1, MAX_TRAINING_TARGETS
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
@@ -222,6 +225,11 @@ class CellSearch:
         faiss.omp_set_num_threads(threads)
         self.index.add(targets)
         self.index.nprobe = int(np.ceil(PROBED_SHARE * cells))
+        gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+        if gpus and max(depth, self.index.nprobe) <= MAX_ON_GPU:
+            gpu = int(os.environ.get("LOCAL_RANK", "0")) % gpus
+            self.resources = faiss.StandardGpuResources()  # must live as long as the index
+            self.index = faiss.index_cpu_to_gpu(self.resources, gpu, self.index)
 
     def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         _, ids = self.index.search(np.ascontiguousarray(queries), self.depth)

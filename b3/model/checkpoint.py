@@ -106,27 +106,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return known[name]
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """'auto' takes FlashAttention 2 where it can run (GPU, 16 bit, package installed), else sdpa."""
-    import torch
-    from transformers.utils import is_flash_attn_2_available
-
-    fits = device.type == "cuda" and dtype != torch.float32 and is_flash_attn_2_available()
-    if name == "flash_attention_2" and not fits:
-        raise InputError("flash_attention_2 needs a GPU, bfloat16 and the package flash-attn; use auto or sdpa")
-    if name not in ("auto", "sdpa", "flash_attention_2"):
-        raise InputError(f"attention '{name}' is not known; use one of auto, sdpa, flash_attention_2")
-    return "flash_attention_2" if fits and name != "sdpa" else "sdpa"
-
-
 def model_type(folder: Path) -> str:
     """What `config.json` calls the architecture."""
     return str(read_json(folder / "config.json").get("model_type"))
 
 
-def load_transformers(
-    model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device, attention: str, **options: Any
-) -> Any:
+def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
     """A checkpoint as upstream's model, in eval mode, parameters frozen; `options` are further arguments of its loader.
 
     Raises `InputError` if it cannot be loaded or lacks weights.
@@ -134,7 +119,7 @@ def load_transformers(
     try:
         with _silence():
             model, info = model_class.from_pretrained(
-                folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+                folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"backbone in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None

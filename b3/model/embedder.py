@@ -24,23 +24,47 @@ from b3 import registry
 from b3.data.items import Item, as_item
 from b3.errors import InputError
 from b3.model import adapter as adapters
+from b3.model.attention import choose_attention
 from b3.model.batch import Batch, Processor
-from b3.model.checkpoint import choose_attention, choose_device, choose_dtype, fetch, model_type, read_json
+from b3.model.checkpoint import choose_device, choose_dtype, fetch, model_type, read_json
 from b3.model.settings import Settings, read_settings
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """Numbers that a layer keeps for the backward pass, per token and unit of width, as the shapes of a GPU tell.
+
+    mixed: more of them where float32 weights run under autocast. dora, dropout: what those of the adapter add.
+    outside: kept once, before and after the layers. (benchmarks/shapes; tests/gpu/test_memory.py holds them to it.)
+    """
+
+    layer: float
+    mixed: float = 0.0
+    dora: float = 0.0
+    dropout: float = 0.0
+    outside: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
 class Tower:
-    """What decides the operations of one part of a model.
+    """What decides the operations and the memory of one part of a model.
 
     weights: those of linear layers that a token (or patch) passes. trained: those of them that are trained.
-    attention: layers times width. causal: whether a token sees only those before it.
+    layers, width: number of equal layers, and numbers of a token between two of them.
+    causal: whether a token sees only those before it.
     """
 
     weights: int
     trained: int
-    attention: int
+    layers: int
+    width: int
+    kept: Kept
     causal: bool = False
+
+    @property
+    def attention(self) -> int:
+        """What the operations of attention grow with: layers times width."""
+        return self.layers * self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +72,12 @@ class Cost:
     """Numbers from which the operations and the memory of a training step follow.
 
     text, vision: the two towers; vision is None where no images are read.
-    hidden_size, num_layers: of the text tower.
-    kept: numbers that a layer keeps for the backward pass, per token and unit of hidden size (measured with
-        saved-tensor hooks; within a tenth). kept_dora, kept_dropout: what the adapter's DoRA and dropout add.
+    patches: of an image, per token that it takes in the text.
     """
 
     text: Tower
-    vision: Tower | None
-    hidden_size: int
-    num_layers: int
-    kept: float
-    kept_dora: float = 0.0
-    kept_dropout: float = 0.0
+    vision: Tower | None = None
+    patches: int = 0
 
 
 class Embedder(nn.Module):
@@ -106,7 +124,7 @@ class Embedder(nn.Module):
             adapter: folder or hub name of a LoRA/DoRA adapter to merge on top of `name`.
             dtype: "float32", "bfloat16", or "auto" (bfloat16 on a GPU).
             device: None means the GPU of the local rank if there is one, else the CPU.
-            attention: "auto", "flash_attention_2" or "sdpa".
+            attention: "auto", "varlen" or "sdpa"; see `b3.model.attention`.
             settings: fields of `Settings`; each replaces what b3_settings.json of the adapter, or else of the base,
                 says; "auto" leaves it.
 
@@ -125,7 +143,7 @@ class Embedder(nn.Module):
             )
         target = choose_device(device)
         torch_dtype = choose_dtype(dtype, target)
-        backbone = kind.load(base, torch_dtype, target, choose_attention(attention, target, torch_dtype))
+        backbone = kind.load(base, torch_dtype, target, choose_attention(attention, target))
         if adapter_folder is not None:
             adapters.merge_adapter(backbone, adapter_folder)
         return kind.build(backbone, base, adapter_folder, merged)
@@ -188,6 +206,10 @@ class Embedder(nn.Module):
             grids: (images, 3) int64, as in `Batch`.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no images")
+
+    def attention_kernel(self, autocast: bool) -> str:
+        """What computes attention in training, for people; autocast: under bfloat16 autocast."""
+        return "the backbone's own"
 
     def layers(self) -> list[nn.Module]:
         """The layers whose frozen weights may be spread over ranks, in the order in which they run."""

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from b3.data.items import Item
     from b3.mining.plan import BatchPlan
     from b3.model.batch import Processor
-    from b3.model.embedder import Embedder
+    from b3.model.embedder import Embedder, Tower
     from b3.train.sampler import BatchPlanSampler
 
 SAMPLE_ROWS = 32
+ROOM = 0.9  # of what is free on a GPU; the rest is for other libraries and for the estimate's own error
 
 
 def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSampler, plans: list[BatchPlan]) -> str:
@@ -72,12 +73,13 @@ class Estimate:
     weights: int
     states: int
     activations: int
+    features: int
     trainable: int
     parameters: int
 
     @property
     def memory(self) -> int:
-        return self.weights + self.states + self.activations
+        return self.weights + self.states + self.activations + self.features
 
     def lines(self) -> list[str]:
         """For the start of a run."""
@@ -87,12 +89,15 @@ class Estimate:
             f" per rank (longest item of a sample: {self.longest} tokens)",
             f"  {count(self.trainable)} of {count(self.parameters)} parameters are trained ({share:.2g} %)",
             f"  memory of a rank, about {num_bytes(self.memory)}: weights {num_bytes(self.weights)}, gradients and"
-            f" optimiser {num_bytes(self.states)}, activations of a chunk {num_bytes(self.activations)}",
+            f" optimiser {num_bytes(self.states)}, activations of a chunk {num_bytes(self.activations)}, image features"
+            f" up to {num_bytes(self.features)}",
         ]
 
 
 def estimate(config: Config, datasets: list[PairDataset], sampler: BatchPlanSampler, embedder: Embedder) -> Estimate:
     """Sample rows, count tokens without decoding images, and add up memory. Unreadable rows are left out."""
+    from b3.train.vision_cache import is_vision_frozen
+
     weights = [entry.weight * len(d) for entry, d in zip(config.data.datasets, datasets, strict=True)]
     h, mean, longest = config.negatives.per_query, 0.0, 0
     for dataset, weight in zip(datasets, weights, strict=True):
@@ -103,6 +108,9 @@ def estimate(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
     tokens = round(mean * config.batch.size)
     per_rank = math.ceil(tokens / sampler.world_size)
     chunk = max(min(config.train.chunk_tokens, per_rank), longest)
+    features = 0
+    if embedder.vision is not None and is_vision_frozen(embedder) and per_rank > config.train.chunk_tokens:
+        features = min(config.train.vision_cache_mib * 2**20, per_rank * embedder.dim * embedder.dtype.itemsize)
     trainable = [p for p in embedder.parameters() if p.requires_grad]
     return Estimate(
         tokens=tokens,
@@ -110,7 +118,8 @@ def estimate(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
         chunks=max(1, math.ceil(per_rank / config.train.chunk_tokens)),
         weights=sum(_local(p).numel() * p.element_size() for p in embedder.parameters()),
         states=sum(p.numel() * (p.element_size() + 8) for p in trainable),  # a gradient, and Adam's two moments
-        activations=chunk * _kept_per_token(config, embedder),
+        activations=activation_bytes(config, embedder, chunk),
+        features=features,
         trainable=sum(p.numel() for p in trainable),
         parameters=sum(p.numel() for p in embedder.parameters()),
     )
@@ -138,15 +147,52 @@ def _length(processor: Processor, item: Item) -> int:
     return processor.measure(item)[1]
 
 
-def _kept_per_token(config: Config, embedder: Embedder) -> int:
-    """Bytes kept for the backward pass per token of a chunk, for an adapter on the default targets."""
+# Backward works on one layer at a time; what it allocates there, as a share of what the layer kept (shapes of a GPU).
+TEMPORARY, TEMPORARY_WITH_ADAPTER = 0.25, 0.8
+
+
+def activation_bytes(config: Config, embedder: Embedder, tokens: int) -> int:
+    """What a chunk of so many tokens adds at the peak of its backward pass, on a GPU.
+
+    A trained vision tower counts as if all tokens stood for images: chunks begin with the longest items, which are
+    these.
+    """
+    from b3.train.vision_cache import is_vision_frozen
+
     cost = embedder.cost()
+    mixed = config.train.bf16 and embedder.dtype.itemsize == 4
+    kept, layer = _kept_numbers(config, cost.text, mixed, tokens)
+    share = TEMPORARY_WITH_ADAPTER if config.model.train == "adapter" else TEMPORARY
+    peak, weights = kept + (share + config.model.gradient_checkpointing) * layer, cost.text.weights
+    if cost.vision is not None and not is_vision_frozen(embedder):  # whose turn comes when all of the text is let go
+        kept, layer = _kept_numbers(config, cost.vision, mixed, tokens * cost.patches)
+        peak = max(peak + kept, kept + config.model.gradient_checkpointing * layer)
+        weights += cost.vision.weights
+    if mixed and not config.model.gradient_checkpointing:
+        peak += weights  # autocast's 16-bit copies, which backward reads again
     size = 2 if config.train.bf16 or embedder.dtype.itemsize == 2 else 4
-    adapted = config.model.train == "adapter"
-    dora, dropout = adapted and config.adapter.use_dora, adapted and config.adapter.dropout > 0
-    per_layer = cost.kept + cost.kept_dora * dora + cost.kept_dropout * dropout
-    if config.model.gradient_checkpointing:  # each layer keeps its input, and one layer at a time everything
-        layers = cost.num_layers + per_layer
-    else:
-        layers = cost.num_layers * per_layer
-    return int(layers * cost.hidden_size * size)
+    return int(peak * size)
+
+
+def _kept_numbers(config: Config, tower: Tower, mixed: bool, tokens: int) -> tuple[float, float]:
+    """(numbers that a tower keeps for the backward pass, those that one of its layers keeps without checkpointing)."""
+    kept, unit = tower.kept, tokens * tower.width
+    layer = kept.layer + kept.mixed * mixed
+    if config.model.train == "adapter":
+        layer += kept.dora * config.adapter.use_dora + kept.dropout * (config.adapter.dropout > 0)
+    each = 1 + mixed if config.model.gradient_checkpointing else layer  # with it, every layer's input
+    return (kept.outside + tower.layers * each) * unit, layer * unit
+
+
+def memory_note(told: Estimate, weights: int, free: int) -> str | None:
+    """What to say before the first step if a GPU may be too small, else None.
+
+    weights: bytes of the model, which the GPU holds already. free: bytes that are left on it.
+    """
+    needed = told.memory - weights
+    if needed <= ROOM * free:
+        return None
+    return (
+        f"about {num_bytes(needed)} are needed beside the weights, and {num_bytes(free)} of the GPU are free; lower"
+        " train.chunk_tokens, or set model.gradient_checkpointing=true"
+    )

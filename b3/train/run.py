@@ -16,7 +16,7 @@ from b3.config.checks import check
 from b3.data.datasets import load_datasets
 from b3.errors import RunError
 from b3.files import write_json
-from b3.train.announce import describe, estimate
+from b3.train.announce import describe, estimate, memory_note
 from b3.train.build import build_trainer, check_stored_negatives, load_plans
 from b3.train.checkpoint import (
     RESULT,
@@ -127,9 +127,17 @@ def _announce(
     folder = Path(config.output_dir)
     for log in (trainer.metrics, trainer.bad_rows.file):
         rewind_log(log, trainer.sampler.start)
-    write_json(folder / "environment.json", environment(distributed.world_size()))
-    lines = [describe(config, datasets, trainer.sampler, plans)]
-    lines += estimate(config, datasets, trainer.sampler, trainer.embedder).lines()
+    kernel = trainer.embedder.attention_kernel(config.train.bf16)
+    write_json(folder / "environment.json", {**environment(distributed.world_size()), "attention": kernel})
+    lines = [describe(config, datasets, trainer.sampler, plans), f"  attention: {kernel}"]
+    told = estimate(config, datasets, trainer.sampler, trainer.embedder)
+    lines += told.lines()
+    if trainer.embedder.device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(trainer.embedder.device)
+        note = memory_note(told, told.weights, free)
+        notes = notes if note is None else [*notes, note]
     if config.model.shard and distributed.world_size() == 1:
         notes = [*notes, "model.shard spreads nothing over a single rank"]
     lines += [f"  note: {note}" for note in notes]

@@ -106,6 +106,21 @@ def test_the_inverted_file_ranks_what_it_finds_exactly() -> None:
     assert all(len(set(row)) == 40 for row in ids.tolist())
 
 
+def test_the_inverted_file_moves_to_the_gpu_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With faiss's calls for a GPU replaced: where the index goes, and that faiss's limits keep it on the CPU."""
+    faiss = pytest.importorskip("faiss")
+    moved: list[int] = []
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 4)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda _, gpu, index: moved.append(gpu) or index, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    _, targets = (unit_rows(a, "rows") for a in reference.clustered(3000))
+    search.CellSearch(targets, 40)
+    assert moved == [3]
+    search.CellSearch(targets, 2049)
+    assert moved == [3]
+
+
 def test_parts_of_the_rows_join_to_the_whole() -> None:
     queries, targets = reference.clustered(101, labels=40)
     distinct, units = distinct_targets(unit_rows(targets, "targets")), unit_rows(queries, "queries")

@@ -77,5 +77,7 @@ def test_unknown_switches_are_refused(folder: Path) -> None:
         Embedder.from_pretrained(folder, positions="2d")
     with pytest.raises(InputError, match="use one of clean, reference"):
         Embedder.from_pretrained(folder, numerics="exact")
-    with pytest.raises(InputError, match="flash_attention_2 needs a GPU"):
+    with pytest.raises(InputError, match="varlen needs a GPU"):
+        Embedder.from_pretrained(folder, attention="varlen")
+    with pytest.raises(InputError, match="use one of auto, sdpa, varlen"):
         Embedder.from_pretrained(folder, attention="flash_attention_2")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from b3.data.items import Item
 from b3.errors import DataError
 from b3.model.batch import Batch, Processor
-from b3.model.embedder import Cost, Embedder, Tower, finish
+from b3.model.embedder import Cost, Embedder, Kept, Tower, finish
 from b3.model.settings import Settings
 
 
@@ -76,7 +76,7 @@ class Toy(Embedder):
         return 8
 
     def cost(self) -> Cost:
-        return Cost(Tower(0, 0, 0), None, hidden_size=8, num_layers=1, kept=1.0)
+        return Cost(Tower(0, 0, layers=1, width=8, kept=Kept(1.0)))
 
     def describe(self) -> str:
         return "the mean of its bytes' vectors"

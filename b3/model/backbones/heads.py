@@ -27,7 +27,7 @@ from b3.errors import DataError, InputError
 from b3.files import write_json
 from b3.model.batch import Batch, Processor
 from b3.model.checkpoint import read_json
-from b3.model.embedder import Cost, Embedder, Tower, finish, linear_weights
+from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
 from b3.model.settings import Settings
 
 KEYS, VECTORS, CONFIG, WEIGHTS = "keys.npy", "vectors.npy", "config.json", "model.safetensors"
@@ -184,7 +184,7 @@ class Heads(Embedder):
         backbone: Any = self.backbone
         size, layers = backbone.config.hidden_size, backbone.config.num_hidden_layers
         ratio = backbone.config.intermediate_size / size
-        return Cost(Tower(*linear_weights(backbone), layers * size), None, size, layers, kept=2 + 2 * ratio)
+        return Cost(Tower(*linear_weights(backbone), layers, size, Kept(2 + 2 * ratio)))
 
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         return finish(self.backbone(self.vectors[batch.input_ids]), normalize)

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from b3.errors import InputError
 from b3.model.adapter import PAPER_TARGETS
-from b3.model.attention import Packing, kernel_arguments, use_packed_attention
+from b3.model.attention import Packing, kernel_arguments, kernel_name, use_packed_attention
 from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, pixels_of
 from b3.model.backbones.tiny import make_tiny_model
 from b3.model.batch import Batch
 from b3.model.checkpoint import load_transformers
-from b3.model.embedder import Cost, Embedder, Tower, finish, linear_weights
+from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
 from b3.model.settings import Settings
 
 
@@ -53,9 +53,8 @@ class Qwen2VL(Embedder):
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
         from transformers import Qwen2VLForConditionalGeneration
 
-        model = load_transformers(Qwen2VLForConditionalGeneration, folder, dtype, device, attention)
-        if attention == "sdpa":
-            use_packed_attention(model.model.visual, model.model.language_model)
+        model = load_transformers(Qwen2VLForConditionalGeneration, folder, dtype, device)
+        use_packed_attention(attention, model.model.visual, model.model.language_model)
         backbone: nn.Module = model
         return backbone
 
@@ -103,24 +102,19 @@ class Qwen2VL(Embedder):
     def dim(self) -> int:
         return int(self.core.language_model.config.hidden_size)
 
+    def attention_kernel(self, autocast: bool) -> str:
+        return kernel_name(self.core.language_model, autocast or self.dtype.itemsize == 2)
+
     def layers(self) -> list[nn.Module]:
         return list(self.core.language_model.layers)
 
     def cost(self) -> Cost:
         text = self.core.language_model.config
         ratio = text.intermediate_size / text.hidden_size
-        language = Tower(
-            *linear_weights(self.core.language_model), text.num_hidden_layers * text.hidden_size, causal=True
-        )
-        return Cost(
-            text=language,
-            vision=self._vision_cost(),
-            hidden_size=text.hidden_size,
-            num_layers=text.num_hidden_layers,
-            kept=7 + 4 * ratio,
-            kept_dora=8,
-            kept_dropout=1.25 * (4 + ratio),
-        )
+        kept = Kept(8 + 4.2 * ratio, mixed=6, dora=8.5, dropout=0.65 * (4 + ratio))
+        weights = linear_weights(self.core.language_model)
+        language = Tower(*weights, text.num_hidden_layers, text.hidden_size, kept, causal=True)
+        return Cost(language, self._vision_cost(), self.core.visual.config.spatial_merge_size**2)
 
     def _vision_cost(self) -> Tower:
         """Per patch: the merger runs once for a square of patches."""
@@ -128,7 +122,8 @@ class Qwen2VL(Embedder):
         everything, merger = linear_weights(vision), linear_weights(vision.merger)
         square = vision.config.spatial_merge_size**2
         weights, trained = (a - b + b // square for a, b in zip(everything, merger, strict=True))
-        return Tower(weights, trained, vision.config.depth * vision.config.embed_dim)
+        kept = Kept(24, dora=20, dropout=4, outside=8)
+        return Tower(weights, trained, vision.config.depth, vision.config.embed_dim, kept)
 
     def features(self, patches: Tensor, grids: Tensor) -> Tensor:
         """(S, D) features of the image tokens of (P, 3, 196) uint8 patches."""
@@ -150,7 +145,7 @@ class Qwen2VL(Embedder):
             position_ids=self._positions(batch, packing)[:, None],
             attention_mask=dict.fromkeys(("full_attention", "sliding_attention")),  # packing takes the mask's place
             use_cache=False,
-            **kernel_arguments(packing, language.config._attn_implementation),
+            **kernel_arguments(packing),
         ).last_hidden_state[0]
         return finish(hidden[packing.boundaries[1:].long() - 1], normalize)
 

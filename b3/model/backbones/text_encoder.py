@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from b3.data.items import Item
 from b3.errors import DataError, InputError
 from b3.files import write_json
-from b3.model.attention import Packing, kernel_arguments, use_packed_attention
+from b3.model.attention import Packing, kernel_arguments, kernel_name, use_packed_attention
 from b3.model.backbones.tiny import make_tiny_text_model
 from b3.model.batch import Batch, Processor
 from b3.model.checkpoint import load_tokenizer, load_transformers, read_json
-from b3.model.embedder import Cost, Embedder, Tower, finish, linear_weights
+from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
 from b3.model.settings import Settings
 
 POOLING_FILE = "1_Pooling/config.json"
@@ -96,9 +96,8 @@ class TextEncoder(Embedder):
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
         from transformers import AutoModel
 
-        model = load_transformers(AutoModel, folder, dtype, device, attention, add_pooling_layer=False)
-        if attention == "sdpa":
-            use_packed_attention(model)
+        model = load_transformers(AutoModel, folder, dtype, device, add_pooling_layer=False)
+        use_packed_attention(attention, model)
         backbone: nn.Module = model
         return backbone
 
@@ -136,18 +135,19 @@ class TextEncoder(Embedder):
     def dim(self) -> int:
         return int(self.core.config.hidden_size)
 
+    def attention_kernel(self, autocast: bool) -> str:
+        return kernel_name(self.core, autocast or self.dtype.itemsize == 2)
+
     def cost(self) -> Cost:
         text = self.core.config
         ratio = text.intermediate_size / text.hidden_size
-        return Cost(
-            text=Tower(*linear_weights(self.core), text.num_hidden_layers * text.hidden_size),
-            vision=None,
-            hidden_size=text.hidden_size,
-            num_layers=text.num_hidden_layers,
-            kept=9 + 2 * ratio + 2 * (text.hidden_dropout_prob > 0),
-            kept_dora=7 + 8 * ratio,
-            kept_dropout=1.25 * (5 + ratio),
+        kept = Kept(
+            9 + 2 * ratio + 2 * (text.hidden_dropout_prob > 0),
+            mixed=4,
+            dora=7 + 8 * ratio,
+            dropout=1.25 * (5 + ratio),
         )
+        return Cost(Tower(*linear_weights(self.core), text.num_hidden_layers, text.hidden_size, kept))
 
     def describe(self) -> str:
         of = {"mean": "the mean of all tokens' final hidden states", "cls": "the first token's final hidden state"}
@@ -162,7 +162,7 @@ class TextEncoder(Embedder):
             input_ids=ids,
             token_type_ids=torch.zeros_like(ids),
             position_ids=packing.columns[None] + first_position(core.config),
-            **kernel_arguments(packing, core.config._attn_implementation),
+            **kernel_arguments(packing),
         ).last_hidden_state[0]
         starts = packing.boundaries.long()
         if self.settings.pooling == "cls":
