@@ -102,7 +102,7 @@ class StepInputs:
     def nbytes(self) -> int:
         """Bytes of the arrays, without their names and shapes."""
         tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        images = [] if self.images is None else [v for v in vars(self.images).values() if isinstance(v, Tensor)]
+        images = [] if self.images is None else [self.images.patches, self.images.grids]
         return sum(tensor.nbytes for tensor in (*tensors, *images))
 
     @cached_property

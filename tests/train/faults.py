@@ -51,6 +51,13 @@ def _blocking(collective: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def no_memory(rank: int) -> None:
+    """A machine without room for batches that are read ahead."""
+    from b3.train import room
+
+    room.free_memory = lambda: 1000
+
+
 @dataclass(frozen=True)
 class Fault:
     """`what` happens on one rank, where a function of b3 is called for the `call`-th time (counted from 1).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from golden_data import NEGATIVES, GoldenPairs, checkpoint
@@ -33,6 +35,13 @@ def test_chunks_hold_every_item_as_the_processor_makes_it(processor: Qwen2VLProc
     index = [*inputs.query_index.tolist(), *inputs.target_index.tolist()]
     for position, item in zip(index, items, strict=True):
         assert np.array_equal(seen[position].numpy(), processor(item).input_ids)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_bytes_are_those_that_a_worker_sends(processor: Qwen2VLProcessor, count: int) -> None:
+    inputs = StepCollator([GoldenPairs()], processor, 100)([(0, r) for r in range(count)])  # type: ignore[list-item]
+    sent = len(pickle.dumps((None, inputs), protocol=5))
+    assert inputs.images is not None and 0.8 * sent < inputs.nbytes < sent
 
 
 def test_a_stray_image_token_is_no_slot(processor: Qwen2VLProcessor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from faults import OOM, Fault, block_forever, bug, disk_full, kill, out_of_memory
+from faults import OOM, Fault, block_forever, bug, disk_full, kill, no_memory, out_of_memory
 from forks import Job
 
 RANKS = 3
@@ -33,8 +34,8 @@ def start(root: Path):
     """Start a run with a fault on one rank; whatever of it is left is killed after the test."""
     jobs: list[Job] = []
 
-    def call(name: str, fault: Fault, ranks: int = RANKS) -> Job:
-        settings = (f"output_dir={root / name}", "train.steps=2000", "train.save_every=4")
+    def call(name: str, fault: Callable[[int], None], ranks: int = RANKS, *overrides: str) -> Job:
+        settings = (f"output_dir={root / name}", "train.steps=2000", "train.save_every=4", *overrides)
         jobs.append(Job(root / "logs" / name, str(root / "recipe.yaml"), *settings, ranks=ranks, prepare=fault))
         return jobs[-1]
 
@@ -86,6 +87,14 @@ def test_one_rank_fails_and_all_end(start: Callable[..., Job], name: str, is_blo
         errors = [line for line in started.text(rank).splitlines() if "error: " in line]
         assert len(errors) == 1 and errors[0].startswith(f"[rank {rank}] error: {news}"), started.text(rank)
         assert "Traceback" not in started.text(rank)
+
+
+def test_batches_that_do_not_fit_are_refused_before_the_first_step(start: Callable[..., Job], root: Path) -> None:
+    started = start("room", no_memory, 1, "train.workers=2")
+    assert started.wait(START_UP) == [2], started.text()
+    line = next(line for line in started.text().splitlines() if "error: " in line)
+    assert re.match(r"error: batches that are read ahead take .* 1000 bytes are free; set train.workers to 0 or", line)
+    assert not (root / "room" / "metrics.jsonl").exists()
 
 
 def test_a_second_signal_ends_a_rank_that_waits_in_a_library(root: Path, start: Callable[..., Job]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from b3.errors import RunError
+from b3.errors import DataError, RunError
 from b3.model.workers import TASKS_AHEAD, run_ahead
+from b3.train import room
 from b3.train.room import check_room, free_memory, local_ranks
 
 GIB = 2**30
@@ -21,6 +24,38 @@ def test_too_many_workers_are_refused_with_a_number_that_fits() -> None:
         check_room(2 * GIB, workers=4, ranks=8, free=need - GIB)
     check_room(2 * GIB, workers=3, ranks=8, free=need - GIB)
     check_room(2 * GIB, workers=4, ranks=8, free=None)
+
+
+class Collator:
+    """Inputs of a GiB for each row."""
+
+    problem: DataError | None = None
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, rows: list[tuple[int, int]]) -> SimpleNamespace:
+        self.calls.append(len(rows))
+        if self.problem is not None:
+            raise self.problem
+        return SimpleNamespace(nbytes=len(rows) * GIB)
+
+
+def test_a_sample_stands_for_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: Any = [[(0, row) for row in range(20)], [(0, 99)]]
+    for name in ("WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(room, "free_memory", lambda: 60 * GIB)
+    collator: Any = Collator()
+    room.check_first_batch(collator, batches, workers=1)  # 20 GiB, three times
+    assert collator.calls == [room.SAMPLE_ROWS]
+    with pytest.raises(RunError, match=r"take 120.0 GiB of memory \(20.0 GiB each"):
+        room.check_first_batch(collator, batches, workers=2)
+    room.check_first_batch(collator, batches, workers=0)
+    room.check_first_batch(collator, [], workers=2)
+    assert len(collator.calls) == 2
+    collator.problem = DataError("row 3 is broken")
+    room.check_first_batch(collator, batches, workers=2)  # said when the batch is read
 
 
 def test_free_memory_is_that_of_the_machine() -> None:
