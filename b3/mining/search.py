@@ -7,8 +7,9 @@ scores (`b3.mining.vectors`) decide. The result is that of exact arithmetic, wha
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -94,6 +95,27 @@ def error_of_products(dim: int) -> float:
     return 1.01 * (dim + 4) * 2.0**-24
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Within, products of float32 matrices are those of float32, as `error_of_products` says.
+
+    NVIDIA's containers let torch start with TF32, and a program may ask for it or for bfloat16: candidates would be
+    lost without notice.
+    """
+    import torch
+
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # a program has used both of torch's interfaces, which torch no longer reads as one
+        before = "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        assert not torch.backends.cuda.matmul.allow_tf32
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def fast_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 matrices in hardware."""
     import torch
@@ -143,7 +165,7 @@ class TileSearch:
         counts, floors = np.zeros(count, dtype=np.int64), np.full(count, np.iinfo(np.int64).min)
         shares = [slice(s[0], s[-1] + 1) for s in np.array_split(np.arange(count), self.threads) if len(s)]
         for start in range(0, len(self.targets), TILE):
-            with torch.inference_mode():
+            with torch.inference_mode(), full_precision():
                 tile: Any = (rough @ self.rough_targets[start : start + TILE].T).view(bits).numpy()
 
             def add(s: slice, tile: Any = tile, start: int = start) -> None:
@@ -187,7 +209,7 @@ class DeviceSearch:
     def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), full_precision():
             block = torch.from_numpy(np.ascontiguousarray(queries)).to(self.device)
             top = torch.topk(block @ self.on_device.T, self.width, dim=1)
             rough, columns = top.values.cpu().numpy(), top.indices.cpu().numpy()

@@ -161,6 +161,10 @@ def attach_adapter(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
+    for layer, _, dora in _dora_layers(wrapped):
+        weight = layer.get_base_layer().weight
+        if weight.dtype != torch.float32:  # peft has rounded the norms, and the student would not start as its backbone
+            dora.weight.data = weight.float().norm(dim=1)
     return wrapped
 
 
@@ -189,43 +193,76 @@ def load_trainable(wrapped: nn.Module, folder: Path) -> None:
         raise InputError(f"adapter in {folder} lacks {len(missing)} tensors, first: '{missing[0]}'")
 
 
-def _dora_layers(module: nn.Module) -> list[Any]:
+def _dora_layers(module: nn.Module) -> list[tuple[Any, str, Any]]:
+    """(adapted layer, name of the adapter, its magnitudes' module) of each linear layer with DoRA."""
     from peft.tuners.lora.dora import DoraLinearLayer
 
-    return [layer for layer in module.modules() if type(layer) is DoraLinearLayer]
+    named = [(m, *item) for m in module.modules() for item in getattr(m, "lora_magnitude_vector", {}).items()]
+    return [entry for entry in named if type(entry[2]) is DoraLinearLayer]
 
 
-def _remember(layer: Any) -> None:
+def norm_from_factors(layer: Any, name: str) -> Tensor:
+    """(out,) float32 row norms of W + s B A: |W|^2 + 2 s <W, B A> + s^2 |B A|^2 by rows, without the matrix B A."""
+    import torch
+
+    weight = layer.get_base_layer().weight
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        weight, scale = weight.float(), layer.scaling[name]
+        a, b = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
+        mixed = (b * (weight @ a.T)).sum(dim=1)
+        return (weight.square().sum(dim=1) + 2 * scale * mixed + scale**2 * ((b @ (a @ a.T)) * b).sum(dim=1)).sqrt()
+
+
+def _remember(layer: Any, name: str, dora: Any, from_factors: bool) -> None:
     """Let the two methods that make up the norm compute once; they shadow the class's methods until deleted."""
     norm: list[Tensor] = []
-    lora_weight: Callable[..., Tensor] = layer.get_lora_weight
-    weight_norm: Callable[..., Tensor] = layer.get_weight_norm
+    lora_weight: Callable[..., Tensor] = dora.get_lora_weight
+    weight_norm: Callable[..., Tensor] = dora.get_weight_norm
 
     def lora_weight_once(lora_A: Any, lora_B: Any, **options: Any) -> Tensor:
-        return norm[0] if norm else lora_weight(lora_A=lora_A, lora_B=lora_B, **options)  # only the norm reads it
+        if from_factors or norm:
+            unread: Tensor = dora.weight  # only the norm reads it
+            return unread
+        return lora_weight(lora_A=lora_A, lora_B=lora_B, **options)
 
     def weight_norm_once(**options: Any) -> Tensor:
         if not norm:
-            norm.append(weight_norm(**options).detach())
+            norm.append(norm_from_factors(layer, name) if from_factors else weight_norm(**options).detach())
         return norm[0]
 
-    layer.get_lora_weight, layer.get_weight_norm = lora_weight_once, weight_norm_once
+    dora.get_lora_weight, dora.get_weight_norm = lora_weight_once, weight_norm_once
 
 
 @contextlib.contextmanager
-def norms_once(module: nn.Module) -> Iterator[None]:
+def norms_once(module: nn.Module, from_factors: bool = False) -> Iterator[None]:
     """Within the context, in which no weight may change, each DoRA layer of `module` computes its norm once.
 
     DoRA divides by the row norms of W + s B A, which its paper takes for constants of the backward pass (arXiv
     2402.09353, section 4.3). They change only with the weights, that is between steps; peft computes them in every
     forward pass, with B A as a full matrix. It does not show in long chunks, but in the
-    short ones of a cached step it does.
+    short ones of a cached step it does. from_factors: by `norm_from_factors` instead, whatever autocast is on.
     """
     layers = _dora_layers(module)
-    for layer in layers:
-        _remember(layer)
+    for entry in layers:
+        _remember(*entry, from_factors)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.get_lora_weight, layer.get_weight_norm
+        for _, _, dora in layers:
+            del dora.get_lora_weight, dora.get_weight_norm
+
+
+@contextlib.contextmanager
+def under_autocast(module: nn.Module) -> Iterator[None]:
+    """As `norms_once`, for steps under bfloat16 autocast: inputs and base weights of adapted layers stay as they are.
+
+    peft makes float32 copies of both, which autocast turns back at once: for the same numbers, half of all the memory
+    that a chunk moves. The norms then have to be made apart, in float32.
+    """
+    if not hasattr(module, "peft_config"):
+        yield
+        return
+    from peft.helpers import disable_input_dtype_casting
+
+    with norms_once(module, from_factors=True), disable_input_dtype_casting(module):
+        yield

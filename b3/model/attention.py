@@ -11,6 +11,7 @@ images, which attend in both directions and come in few sizes, are grouped by eq
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from b3.errors import InputError
+from b3.model.batch import upload
 
 # transformers hands sequence boundaries to the vision tower's attention only under a name that says flash.
 NAMES = {"sdpa": "b3_packed_flash", "varlen": "b3_varlen_flash"}
@@ -34,14 +36,13 @@ BUCKET = 1.25  # sequences whose lengths differ by a smaller factor share one pa
 class Bucket:
     """Sequences of similar length.
 
-    tokens: (t,) int64, their places among the packed tokens. rows, columns: (t,) int64, their places in a rectangle of
-    count x longest. keys: (count, 1, 1, longest) bool, True for tokens and False for padding; None: attention is
-    causal, or nothing is padded.
+    tokens: (t,) int64, their places among the packed tokens. places: (t,) int64, their places in a table of
+    count x longest, row by row; None: they fill it. keys: (count, 1, 1, longest) bool, True for tokens and False for
+    padding; None: attention is causal, or nothing is padded.
     """
 
     tokens: Tensor
-    rows: Tensor
-    columns: Tensor
+    places: Tensor | None
     count: int
     longest: int
     keys: Tensor | None = None
@@ -49,23 +50,30 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Packing:
-    """Where packed sequences begin and end.
+    """Where packed sequences begin and end. Made on the host; `b3.model.batch.upload` takes it to a device.
 
-    lengths: (B,) int64 on the host. columns: (T,) int64, each token's place in its own sequence. boundaries: (B + 1,)
-    int32 cumulative lengths. causal: whether a token sees only those before it.
+    lengths: (B,) int64, stays on the host. columns: (T,) int64, each token's place in its own sequence. boundaries:
+    (B + 1,) int32 cumulative lengths. causal: whether a token sees only those before it. equal: whether only equally
+    long sequences share a bucket. known_buckets: made together with the rest, or None.
     """
 
     lengths: np.ndarray
     columns: Tensor
     boundaries: Tensor
     causal: bool
+    equal: bool
+    known_buckets: list[Bucket] | None
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device, causal: bool = True) -> Packing:
+    def of(
+        cls, lengths: Sequence[int] | np.ndarray, causal: bool = True, equal: bool = False, is_bucketed: bool = True
+    ) -> Packing:
+        """Of sequences of these lengths. is_bucketed: the attention reads buckets."""
         sizes = np.asarray(lengths, dtype=np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)])
-        columns = torch.from_numpy(np.arange(starts[-1]) - np.repeat(starts[:-1], sizes))
-        return cls(sizes, columns.to(device), torch.from_numpy(starts.astype(np.int32)).to(device), causal)
+        columns = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
+        buckets = _buckets(sizes, columns, causal, equal) if is_bucketed else None
+        return cls(sizes, torch.from_numpy(columns), torch.from_numpy(starts.astype(np.int32)), causal, equal, buckets)
 
     @property
     def longest(self) -> int:
@@ -73,25 +81,29 @@ class Packing:
 
     @cached_property
     def buckets(self) -> list[Bucket]:
-        """Every sequence in exactly one; made when an attention first asks."""
-        sizes, device = self.lengths, self.columns.device
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        rows = np.repeat(np.arange(len(sizes)), sizes)
-        columns = np.arange(starts[-1]) - starts[rows]
-        kinds = np.floor(np.log(sizes) / np.log(BUCKET)).astype(np.int64)
-        buckets = []
-        for kind in np.unique(kinds):
-            members = np.flatnonzero(kinds == kind)
-            place = np.full(len(sizes), -1)
-            place[members] = np.arange(len(members))
-            tokens = np.flatnonzero(place[rows] >= 0)
-            where = [torch.from_numpy(x).to(device) for x in (tokens, place[rows[tokens]], columns[tokens])]
-            count, longest, keys = len(members), int(sizes[members].max()), None
-            if not self.causal and len(tokens) < count * longest:
-                real = np.arange(longest) < sizes[members, None]
-                keys = torch.from_numpy(real).to(device)[:, None, None]
-            buckets.append(Bucket(where[0], where[1], where[2], count, longest, keys))
-        return buckets
+        """Every sequence in exactly one; made here if an attention that does without them could not run."""
+        if self.known_buckets is not None:
+            return self.known_buckets
+        return upload(Packing.of(self.lengths, self.causal, self.equal).buckets, self.columns.device)
+
+
+def _buckets(sizes: np.ndarray, columns: np.ndarray, causal: bool, equal: bool) -> list[Bucket]:
+    """Sequences by length."""
+    rows = np.repeat(np.arange(len(sizes)), sizes)
+    kinds = sizes if equal else np.floor(np.log(sizes) / np.log(BUCKET)).astype(np.int64)
+    buckets = []
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds == kind)
+        place = np.full(len(sizes), -1)
+        place[members] = np.arange(len(members))
+        tokens = np.flatnonzero(place[rows] >= 0)
+        count, longest, places, keys = len(members), int(sizes[members].max()), None, None
+        if len(tokens) < count * longest:
+            places = torch.from_numpy(place[rows[tokens]] * longest + columns[tokens])
+            if not causal:
+                keys = torch.from_numpy(np.arange(longest) < sizes[members, None])[:, None, None]
+        buckets.append(Bucket(torch.from_numpy(tokens), places, count, longest, keys))
+    return buckets
 
 
 def varlen_attention(
@@ -104,7 +116,7 @@ def varlen_attention(
     from torch.nn.attention import varlen
 
     edges, longest = options["cu_seq_lens_q"], int(options["max_length_q"])
-    q, k, v = (part[0].transpose(0, 1).to(dtype) for part in (query, key, value))
+    q, k, v = (part.squeeze(0).transpose(0, 1).to(dtype) for part in (query, key, value))
     window = (-1, 0) if module.is_causal else (-1, -1)
     grouped = query.shape[1] != key.shape[1]  # fewer heads of keys
     mixed: Any = varlen.varlen_attn(
@@ -122,18 +134,21 @@ def _half(query: Tensor) -> torch.dtype | None:
 
 
 def packed_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
-    """An attention function for `transformers`: (1, H, T, D) in, (1, T, H, D) out.
-
-    A model of texts passes `packing`; the vision tower passes `cu_seq_lens_q` (boundaries of the images).
-    """
+    """An attention function for `transformers`: (1, H, T, D) in, (1, T, H, D) out; `packing` is among the options."""
     assert attention_mask is None, "packed sequences carry no mask"
+    packing: Packing = options["packing"]
     scaling, dropout = options.get("scaling"), options.get("dropout", 0.0)
-    packing: Packing | None = options.get("packing")
-    if packing is not None:
-        return _bucketed(module, query, key, value, packing, scaling, dropout), None
-    return _images(module, query, key, value, options["cu_seq_lens_q"], scaling, dropout), None
+    pieces = []
+    for bucket in packing.buckets:
+        parts = [_spread(part, bucket) for part in (query, key, value)]
+        padded = _sdpa(module, parts, module.is_causal, scaling, dropout, bucket.keys).flatten(0, 1)
+        pieces.append(padded if bucket.places is None else padded.index_select(0, bucket.places))
+    if len(pieces) == 1:
+        return pieces[0][None], None
+    tokens, joined = torch.cat([bucket.tokens for bucket in packing.buckets]), torch.cat(pieces)
+    return torch.empty_like(joined).index_copy(0, tokens, joined)[None], None
 
 
 def _sdpa(
@@ -150,50 +165,14 @@ def _sdpa(
     return sdpa_attention_forward(module, *parts, keys, dropout=dropout, scaling=scaling, is_causal=causal)[0]
 
 
-def _bucketed(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, dropout: float
-) -> Tensor:
-    pieces = []
-    for bucket in packing.buckets:
-        parts = [_spread(part, bucket) for part in (query, key, value)]
-        padded = _sdpa(module, parts, module.is_causal, scaling, dropout, bucket.keys)
-        pieces.append(padded[bucket.rows, bucket.columns])
-    if len(pieces) == 1:
-        return pieces[0][None]
-    places = torch.cat([bucket.tokens for bucket in packing.buckets])
-    joined = torch.cat(pieces)
-    return torch.empty_like(joined).index_copy(0, places, joined)[None]
-
-
 def _spread(packed: Tensor, bucket: Bucket) -> Tensor:
     """(1, H, T, D) packed to (count, H, longest, D), padded on the right."""
     _, heads, _, width = packed.shape
-    padded = packed.new_zeros(bucket.count, bucket.longest, heads, width)
-    padded[bucket.rows, bucket.columns] = packed[0].transpose(0, 1)[bucket.tokens]
-    return padded.transpose(1, 2)
-
-
-def _images(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, scaling: float | None, dropout: float
-) -> Tensor:
-    lengths = (boundaries[1:] - boundaries[:-1]).tolist()
-    by_length: dict[int, list[int]] = {}
-    start = 0
-    for length in lengths:
-        by_length.setdefault(length, []).append(start)
-        start += length
-    _, heads, total, width = query.shape
-    result = query.new_empty(total, heads, width)
-    pieces, places = [], []
-    for length, starts in by_length.items():
-        index = torch.tensor(starts, device=query.device)[:, None] + torch.arange(length, device=query.device)
-        parts = [part[0][:, index.reshape(-1)].view(heads, len(starts), length, width).transpose(0, 1)
-                 for part in (query, key, value)]  # fmt: skip
-        pieces.append(_sdpa(module, parts, False, scaling, dropout).reshape(-1, heads, width))
-        places.append(index.reshape(-1))
-    if len(pieces) == 1:
-        return pieces[0][None]
-    return result.index_copy(0, torch.cat(places), torch.cat(pieces))[None]
+    tokens = packed.squeeze(0).transpose(0, 1).index_select(0, bucket.tokens)
+    if bucket.places is not None:
+        table = packed.new_zeros(bucket.count * bucket.longest, heads, width)
+        tokens = table.index_copy(0, bucket.places, tokens)
+    return tokens.view(bucket.count, bucket.longest, heads, width).transpose(1, 2)
 
 
 def choose_attention(name: str, device: torch.device) -> str:
@@ -234,6 +213,12 @@ def use_packed_attention(attention: str, *towers: Any) -> None:
     ALL_ATTENTION_FUNCTIONS.register(NAMES[attention], function)
     for tower in towers:
         tower.config._attn_implementation = NAMES[attention]
+
+
+def is_bucketed(tower: Any) -> bool:
+    """Whether the attention of a loaded model reads buckets; else it reads the boundaries."""
+    bucketed: bool = tower.config._attn_implementation != NAMES["varlen"]
+    return bucketed
 
 
 def kernel_name(tower: Any, is_half: bool) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from b3.data.items import Item
 
 if TYPE_CHECKING:
     from PIL import Image
+
+Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,28 +87,56 @@ class Batch:
 
     input_ids: (T,) int64. lengths: tokens of each of the B items, T in all.
     patches: (P, C, n) uint8 of all images in item order, or None: bytes, which `Embedder.features` makes numbers on its
-    device. grids: (images, 3) int64 (1, rows, columns). slots: (S,) int64, positions of the tokens that stand for the
-    images' features, in the same order.
+    device. grids: (images, 3) int64 (1, rows, columns), always on the host. slots: (S,) int64, positions of the tokens
+    that stand for the images' features, in the same order. layout: what `Embedder.layout` makes of the others.
     """
 
     input_ids: Tensor
     lengths: list[int]
     patches: Tensor | None = None
-    grids: Tensor | None = None
+    grids: np.ndarray | None = None
     slots: Tensor | None = None
+    layout: Any = None
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def to(self, device: torch.device) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
-        return self._each(Tensor.pin_memory)
+def upload(tree: Tree, device: torch.device) -> Tree:
+    """A copy of dataclasses, lists, tuples and dictionaries whose tensors are on a device.
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        patches, grids, slots = (None if t is None else change(t) for t in (self.patches, self.grids, self.slots))
-        return Batch(change(self.input_ids), self.lengths, patches, grids, slots)
+    An accelerator gets one copy per dtype, from pinned memory: the host does not wait for it.
+    """
+    if device.type == "cpu":
+        return tree
+    waiting: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        return waiting.setdefault(id(tensor), tensor) if tensor.device.type == "cpu" else tensor
+
+    _changed(tree, note)
+    arrived: dict[int, Tensor] = {}
+    for dtype in {tensor.dtype: None for tensor in waiting.values()}:
+        group = {key: tensor for key, tensor in waiting.items() if tensor.dtype == dtype}
+        sizes = [tensor.numel() for tensor in group.values()]
+        pinned = torch.empty(sum(sizes), dtype=dtype, pin_memory=True)
+        torch.cat([tensor.reshape(-1) for tensor in group.values()], out=pinned)
+        parts = pinned.to(device, non_blocking=True).split(sizes)
+        arrived |= {key: part.view(group[key].shape) for key, part in zip(group, parts, strict=True)}
+    return _changed(tree, lambda tensor: arrived.get(id(tensor), tensor))
+
+
+def _changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`tree` with `change` of each tensor in its place."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_changed(part, change) for part in tree)
+    if isinstance(tree, dict):
+        return {key: _changed(part, change) for key, part in tree.items()}
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{f.name: _changed(getattr(tree, f.name), change) for f in fields(tree)})
+    return tree
 
 
 def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
@@ -130,7 +160,7 @@ def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
         input_ids,
         lengths,
         torch.from_numpy(np.concatenate(patches)),
-        torch.tensor(grids, dtype=torch.int64),
+        np.asarray(grids, dtype=np.int64),
         torch.from_numpy(np.concatenate(slots)),
     )
 

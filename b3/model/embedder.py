@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from b3.data.items import Item, as_item
 from b3.errors import InputError
 from b3.model import adapter as adapters
 from b3.model.attention import choose_attention
-from b3.model.batch import Batch, Processor
+from b3.model.batch import Batch, Processor, upload
 from b3.model.checkpoint import choose_device, choose_dtype, fetch, model_type, read_json
 from b3.model.settings import Settings, read_settings
 
@@ -172,7 +172,8 @@ class Embedder(nn.Module):
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         """Vectors (B, D) float32 of a batch, L2-normalised if asked.
 
-        `features` (S, D), if given, stand for the images in place of `batch.patches`.
+        `features` (S, D), if given, stand for the images in place of `batch.patches`. A batch without layout is
+        `placed` first.
         """
 
     @property
@@ -198,11 +199,11 @@ class Embedder(nn.Module):
         """The part that reads images; None if there is none."""
         return None
 
-    def features(self, patches: Tensor, grids: Tensor) -> Tensor:
+    def features(self, patches: Tensor, grids: np.ndarray) -> Tensor:
         """What the text model sees of images: (S, D), the features of their image tokens, in order.
 
         Args:
-            patches: (P, C, n) uint8 of all images, on this device, as the processor makes them.
+            patches: (P, C, n) uint8 of all images, on the host or this device, as the processor makes them.
             grids: (images, 3) int64, as in `Batch`.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no images")
@@ -210,6 +211,16 @@ class Embedder(nn.Module):
     def attention_kernel(self, autocast: bool) -> str:
         """What computes attention in training, for people; autocast: under bfloat16 autocast."""
         return "the backbone's own"
+
+    def layout(self, batch: Batch) -> Any:
+        """What else a forward pass needs to know of a batch on the host, so that no layer has to ask the device."""
+        return ()
+
+    def placed(self, batch: Batch) -> Batch:
+        """A batch with its layout, on this device."""
+        if batch.layout is not None:
+            return batch
+        return upload(replace(batch, layout=self.layout(batch)), self.device)
 
     def layers(self) -> list[nn.Module]:
         """The layers whose frozen weights may be spread over ranks, in the order in which they run."""

@@ -255,7 +255,7 @@ class Encoder:
             if inputs is None:
                 return np.empty((0, embedder.dim), dtype=np.float32)
             with torch.inference_mode():
-                vectors: np.ndarray = embedder(inputs.to(embedder.device), normalize=False).cpu().numpy()
+                vectors: np.ndarray = embedder(inputs, normalize=False).cpu().numpy()
             return vectors
 
         tasks = ((rows, [items[row] for row in rows]) for rows in batches)

@@ -148,7 +148,7 @@ def _length(processor: Processor, item: Item) -> int:
 
 
 # Backward works on one layer at a time; what it allocates there, as a share of what the layer kept (shapes of a GPU).
-TEMPORARY, TEMPORARY_WITH_ADAPTER = 0.25, 0.8
+TEMPORARY, TEMPORARY_WITH_ADAPTER = 0.25, 0.35
 
 
 def activation_bytes(config: Config, embedder: Embedder, tokens: int) -> int:

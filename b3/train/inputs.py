@@ -30,7 +30,7 @@ class Images:
     """
 
     patches: Tensor
-    grids: Tensor
+    grids: np.ndarray
 
     def __len__(self) -> int:
         return len(self.grids)
@@ -38,7 +38,8 @@ class Images:
     @property
     def sizes(self) -> list[int]:
         """Patches of each image."""
-        return self.grids.prod(dim=1).tolist()
+        sizes: list[int] = self.grids.prod(axis=1).tolist()
+        return sizes
 
     def select(self, numbers: Sequence[int]) -> Images:
         """Some images, in this order."""
@@ -102,8 +103,8 @@ class StepInputs:
     def nbytes(self) -> int:
         """Bytes of the arrays, without their names and shapes."""
         tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        images = [] if self.images is None else [self.images.patches, self.images.grids]
-        return sum(tensor.nbytes for tensor in (*tensors, *images))
+        images = 0 if self.images is None else self.images.patches.nbytes + self.images.grids.nbytes
+        return images + sum(tensor.nbytes for tensor in tensors)
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -231,4 +232,4 @@ class StepCollator:
             image_of.append(number)
         if not grids:
             return ids, image_of, None
-        return ids, image_of, Images(torch.from_numpy(np.concatenate(patches)), torch.tensor([(1, *g) for g in grids]))
+        return ids, image_of, Images(torch.from_numpy(np.concatenate(patches)), np.array([(1, *g) for g in grids]))

@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from b3.distributed import rank, world_size
-from b3.model.adapter import norms_once
+from b3.model.adapter import norms_once, under_autocast
+from b3.model.batch import upload
 from b3.model.embedder import Embedder
-from b3.train.inputs import StepInputs
+from b3.train.inputs import Chunk, StepInputs
 from b3.train.losses.info_nce import InfoNCE
 from b3.train.losses.loss import Loss
 from b3.train.objective import BLOCK_LOGITS, whole_batch
@@ -33,6 +34,9 @@ from b3.train.vision_cache import VisionCache
 
 REDUCE_ELEMENTS = 2**26  # gradients sent in one message
 VISION_CACHE_MIB = 4096
+READ_BY_LOSS = (
+    "query_index", "target_index", "query_ids", "target_ids", "valid", "teacher_queries", "teacher_targets",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,41 +94,51 @@ class CachedStep:
         self.loss.before_step()
         limit = 0 if inputs.num_chunks == 1 else self.vision_cache_mib * 2**20
         cache = VisionCache(self.embedder, inputs.images, limit)
-        with norms_once(self.embedder.backbone):
+        with (under_autocast if self.autocast else norms_once)(self.embedder.backbone):
             loss, precision, positive, hardest, masked = self._passes(inputs, step, cache)
         reduce_gradients([*self.embedder.parameters(), *self.loss.parameters()])
         return StepResult(loss, precision, positive, hardest, masked, cache.num_bytes)
 
     def _passes(self, inputs: StepInputs, step: int, cache: VisionCache) -> list[float]:
         """Fill `.grad` of the parameters with this rank's share; returns the means of `_loss`."""
-        device = self.embedder.device
-        groups = [torch.from_numpy(group).to(device) for group in inputs.groups]
-        with torch.set_grad_enabled(len(groups) == 1):  # a single chunk takes one ordinary pass
-            chunks = [self._embed(inputs, position, step, cache) for position in range(len(groups))]
-        vectors = torch.cat([chunk.detach() for chunk in chunks])
+        inputs, chunks, groups = self._placed(inputs)
+        is_single = len(chunks) == 1  # takes one ordinary pass
+        with torch.set_grad_enabled(is_single):
+            parts = [self._embed(chunk, position, step, cache) for position, chunk in enumerate(chunks)]
+        vectors = torch.cat([part.detach() for part in parts])
         means, gradient = self._loss(torch.empty_like(vectors).index_copy_(0, torch.cat(groups), vectors), inputs)
-        for position, group in enumerate(groups):
-            part = chunks[0] if len(groups) == 1 else self._embed(inputs, position, step, cache)
+        for position, (chunk, group) in enumerate(zip(chunks, groups, strict=True)):
+            part = parts[0] if is_single else self._embed(chunk, position, step, cache)
             if part.requires_grad:  # a text-only chunk does not touch an adapter that sits in the vision tower
-                torch.autograd.backward(part, gradient[group])
+                torch.autograd.backward(part, gradient.index_select(0, group))
         return means
 
-    def _embed(self, inputs: StepInputs, position: int, step: int, cache: VisionCache) -> Tensor:
-        chunk = inputs.chunk(position)
+    def _placed(self, inputs: StepInputs) -> tuple[StepInputs, list[Chunk], list[Tensor]]:
+        """What the step reads except patches, on the device: (inputs, chunks, item numbers of each chunk).
+
+        Made and copied once, for both passes.
+        """
+        chunks = []
+        for chunk in map(inputs.chunk, range(inputs.num_chunks)):
+            chunks.append(replace(chunk, batch=replace(chunk.batch, layout=self.embedder.layout(chunk.batch))))
+        groups = [torch.from_numpy(group) for group in inputs.groups]
+        read = {name: getattr(inputs, name) for name in READ_BY_LOSS}
+        read, chunks, groups = upload((read, chunks, groups), self.embedder.device)
+        return replace(inputs, **read), chunks, groups
+
+    def _embed(self, chunk: Chunk, position: int, step: int, cache: VisionCache) -> Tensor:
         torch.manual_seed(chunk_seed(self.seed, step, position))
         with torch.autocast(self.embedder.device.type, torch.bfloat16, enabled=self.autocast):
-            return self.embedder(chunk.batch.to(self.embedder.device), features=cache.features(chunk))
+            return self.embedder(chunk.batch, features=cache.features(chunk))
 
     def _loss(self, vectors: Tensor, inputs: StepInputs) -> tuple[list[float], Tensor]:
         """Means over all queries and the loss's gradient with respect to this rank's distinct vectors (same shape)."""
-        query_index, target_index = inputs.query_index.to(vectors.device), inputs.target_index.to(vectors.device)
-        means, query_grad, target_grad = whole_batch(
-            self.loss, vectors[query_index], vectors[target_index], inputs, self.block_logits
-        )
+        queries, targets = (vectors.index_select(0, index) for index in (inputs.query_index, inputs.target_index))
+        means, query_grad, target_grad = whole_batch(self.loss, queries, targets, inputs, self.block_logits)
         gradient = torch.zeros_like(vectors)
-        gradient.index_add_(0, query_index, query_grad)
-        gradient.index_add_(0, target_index, target_grad)
-        return means.tolist(), gradient
+        gradient.index_add_(0, inputs.query_index, query_grad)
+        gradient.index_add_(0, inputs.target_index, target_grad)
+        return means.tolist(), gradient  # what the host waits for
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -49,10 +49,9 @@ class VisionCache:
     def _compute(self, numbers: list[int]) -> dict[int, Tensor]:
         """Features (tokens, D) of some images by their numbers; kept as long as there is room."""
         assert self.images is not None
-        images, device = self.images.select(numbers), self.embedder.device
-        patches, grids = images.patches.to(device, non_blocking=True), images.grids.to(device)
+        images = self.images.select(numbers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            output = self.embedder.features(patches, grids)
+            output = self.embedder.features(images.patches, images.grids)
         parts = output.split([size // (MERGE * MERGE) for size in images.sizes])
         features = dict(zip(numbers, parts, strict=True))
         for number, part in features.items():

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
 
 from b3.config import Config, load_config
-from b3.model.adapter import AdapterSpec, attach_adapter, norms_once
+from b3.model.adapter import AdapterSpec, attach_adapter, norms_once, under_autocast
 from b3.model.attention import use_packed_attention
 from b3.model.batch import Batch
 from b3.model.checkpoint import freeze_matching, unfreeze_all
@@ -141,26 +141,6 @@ def prepare() -> None:
     nn.functional.scaled_dot_product_attention = fused_attention
 
 
-def positions_of(grids: Tensor) -> None:
-    """Let the tower know the images' positions and boundaries, which it reads off the values of `grids`."""
-    import transformers.models.qwen2_vl.modeling_qwen2_vl as upstream
-    from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
-
-    positions, edges = get_vision_position_ids(grids, 2), get_vision_cu_seqlens(grids)
-    longest = int(grids.prod(dim=1).max())
-
-    def told(kwargs: dict[str, Any], name: str, value: Tensor) -> Tensor:
-        given = kwargs.pop(name, None)
-        return value.to(DEVICE) if given is None else given
-
-    def seqlens(grid: Tensor, config: Any, *args: Any, kwargs: Any = None) -> tuple[Tensor, int]:
-        kwargs.pop("max_seqlen", None)
-        return told(kwargs, "cu_seqlens", edges), longest
-
-    upstream.get_vision_position_ids = lambda grid, merge, *args, kwargs=None: told(kwargs, "position_ids", positions)
-    upstream.get_vision_attention_seqlens = seqlens
-
-
 def to_device(root: nn.Module) -> None:
     """Parameters and buffers of a model on `meta` as fake tensors on the device, shared ones shared."""
     moved: dict[int, nn.Parameter] = {}
@@ -253,7 +233,7 @@ def chunk_of(embedder: Embedder, tokens: int, length: int, grid: tuple[int, int]
     starts = np.cumsum([0, *lengths[:-1]])
     slots = torch.from_numpy((starts[:, None] + np.arange(patches // 4)).reshape(-1)).to(DEVICE)
     pixels = torch.empty(count * patches, 3, 196, dtype=torch.uint8, device=DEVICE)
-    return Batch(ids, lengths, slots=slots), pixels, torch.tensor([(1, *grid)] * count)
+    return Batch(ids, lengths, slots=slots), pixels, np.array([(1, *grid)] * count)
 
 
 def run(
@@ -276,8 +256,6 @@ def run(
     config = load_config(recipe, overrides)
     tokens = config.train.chunk_tokens
     prepare()
-    if grid is not None:
-        positions_of(torch.tensor([(1, *grid)] * max(1, tokens // length)))
     embedder = build(config, layers, vision_layers)
     track = Track()
     parts: dict[str, dict[str, list[float]]] = {}
@@ -290,7 +268,7 @@ def run(
             moments += [torch.zeros_like(parameter), torch.zeros_like(parameter)]
         held = track.peak = track.live
         batch, patches, grids = chunk_of(embedder, tokens, length, grid)
-        with norms_once(embedder.backbone):
+        with (under_autocast if config.train.bf16 else norms_once)(embedder.backbone):
             with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=config.train.bf16):
                 embedder(chunk_of(embedder, 8, 8, None)[0])  # norms are computed by the first chunk of a step
             for name, graph in (("pass 1", False), ("pass 2", True)):

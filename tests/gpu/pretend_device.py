@@ -36,6 +36,7 @@ class Session:
 
     blocking: Counter[tuple[str, str]] = field(default_factory=Counter)
     num_async: int = 0
+    operations: set[str] = field(default_factory=set)
     pinned: dict[int, torch.Tensor] = field(default_factory=dict)  # by address; kept, so that none is given out again
 
     def wait(self, what: str) -> None:
@@ -120,6 +121,7 @@ def _cast(func: Any, args: Any, kwargs: Any) -> Any:
     if is_same_device and dtype in (None, source.dtype):
         return source
     options = {"dtype": dtype, "device": None if device is None else torch.device(device)}
+    options["non_blocking"] = kwargs.get("non_blocking") or None
     return _copy(source, {k: v for k, v in options.items() if v is not None})
 
 
@@ -161,6 +163,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return _cast(func, args, kwargs)
     if packet is aten._to_copy:
         return _copy(args[0], kwargs)
+    _active[-1].operations.add(packet.__name__)
     leaves = tree_leaves((args, kwargs))
     is_device_operation = any(isinstance(a, Pretend) for a in leaves)
     if packet is aten.copy_:

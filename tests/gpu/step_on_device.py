@@ -15,10 +15,11 @@ import pytest
 import tiny
 import torch
 from golden_data import checkpoint, collator, embedder
-from pretend_device import Session, host, move, pretend_device
+from pretend_device import host, move, pretend_device
 from torch.nn.utils import clip_grad_norm_
 
 from b3 import Embedder
+from b3.model.backbones import qwen2_vl
 from b3.train.inputs import StepCollator, StepInputs
 from b3.train.losses.info_nce import InfoNCE
 from b3.train.optimizer import trained_parameters
@@ -33,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint(tmp_path_factory.mktemp("golden"))
 
 
-BLOCKING = 400  # transfers of a step that the host waits for, at most
+BLOCKING = 2  # what the host waits for: the step's means, and the gradient's norm
 
 
 def step_of(model: Embedder, inputs: StepInputs, **options: Any) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -49,21 +50,27 @@ def step_of(model: Embedder, inputs: StepInputs, **options: Any) -> tuple[float,
     return result.loss, norm, gradients
 
 
-def compare(build: Callable[[], tuple[Embedder, StepInputs]], **options: Any) -> Session:
-    """Run the step on both devices, compare, and check the bound; gives what happened on the device."""
-    loss, norm, expected = step_of(*build(), **options)
+def on_device(build: Callable[[], tuple[Embedder, StepInputs]], **options: Any) -> Any:
+    """What `step_of` gives on the device; the host must wait for no more than the bound."""
     model, inputs = build()
     with pretend_device() as session:
         move(model)
         session.blocking.clear()
-        found_loss, found_norm, found = step_of(model, inputs, **options)
+        found = step_of(model, inputs, **options)
+    assert session.num_blocking == BLOCKING, session.listing()
+    assert session.num_async > 0
+    return found
+
+
+def compare(build: Callable[[], tuple[Embedder, StepInputs]], **options: Any) -> None:
+    """Run the step on both devices and compare."""
+    loss, norm, expected = step_of(*build(), **options)
+    found_loss, found_norm, found = on_device(build, **options)
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert found_norm == pytest.approx(norm, rel=TOLERANCE)
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
         assert tiny.relative(found[name], gradient) < TOLERANCE, name
-    assert session.num_blocking <= BLOCKING, session.listing()
-    return session
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -102,3 +109,36 @@ def test_every_option_of_the_loss(folder: Path) -> None:
         )(ROWS)
 
     compare(build, symmetric=True, learn_temperature=True, mask_margin=0.1, mask_teacher_margin=0.2)
+
+
+BROKEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[Exception], str]] = {
+    "a vector that makes a detour over the CPU": (lambda t: t.cpu().to(t.device), AssertionError, "copy to host"),
+    "a vector left on the CPU": (lambda t: t.cpu(), RuntimeError, "tensors on pretend:0 and on cpu"),
+    "a tensor made on the wrong device": (lambda t: t + torch.zeros(t.shape), RuntimeError, "qwen2_vl.py:"),
+    "a value read in the middle": (lambda t: t * float(t.sum() != 0), AssertionError, "qwen2_vl.py:"),
+    "a tensor made on the host": (lambda t: t + torch.tensor([0.0]).to(t.device), AssertionError, "unpinned memory"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_on_purpose_is_found(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, error, message = BROKEN[name]
+    finish = qwen2_vl.finish
+    monkeypatch.setattr(qwen2_vl, "finish", lambda pooled, normalize: finish(change(pooled), normalize))
+    with pytest.raises(error, match=message):
+        on_device(lambda: golden_step(folder, {"kind": "lora", "chunk_tokens": 100_000}))
+
+
+def test_a_patch_embedding_by_matrix_product_is_the_convolution(folder: Path) -> None:
+    """On the device no convolution runs; its state dictionary is upstream's."""
+    model = embedder(folder, "lora")
+    names = set(model.core.visual.state_dict())
+    patches, grids = torch.randint(0, 256, (16, 3, 196), dtype=torch.uint8), np.asarray([[1, 4, 4]])
+    expected = model.features(patches, grids)
+    with pretend_device() as session:
+        move(model)
+        features = model.features(patches, grids)
+        assert names == set(model.core.visual.state_dict())
+    assert tiny.relative(host(features), expected.detach()) < TOLERANCE
+    assert "convolution" not in session.operations
+    assert "patch_embed.proj.weight" in names

@@ -14,7 +14,7 @@ from PIL import Image
 
 from b3.data.items import Item
 from b3.errors import DataError, InputError
-from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, pixels_of, target_size
+from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, TowerLayout, pixels_of, target_size
 
 pytestmark = pytest.mark.core
 
@@ -102,3 +102,14 @@ def test_squared_images(processor: Qwen2VLProcessor) -> None:
     patches, grid = squared.patch_bytes(Image.new("RGB", (100, 400)))
     assert grid == (48, 48)
     assert squared.tokens_of_image(100, 400) == len(patches) // 4 == 576
+
+
+def test_positions_and_boundaries_are_upstream_s() -> None:
+    """Those that the vision tower would compute itself, image by image, on its device."""
+    from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
+
+    grids = np.asarray([[1, 4, 6], [1, 2, 2], [1, 8, 4], [1, 4, 6]])
+    layout = TowerLayout.of(grids, is_bucketed=True)
+    assert torch.equal(layout.positions, get_vision_position_ids(torch.from_numpy(grids), 2))
+    assert torch.equal(layout.packing.boundaries, get_vision_cu_seqlens(torch.from_numpy(grids)))
+    assert sorted((b.count, b.longest) for b in layout.packing.buckets) == [(1, 4), (1, 32), (2, 24)]

@@ -81,7 +81,7 @@ def test_dropout_is_the_same_in_both_passes(folder: Path) -> None:
     cached = gradients(model)
     vectors = torch.empty(inputs.num_items, model.dim)
     for position in range(inputs.num_chunks):
-        alone = step._embed(inputs, position, 7, VisionCache(model, inputs.images, 0))
+        alone = step._embed(inputs.chunk(position), position, 7, VisionCache(model, inputs.images, 0))
         vectors = vectors.index_copy(0, torch.from_numpy(inputs.groups[position]), alone)
     loss = info_nce(vectors[inputs.query_index], vectors[inputs.target_index], 0.02)
     loss.backward()

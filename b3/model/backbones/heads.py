@@ -187,7 +187,7 @@ class Heads(Embedder):
         return Cost(Tower(*linear_weights(backbone), layers, size, Kept(2 + 2 * ratio)))
 
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
-        return finish(self.backbone(self.vectors[batch.input_ids]), normalize)
+        return finish(self.backbone(self.vectors[self.placed(batch).input_ids]), normalize)
 
 
 def write_vectors(folder: Path, items: Sequence[Item], vectors: np.ndarray) -> None:

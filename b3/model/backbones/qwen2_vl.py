@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from b3.errors import InputError
 from b3.model.adapter import PAPER_TARGETS
-from b3.model.attention import Packing, kernel_arguments, kernel_name, use_packed_attention
-from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, pixels_of
+from b3.model.attention import Packing, is_bucketed, kernel_arguments, kernel_name, use_packed_attention
+from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, TowerLayout, pixels_of
 from b3.model.backbones.tiny import make_tiny_model
-from b3.model.batch import Batch
+from b3.model.batch import Batch, upload
 from b3.model.checkpoint import load_transformers
 from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
 from b3.model.settings import Settings
@@ -55,6 +57,8 @@ class Qwen2VL(Embedder):
 
         model = load_transformers(Qwen2VLForConditionalGeneration, folder, dtype, device)
         use_packed_attention(attention, model.model.visual, model.model.language_model)
+        patch_embed = model.model.visual.patch_embed
+        patch_embed.forward = types.MethodType(_embedded_patches, patch_embed)
         backbone: nn.Module = model
         return backbone
 
@@ -111,7 +115,7 @@ class Qwen2VL(Embedder):
     def cost(self) -> Cost:
         text = self.core.language_model.config
         ratio = text.intermediate_size / text.hidden_size
-        kept = Kept(8 + 4.2 * ratio, mixed=6, dora=8.5, dropout=0.65 * (4 + ratio))
+        kept = Kept(5 + 4.2 * ratio, mixed=9, dora=6.8, dropout=0.76 * (4 + ratio))
         weights = linear_weights(self.core.language_model)
         language = Tower(*weights, text.num_hidden_layers, text.hidden_size, kept, causal=True)
         return Cost(language, self._vision_cost(), self.core.visual.config.spatial_merge_size**2)
@@ -122,16 +126,37 @@ class Qwen2VL(Embedder):
         everything, merger = linear_weights(vision), linear_weights(vision.merger)
         square = vision.config.spatial_merge_size**2
         weights, trained = (a - b + b // square for a, b in zip(everything, merger, strict=True))
-        kept = Kept(24, dora=20, dropout=4, outside=8)
+        kept = Kept(24, dora=14, dropout=4, outside=8)
         return Tower(weights, trained, vision.config.depth, vision.config.embed_dim, kept)
 
-    def features(self, patches: Tensor, grids: Tensor) -> Tensor:
+    def features(self, patches: Tensor, grids: np.ndarray) -> Tensor:
         """(S, D) features of the image tokens of (P, 3, 196) uint8 patches."""
-        output: Tensor = self.core.visual(pixels_of(patches).to(self.dtype), grid_thw=grids).pooler_output
+        patches, layout = upload((patches, TowerLayout.of(grids, is_bucketed(self.core.visual))), self.device)
+        packing: Packing = layout.packing
+        output: Tensor = self.core.visual(
+            pixels_of(patches).to(self.dtype),
+            grid_thw=torch.from_numpy(grids),  # not read: what follows from it is given
+            position_ids=layout.positions,
+            cu_seqlens=packing.boundaries,
+            max_seqlen=packing.longest,
+            packing=packing,
+        ).pooler_output
         return output
 
+    def layout(self, batch: Batch) -> Layout:
+        packing = Packing.of(batch.lengths, is_bucketed=is_bucketed(self.core.language_model))
+        if self.settings.positions == "1d":
+            return Layout(packing)
+        slots = torch.zeros(len(batch.input_ids), dtype=torch.bool)
+        if batch.slots is not None:
+            slots[batch.slots] = True
+        return Layout(packing, mrope_positions(self.core, batch.input_ids, batch.lengths, slots, batch.grids))
+
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
-        language = self.core.language_model
+        language, batch = self.core.language_model, self.placed(batch)
+        packing, positions = batch.layout.packing, batch.layout.positions
+        if positions is None:
+            positions = packing.columns.expand(3, -1)
         embeds = language.embed_tokens(batch.input_ids)
         if features is None and batch.patches is not None:
             assert batch.grids is not None
@@ -139,24 +164,37 @@ class Qwen2VL(Embedder):
         if features is not None:
             assert batch.slots is not None
             embeds = embeds.index_copy(0, batch.slots, features.to(embeds.dtype))
-        packing = Packing.of(batch.lengths, embeds.device, causal=True)
         hidden = language(
             inputs_embeds=embeds[None],
-            position_ids=self._positions(batch, packing)[:, None],
+            position_ids=positions[:, None],
             attention_mask=dict.fromkeys(("full_attention", "sliding_attention")),  # packing takes the mask's place
             use_cache=False,
             **kernel_arguments(packing),
-        ).last_hidden_state[0]
-        return finish(hidden[packing.boundaries[1:].long() - 1], normalize)
+        ).last_hidden_state.squeeze(0)
+        return finish(hidden.index_select(0, packing.boundaries[1:].long() - 1), normalize)
 
-    def _positions(self, batch: Batch, packing: Packing) -> Tensor:
-        """(3, T) int64 rotary positions: 0..n-1 on all axes, or upstream's temporal, height and width positions."""
-        if self.settings.positions == "1d":
-            return packing.columns.expand(3, -1)
-        slots = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
-        if batch.slots is not None:
-            slots[batch.slots] = True
-        return mrope_positions(self.core, batch.input_ids, batch.lengths, slots, batch.grids)
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the language model needs to know of a batch.
+
+    positions: (3, T) int64, upstream's temporal, height and width positions; None: 0..n-1 on all axes.
+    """
+
+    packing: Packing
+    positions: Tensor | None = None
+
+
+def _embedded_patches(self: Any, patches: Tensor) -> Tensor:
+    """Patches (P, 1176) through upstream's convolution, whose windows do not overlap: on a GPU as a matrix product.
+
+    In 16 bit cuDNN takes many times as long for it. On a CPU the convolution stays, to the last bit.
+    """
+    if patches.device.type == "cpu" or type(self.proj) is not nn.Conv3d:  # an adapter may have wrapped it
+        output: Tensor = type(self).forward(self, patches)
+        return output
+    weight = self.proj.weight
+    return linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
 def round_frequencies(core: Any) -> None:
@@ -176,7 +214,9 @@ def _rounded_products(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tenso
     return self.recomposition_frequencies(cos), self.recomposition_frequencies(sin)
 
 
-def mrope_positions(core: Any, input_ids: Tensor, lengths: list[int], slots: Tensor, grids: Tensor | None) -> Tensor:
+def mrope_positions(
+    core: Any, input_ids: Tensor, lengths: list[int], slots: Tensor, grids: np.ndarray | None
+) -> Tensor:
     """(3, T) int64 temporal, height and width positions of packed rows, by upstream's own rule.
 
     input_ids: (T,) packed. lengths: of the B rows. slots: (T,) bool, tokens of images. grids: (images, 3).
@@ -185,7 +225,7 @@ def mrope_positions(core: Any, input_ids: Tensor, lengths: list[int], slots: Ten
     for length in lengths:
         span = slice(start, start + length)
         has_image = bool(slots[span].any())
-        grid = None if not has_image or grids is None else grids[image : image + 1]
+        grid = None if not has_image or grids is None else torch.from_numpy(grids[image : image + 1])
         image += has_image
         positions, _ = core.get_rope_index(
             input_ids[span][None], mm_token_type_ids=slots[span][None].int(), image_grid_thw=grid

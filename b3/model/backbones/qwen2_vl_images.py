@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER, to_backbone
 from b3.errors import DataError, InputError
-from b3.model.batch import Processed, Processor
+from b3.model.attention import Packing
+from b3.model.batch import Processed, Processor, upload
 from b3.model.checkpoint import load_tokenizer
 
 if TYPE_CHECKING:
@@ -93,12 +94,37 @@ def byte_values() -> np.ndarray:
     return (scaled[:, None] - mean) / std
 
 
+@lru_cache(maxsize=8)
+def _values_on(device: torch.device) -> Tensor:
+    """`byte_values` on a device, copied there once."""
+    with torch.inference_mode(False):
+        return upload(torch.from_numpy(byte_values()), device)
+
+
 def pixels_of(patches: Tensor) -> Tensor:
     """(P, 1176) float32, what the vision tower takes, of patches (P, 3, 196) uint8 on the same device."""
-    table = torch.from_numpy(byte_values()).to(patches.device)
+    table = _values_on(patches.device)
     channels = torch.stack([table[:, c][patches[:, c].int()] for c in range(3)], dim=1)
     frames = channels[:, :, None].expand(-1, -1, TEMPORAL, -1)  # an image is a film of two equal frames
     return frames.reshape(len(patches), -1)
+
+
+@dataclass(frozen=True, slots=True)
+class TowerLayout:
+    """What the vision tower needs to know of its images. positions: (P, 2) int64, each patch's row and column."""
+
+    positions: Tensor
+    packing: Packing
+
+    @classmethod
+    def of(cls, grids: np.ndarray, is_bucketed: bool) -> TowerLayout:
+        """Of images with these grids, (images, 3) (1, rows, columns); patches come in squares of MERGE x MERGE."""
+        positions = []
+        for _, rows, columns in grids.tolist():
+            places = np.indices((rows, columns)).reshape(2, rows // MERGE, MERGE, columns // MERGE, MERGE)
+            positions.append(places.transpose(1, 3, 2, 4, 0).reshape(-1, 2))
+        packing = Packing.of(grids[:, 1] * grids[:, 2], False, equal=True, is_bucketed=is_bucketed)
+        return cls(torch.from_numpy(np.concatenate(positions)), packing)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from b3.data.items import Item
 from b3.errors import DataError, InputError
 from b3.files import write_json
-from b3.model.attention import Packing, kernel_arguments, kernel_name, use_packed_attention
+from b3.model.attention import Packing, is_bucketed, kernel_arguments, kernel_name, use_packed_attention
 from b3.model.backbones.tiny import make_tiny_text_model
 from b3.model.batch import Batch, Processor
 from b3.model.checkpoint import load_tokenizer, load_transformers, read_json
@@ -153,11 +153,14 @@ class TextEncoder(Embedder):
         of = {"mean": "the mean of all tokens' final hidden states", "cls": "the first token's final hidden state"}
         return f"{of[self.settings.pooling]}, L2-normalised; texts are cut to {self.processor.max_length} tokens"
 
+    def layout(self, batch: Batch) -> Packing:
+        return Packing.of(batch.lengths, causal=False, is_bucketed=is_bucketed(self.core))
+
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         """Vectors (B, D) float32 of a batch of texts, L2-normalised if asked. `features` must be None."""
         assert features is None and batch.patches is None, "a text encoder reads no images"
-        core, ids = self.core, batch.input_ids[None]
-        packing = Packing.of(batch.lengths, ids.device, causal=False)
+        core, batch = self.core, self.placed(batch)
+        ids, packing = batch.input_ids[None], batch.layout
         hidden = core(
             input_ids=ids,
             token_type_ids=torch.zeros_like(ids),
@@ -166,7 +169,7 @@ class TextEncoder(Embedder):
         ).last_hidden_state[0]
         starts = packing.boundaries.long()
         if self.settings.pooling == "cls":
-            return finish(hidden[starts[:-1]], normalize)
+            return finish(hidden.index_select(0, starts[:-1]), normalize)
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
         return finish(torch.segment_reduce(hidden, "mean", offsets=starts, axis=0), normalize)
 
