@@ -20,18 +20,15 @@ CONTEXT = 2e9  # CUDA's context, NCCL and cuBLAS; not tensors
 VISION = r"adapter.target_modules='.*\.(q_proj|k_proj|v_proj|o_proj|down_proj|attn\.qkv|attn\.proj|fc1|fc2)'"
 TEXT = {"length": 24, "grid": None}
 
-# Kinds of training at the width of 2B (a text encoder: of RoBERTa-large), of a few layers.
+# Further kinds of training, at the width of 2B (a text encoder: of RoBERTa-large), of a few layers.
 KINDS: dict[str, tuple[str, list[str]]] = {
-    "DoRA, dropout": ("b3_qwen2vl_2b", []),
     "DoRA": ("b3_qwen2vl_2b", ["adapter.dropout=0"]),
     "LoRA": ("b3_qwen2vl_2b", ["adapter.use_dora=false", "adapter.dropout=0"]),
-    "DoRA, 7B's width": ("b3_qwen2vl_7b", []),
     "checkpointing": ("b3_qwen2vl_2b", ["model.gradient_checkpointing=true"]),
     "adapter in the tower": ("b3_qwen2vl_2b", [VISION]),
     "full, tower frozen": ("b3_qwen2vl_2b", ["model.train=full", "model.freeze=[visual]"]),
     "full": ("b3_qwen2vl_2b", ["model.train=full"]),
     "full, checkpointing": ("b3_qwen2vl_2b", ["model.train=full", "model.gradient_checkpointing=true"]),
-    "text encoder": ("text_nli_roberta_b3", []),
     "text encoder, checkpointing": ("text_nli_roberta_b3", ["model.gradient_checkpointing=true"]),
 }
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"shapes on a claimed GPU: {why_not()}")
@@ -65,7 +62,7 @@ def measured() -> tuple[dict[str, Any], dict[str, Any], tuple[Any, Any]]:
     files = list(recipes().values())
     groups = [at_size(*depths(file), **case(file, [])) for file in files]
     kinds = [
-        {**case(str(ROOT / f"configs/{name}.yaml"), overrides), "layers": 3, "vision_layers": 2}
+        {**case(str(ROOT / f"configs/{name}.yaml"), overrides), "layers": 2, "vision_layers": 1}
         for name, overrides in KINDS.values()
     ]
     few = at_size(5, 4, **case(str(ROOT / "configs/b3_qwen2vl_2b.yaml"), ["model.train=full"]))
@@ -98,13 +95,15 @@ def test_a_recipe_fits_its_card_with_room(file: str) -> None:
     print(f"{Path(file).stem}: weights {told['weights'] / 1e9:.1f}, states {told['states'] / 1e9:.1f}, chunk"
           f" {told['activations'] / 1e9:.1f}, features {features / 1e9:.1f}, peak {peak / 1e9:.1f} GB")  # fmt: skip
     assert peak < SHARE * CARD
+    check_told(told)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_says_what_memory_it_will_need(kind: str) -> None:
-    run = measured()[1][kind]
-    told, peak = (run["weights"] + run["states"] + run[key] for key in ("told", "activations"))
-    print(f"{kind}: activations {run['activations'] / 1e9:.2f} of which kept {run['kept'] / 1e9:.2f}, told"
-          f" {run['told'] / 1e9:.2f}; in all {told / peak:.3f}")  # fmt: skip
+    check_told(measured()[1][kind])
+
+
+def check_told(run: dict[str, Any]) -> None:
+    """What a chunk adds, as told, against the shapes; weights, gradients and moments are counted exactly."""
+    print(f"activations {run['activations'] / 1e9:.2f} GB, told {run['told'] / 1e9:.2f}")
     assert run["told"] == pytest.approx(run["activations"], rel=0.15)
-    assert told == pytest.approx(peak, rel=0.15)
