@@ -48,11 +48,11 @@ def command(main: Callable[..., int | None], memory: str = "stop other programs"
     in the program and keeps its traceback (exit code 1). One of several ranks prints its line first, with its rank, and
     leaves at once: taking the process group apart would wait for ranks that wait for this one.
 
+    Nothing has imported torch yet when it runs, so torch's allocator is told here how to lay out GPU memory.
+
     Args:
         main: the function.
         memory: what to do when memory runs out.
-
-    Nothing has imported torch yet when it runs, so torch's allocator is told here how to lay out GPU memory.
     """
 
     @functools.wraps(main)
