@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 def test_dry_run() -> None:
     files = sorted(map(str, HERE.glob("*_on_device.py")))
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=HERE.parents[1])
     if "registers no device from Python" in done.stdout:
         pytest.skip(done.stdout[-1000:])
