@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 from b3.errors import InputError, command
-from b3.model.backbones.qwen2_vl_images import MAX_PIXELS, MIN_PIXELS
+from b3.model.backbones.qwen_vl_images import MAX_PIXELS, MIN_PIXELS
 
 # Accepted, without effect on the numbers of this program.
 IGNORED_VALUES = (

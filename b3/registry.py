@@ -13,6 +13,9 @@ from b3.errors import InputError
 
 BACKBONES = {  # model_type of config.json
     "qwen2_vl": "b3.model.backbones.qwen2_vl:Qwen2VL",
+    "qwen2_5_vl": "b3.model.backbones.qwen2_5_vl:Qwen2_5VL",
+    "qwen3_vl": "b3.model.backbones.qwen3_vl:Qwen3VL",
+    "internvl": "b3.model.backbones.internvl:InternVL",
     "bert": "b3.model.backbones.text_encoder:TextEncoder",
     "roberta": "b3.model.backbones.text_encoder:TextEncoder",
     "xlm-roberta": "b3.model.backbones.text_encoder:TextEncoder",

@@ -69,10 +69,10 @@ def published(model: Path, items: list[dict[str, Any]]) -> tuple[np.ndarray, flo
     from transformers import Qwen2VLForConditionalGeneration
 
     from b3.data.items import Item
-    from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor, pixels_of
+    from b3.model.backbones.qwen_vl_images import CLIP, QwenVLProcessor
 
     network = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).eval()
-    processor = Qwen2VLProcessor.from_pretrained(model)
+    processor = QwenVLProcessor.from_pretrained(model)
     started = time.perf_counter()
     keys = sorted({(item["text"], item["image"] or "") for item in items}, key=lambda key: key[1])
     rows: dict[tuple[str, str], np.ndarray] = {}
@@ -85,12 +85,12 @@ def published(model: Path, items: list[dict[str, Any]]) -> tuple[np.ndarray, flo
         for row, one in enumerate(inputs):
             ids[row, longest - one.num_tokens :] = torch.from_numpy(one.input_ids)
             mask[row, longest - one.num_tokens :] = 1
-        images = [one for one in inputs if one.patches is not None]
+        images = [visual for one in inputs for visual in one.visuals]
         extra: dict[str, Any] = {}
         if images:
-            patches = np.concatenate([one.patches for one in images])  # type: ignore[misc]
-            extra["pixel_values"] = pixels_of(torch.from_numpy(patches))
-            extra["image_grid_thw"] = torch.tensor([(1, *one.grid) for one in images])  # type: ignore[misc]
+            patches = np.concatenate([visual.patches for visual in images])
+            extra["pixel_values"] = CLIP.numbers(torch.from_numpy(patches))
+            extra["image_grid_thw"] = torch.tensor([visual.grid for visual in images])
         positions = (mask.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1)
         with torch.no_grad():
             output = network(

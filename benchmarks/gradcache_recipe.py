@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from b3.model.backbones.qwen2_vl_images import pixels_of
+from b3.model.backbones.qwen_vl_images import CLIP
 from b3.model.batch import Processed
 
 
@@ -26,8 +26,9 @@ def padded(items: list[Processed]) -> dict[str, Any]:
     for row, item in enumerate(items):
         ids[row, longest - item.num_tokens :] = torch.from_numpy(item.input_ids)
         mask[row, longest - item.num_tokens :] = 1
-    pixels = [pixels_of(torch.from_numpy(item.patches)) if item.patches is not None else None for item in items]
-    return {"ids": ids, "mask": mask, "pixels": pixels, "grids": [item.grid for item in items]}
+    images = [item.visuals[0] if item.visuals else None for item in items]
+    pixels = [CLIP.numbers(torch.from_numpy(image.patches)) if image is not None else None for image in images]
+    return {"ids": ids, "mask": mask, "pixels": pixels, "grids": [image and image.grid[1:] for image in images]}
 
 
 def chunks(side: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:

@@ -148,12 +148,12 @@ def recipe(model: Path, options: Any) -> Prepare:
     from transformers import Qwen2VLForConditionalGeneration
 
     from b3.data.items import Item
-    from b3.model.backbones.qwen2_vl_images import Qwen2VLProcessor
+    from b3.model.backbones.qwen_vl_images import QwenVLProcessor
     from benchmarks import gradcache_recipe
 
     network = Qwen2VLForConditionalGeneration.from_pretrained(model, dtype=torch.float32).model
     _inject(network)
-    processor = Qwen2VLProcessor.from_pretrained(model)
+    processor = QwenVLProcessor.from_pretrained(model)
 
     def prepare(batch: Batch) -> Callable[[], float]:
         sides = [gradcache_recipe.padded([processor(Item(**one)) for one in side]) for side in batch]

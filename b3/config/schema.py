@@ -59,6 +59,11 @@ class ModelConfig(Section):
     pooling: Literal["auto", "last", "mean", "cls"] = Field(
         "auto", description="last for Qwen2-VL, mean or cls for text encoders; auto: what the checkpoint says"
     )
+    prompt: str | None = Field(
+        None,
+        description="how items are written: a rule of b3/model/prompts.py or a .jinja file; null: the checkpoint's",
+    )
+    max_frames: int | None = Field(None, gt=0, description="most frames of a video; null: the checkpoint's")
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     shard: bool = Field(False, description="spread the decoder layers' frozen weights over the ranks (FSDP2)")
     train: Literal["adapter", "full"] = Field("adapter", description="full: all weights, in float32, without adapter")
@@ -68,7 +73,7 @@ class ModelConfig(Section):
 
     def settings(self) -> dict[str, Any]:
         """What the recipe asks for of `b3.model.settings.Settings`; the rest is the checkpoint's."""
-        names = ("min_pixels", "max_pixels", "max_length", "positions")
+        names = ("min_pixels", "max_pixels", "max_length", "positions", "prompt", "max_frames")
         settings = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return settings if self.pooling == "auto" else {**settings, "pooling": self.pooling}
 

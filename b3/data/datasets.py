@@ -231,5 +231,5 @@ def texts_of(datasets: list[PairDataset]) -> Iterator[str]:
     """All texts of queries and targets, without the image placeholder."""
     for dataset in datasets:
         for query, target in dataset:
-            yield query.text.replace(PLACEHOLDER, "")
-            yield target.text.replace(PLACEHOLDER, "")
+            yield (query.text or "").replace(PLACEHOLDER, "")
+            yield (target.text or "").replace(PLACEHOLDER, "")

@@ -30,8 +30,3 @@ TARGET_PREFIXES: dict[str, str] = {
 def target_prefix(subset: str) -> str:
     """The prefix of text-only targets of `subset`; '' where the rows already carry their instruction."""
     return TARGET_PREFIXES.get(subset, "")
-
-
-def to_backbone(text: str, image_token: str) -> str:
-    """Replace the data set's image placeholder by the backbone's image token (no other change)."""
-    return text.replace(PLACEHOLDER, image_token)

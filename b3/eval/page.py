@@ -88,7 +88,7 @@ def _card(dataset: EvalDataset, score: SubsetScore, row: int) -> str:
     best = ("none", Item(""), "") if predicted < 0 else (_number(values[predicted]), items[predicted], texts[predicted])
     return (
         f'<section class="error"><div class="facts">{" · ".join(facts)}</div><div class="panels">'
-        + _side("Query", "query", query, query.text)
+        + _side("Query", "query", query, query.text or "")
         + _side(f"Right {_number(values[0])}", "right", items[0], texts[0])
         + _side(f"Predicted {best[0]}", "wrong", best[1], best[2])
         + "</div>"

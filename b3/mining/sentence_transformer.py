@@ -44,7 +44,7 @@ class SentenceTransformerTeacher:
         distinct, index = unique_items(items)
         images = [i for i, item in enumerate(distinct) if item.image is not None]
         texts = [i for i, item in enumerate(distinct) if item.image is None]
-        lengths = self._lengths([distinct[i].text for i in texts])
+        lengths = self._lengths([distinct[i].text or "" for i in texts])
         batches = [[texts[i] for i in batch.tolist()] for batch in token_batches(lengths, BATCH_TOKENS, BATCH_ITEMS)]
         for bare in (True, False):  # a batch is of one kind: images alone, or with a text
             kind = [i for i in images if bare == (not _caption(distinct[i]))]
@@ -99,7 +99,7 @@ class SentenceTransformerTeacher:
 
 def _caption(item: Item) -> str:
     """The text beside an image, without the placeholder."""
-    return item.text.replace(PLACEHOLDER, "").strip()
+    return (item.text or "").replace(PLACEHOLDER, "").strip()
 
 
 def _load(name: str) -> Any:

@@ -136,9 +136,14 @@ def _half(query: Tensor) -> torch.dtype | None:
 def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
-    """An attention function for `transformers`: (1, H, T, D) in, (1, T, H, D) out; `packing` is among the options."""
+    """An attention function for `transformers`: (1, H, T, D) in, (1, T, H, D) out; `packing` is among the options.
+
+    Two ways to cut a sequence that have equally many boundaries are the same, where one refines the other.
+    """
     assert attention_mask is None, "packed sequences carry no mask"
-    packing: Packing = options["packing"]
+    packing: Packing | dict[int, Packing] = options["packing"]
+    if isinstance(packing, dict):  # a tower whose layers cut the sequences in several ways: by number of boundaries
+        packing = packing[len(options["cu_seq_lens_q"])]
     scaling, dropout = options.get("scaling"), options.get("dropout", 0.0)
     pieces = []
     for bucket in packing.buckets:

@@ -1,84 +1,138 @@
 """From items to what a forward pass takes: the contract of a processor, and items packed into batches.
 
-A leaf of the model floor: backbones bring their own `Processor`; encoding and training handle its products alike.
+A leaf of the model floor: backbones bring their own `Processor`; encoding and training handle its products alike. A
+medium (an image or a video) becomes a `Visual` by itself: its patches depend neither on the text nor on other media.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from b3.data.items import Item
-
-if TYPE_CHECKING:
-    from PIL import Image
+from b3.data.items import Item, Medium
 
 Tree = TypeVar("Tree")
+Grid: TypeAlias = tuple[int, int, int]  # steps in time, rows and columns of patches
+
+
+@dataclass(frozen=True, slots=True)
+class Visual:
+    """An image or a video as the vision tower takes it.
+
+    patches: (P, C, n) uint8. grid: its product is P.
+    """
+
+    patches: np.ndarray
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The tokens of one item.
+
+    input_ids: (L,) int64, the tokens of media expanded.
+    slots: (S,) int64, where the features of its media go, in order.
+    positions: (3, L) int64 temporal, height and width positions; None: 0..L-1 on all axes.
+    """
+
+    input_ids: np.ndarray
+    slots: np.ndarray
+    positions: np.ndarray | None = None
+
+    @classmethod
+    def of_text(cls, input_ids: np.ndarray) -> Tokens:
+        """Without media."""
+        return cls(input_ids, np.empty(0, dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Processed:
-    """One item as the model takes it.
+    """One item as the model takes it: its tokens, and its media in the order of their slots."""
 
-    input_ids: (L,) int64 token ids, image tokens expanded.
-    patches: (P, C, n) uint8 of its image, or None.
-    grid: (rows, columns) of patches, P in all, or None.
-    """
+    tokens: Tokens
+    visuals: tuple[Visual, ...] = ()
 
-    input_ids: np.ndarray
-    patches: np.ndarray | None = None
-    grid: tuple[int, int] | None = None
+    @property
+    def input_ids(self) -> np.ndarray:
+        return self.tokens.input_ids
 
     @property
     def num_tokens(self) -> int:
-        return len(self.input_ids)
+        return len(self.tokens)
 
 
 class Processor(ABC):
     """Turns an `Item` into `Processed` inputs. Cheap to pickle; safe in worker processes and in threads.
 
-    A backbone without images does not implement `patch_bytes`; its `check` refuses images.
+    A backbone without vision implements `check` (which refuses media), `tokens` and `save_pretrained` alone.
     """
-
-    image_token_id: Any = -1  # the token that stands for a feature of an image; -1 equals no token
 
     @abstractmethod
     def check(self, item: Item) -> None:
-        """Raise `DataError` if the backbone cannot read the item, as far as can be told without its image."""
+        """Raise `DataError` if the backbone cannot read the item, as far as can be told without its media."""
 
     @abstractmethod
-    def measure(self, item: Item) -> tuple[bytes, int]:
-        """(SHA-256 of the content, number of tokens) of an item, without decoding its image.
+    def tokens(self, item: Item, grids: Sequence[Grid]) -> Tokens:
+        """The tokens of an item whose media, in the order of `media`, have these grids; reads no pixels.
 
-        Raises `DataError` as processing would, as far as can be told.
-        """
-
-    @abstractmethod
-    def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
-        """(L,) int64 ids of an item whose image has this grid of patches (None: no image); reads no pixels.
-
-        Raises `DataError` naming the item for an empty text or a misplaced image token.
+        Raises `DataError` naming the item for an empty text or media that have no place in it.
         """
 
     @abstractmethod
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what the backbone's own software reads beside the weights: tokenizer, image budget."""
 
-    def __call__(self, item: Item) -> Processed:
-        """Process one item. Raises `DataError` as `token_ids` does."""
-        self.check(item)
-        return Processed(self.token_ids(item, None))
+    def content(self, item: Item) -> str:
+        """All that decides the tokens beside the media's grids."""
+        return item.text or ""
 
-    def patch_bytes(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        """Patches (P, C, n) uint8 of an image and the grid (rows, columns), P = rows * columns."""
+    def media(self, item: Item) -> tuple[Medium, ...]:
+        """The item's media in the order in which the model reads them."""
+        return ()
+
+    def grid(self, medium: Medium) -> tuple[bytes, Grid]:
+        """(digest of the content, grid) of a medium, from its header alone."""
         raise NotImplementedError
+
+    def visual(self, medium: Medium) -> Visual:
+        """A medium decoded, resized and cut into patches. Raises `DataError` if it does not decode."""
+        raise NotImplementedError
+
+    def num_features(self, grid: Grid) -> int:
+        """How many features, hence tokens, a medium with this grid has."""
+        raise NotImplementedError
+
+    def measure(self, item: Item) -> tuple[bytes, int]:
+        """(SHA-256 of the content, number of tokens) of an item, without decoding its media.
+
+        The digest covers the prompt and the media's encoded bytes: equal images under different names are one.
+        Raises `DataError` as processing would, as far as can be told.
+        """
+        self.check(item)
+        digest = hashlib.sha256(self.content(item).encode())
+        grids = []
+        for medium in self.media(item):
+            content, grid = self.grid(medium)
+            digest.update(b"\0" + content)
+            grids.append(grid)
+        return digest.digest(), len(self.tokens(item, grids))
+
+    def __call__(self, item: Item) -> Processed:
+        """Process one item. Raises `DataError` as `tokens` and `visual` do."""
+        self.check(item)
+        visuals = tuple(self.visual(medium) for medium in self.media(item))
+        return Processed(self.tokens(item, [visual.grid for visual in visuals]), visuals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +140,10 @@ class Batch:
     """Processed items, packed end to end without padding.
 
     input_ids: (T,) int64. lengths: tokens of each of the B items, T in all.
-    patches: (P, C, n) uint8 of all images in item order, or None: bytes, which `Embedder.features` makes numbers on its
-    device. grids: (images, 3) int64 (1, rows, columns), always on the host. slots: (S,) int64, positions of the tokens
-    that stand for the images' features, in the same order. layout: what `Embedder.layout` makes of the others.
+    patches: (P, C, n) uint8 of all media in item order, or None: bytes, which `Embedder.features` makes numbers on its
+    device. grids: (media, 3) int64 (steps, rows, columns), always on the host. slots: (S,) int64, positions of the
+    tokens that stand for the media's features, in the same order. positions: (3, T) int64, or None: 0..L-1 in each
+    item. layout: what `Embedder.layout` makes of the others.
     """
 
     input_ids: Tensor
@@ -96,6 +151,7 @@ class Batch:
     patches: Tensor | None = None
     grids: np.ndarray | None = None
     slots: Tensor | None = None
+    positions: Tensor | None = None
     layout: Any = None
 
     def __len__(self) -> int:
@@ -139,29 +195,43 @@ def _changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def collate(items: Sequence[Processed], image_token_id: int) -> Batch:
-    """Pack processed items into one `Batch`.
+def join_patches(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Patches (P, C, n) of several media end to end. Beside a video, whose patches span two frames, an image is two."""
+    width = max(part.shape[2] for part in parts)
+    return np.concatenate([np.tile(part, (1, 1, width // part.shape[2])) for part in parts])
 
-    A placeholder in an item without image is no slot: it keeps its literal token embedding (stray tokens of WebQA and
-    EDIS queries).
-    """
-    lengths = [item.num_tokens for item in items]
-    input_ids = torch.from_numpy(np.concatenate([item.input_ids for item in items]))
-    patches, grids, slots, start = [], [], [], 0
-    for item, length in zip(items, lengths, strict=True):
-        if item.patches is not None and item.grid is not None:
-            patches.append(item.patches)
-            grids.append((1, *item.grid))
-            slots.append(start + np.flatnonzero(item.input_ids == image_token_id))
-        start += length
-    if not patches:
-        return Batch(input_ids, lengths)
-    return Batch(
-        input_ids,
-        lengths,
-        torch.from_numpy(np.concatenate(patches)),
-        np.asarray(grids, dtype=np.int64),
-        torch.from_numpy(np.concatenate(slots)),
+
+def join_positions(tokens: Sequence[Tokens]) -> np.ndarray | None:
+    """(3, T) positions of items end to end; None if all are 0..L-1."""
+    if all(one.positions is None for one in tokens):
+        return None
+    return np.concatenate([_positions(one) for one in tokens], axis=1)
+
+
+def _positions(tokens: Tokens) -> np.ndarray:
+    if tokens.positions is not None:
+        return tokens.positions
+    return np.broadcast_to(np.arange(len(tokens)), (3, len(tokens)))
+
+
+def collate(items: Sequence[Processed]) -> Batch:
+    """Pack processed items into one `Batch`."""
+    tokens = [item.tokens for item in items]
+    starts = np.cumsum([0, *map(len, tokens)])
+    positions = join_positions(tokens)
+    batch = Batch(
+        torch.from_numpy(np.concatenate([one.input_ids for one in tokens])),
+        [len(one) for one in tokens],
+        positions=None if positions is None else torch.from_numpy(positions),
+    )
+    visuals = [visual for item in items for visual in item.visuals]
+    if not visuals:
+        return batch
+    return replace(
+        batch,
+        patches=torch.from_numpy(join_patches([visual.patches for visual in visuals])),
+        grids=np.asarray([visual.grid for visual in visuals], dtype=np.int64),
+        slots=torch.from_numpy(np.concatenate([s + one.slots for s, one in zip(starts, tokens, strict=False)])),
     )
 
 

@@ -27,7 +27,7 @@ from b3.model import adapter as adapters
 from b3.model.attention import choose_attention
 from b3.model.batch import Batch, Processor, upload
 from b3.model.checkpoint import choose_device, choose_dtype, fetch, model_type, read_json
-from b3.model.settings import Settings, read_settings
+from b3.model.settings import Settings, resolve_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Cost:
     """Numbers from which the operations and the memory of a training step follow.
 
     text, vision: the two towers; vision is None where no images are read.
-    patches: of an image, per token that it takes in the text.
+    patches: of an image or a video, per token that it takes in the text.
     """
 
     text: Tower
@@ -93,7 +93,8 @@ class Embedder(nn.Module):
     title: ClassVar[str]  # in messages: "a text encoder"
     reads_images: ClassVar[bool] = False
     setting_names: ClassVar[tuple[str, ...]] = ()  # fields of `Settings` that mean something here
-    adapter_targets: ClassVar[tuple[str, ...]] = ()  # suffixes of linear layers; (): an adapter is refused
+    adapter_targets: ClassVar[tuple[str, ...] | str] = ()  # suffixes of linear layers, or a regular expression of
+    # their names; (): an adapter is refused
 
     def __init__(
         self,
@@ -126,7 +127,8 @@ class Embedder(nn.Module):
             device: None means the GPU of the local rank if there is one, else the CPU.
             attention: "auto", "varlen" or "sdpa"; see `b3.model.attention`.
             settings: fields of `Settings`; each replaces what b3_settings.json of the adapter, or else of the base,
-                says; "auto" leaves it.
+                says, else what is known of a published checkpoint, else what the prompt rule expects; "auto" leaves it.
+                `prompt` may be a .jinja file.
 
         Raises:
             InputError: the checkpoint or the adapter is missing, incomplete or of another architecture, or a value of
@@ -134,8 +136,7 @@ class Embedder(nn.Module):
         """
         base, adapter_folder = locate(name, adapter)
         kind = backbone_class(base)
-        explicit = {name: value for name, value in settings.items() if value != "auto"}
-        merged = Settings(**{**read_settings(adapter_folder, base), **explicit})
+        merged = resolve_settings(adapter if adapter is not None else name, settings, adapter_folder, base)
         kind.check_settings(merged)
         if adapter_folder is not None and not kind.adapter_targets:
             raise InputError(
@@ -172,7 +173,7 @@ class Embedder(nn.Module):
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         """Vectors (B, D) float32 of a batch, L2-normalised if asked.
 
-        `features` (S, D), if given, stand for the images in place of `batch.patches`. A batch without layout is
+        `features` (S, F), if given, stand for the media in place of `batch.patches`. A batch without layout is
         `placed` first.
         """
 
@@ -200,11 +201,13 @@ class Embedder(nn.Module):
         return None
 
     def features(self, patches: Tensor, grids: np.ndarray) -> Tensor:
-        """What the text model sees of images: (S, D), the features of their image tokens, in order.
+        """What the text model sees of images and videos: (S, F), a row for each of their tokens, in order.
+
+        F is the width of the text model, or a multiple of it where a backbone feeds several layers.
 
         Args:
-            patches: (P, C, n) uint8 of all images, on the host or this device, as the processor makes them.
-            grids: (images, 3) int64, as in `Batch`.
+            patches: (P, C, n) uint8 of all media, on the host or this device, as the processor makes them.
+            grids: (media, 3) int64, as in `Batch`.
         """
         raise NotImplementedError(f"{type(self).__name__} reads no images")
 

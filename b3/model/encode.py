@@ -40,7 +40,7 @@ Prepared = tuple[np.ndarray, "Batch | None", list[tuple[int, str]]]  # (rows, th
 
 def unique_items(items: Iterable[Item]) -> tuple[list[Item], np.ndarray]:
     """(distinct items in first-seen order, (N,) int64 index of each input into them), by text and image name."""
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, ...], int] = {}
     distinct: list[Item] = []
     index = []
     for item in items:
@@ -322,7 +322,7 @@ class _Prepare:
                 good.append(row)
             except DataError as error:
                 problems.append((row, str(error)))
-        inputs = collate(processed, self.processor.image_token_id) if processed else None
+        inputs = collate(processed) if processed else None
         return np.asarray(good, dtype=np.int64), inputs, problems
 
 

@@ -11,6 +11,7 @@ from b3.distributed import is_first
 from b3.errors import InputError
 from b3.files import write_json
 from b3.model.checkpoint import SETTINGS_FILE, read_json
+from b3.model.prompts import prompt_rule, read_prompt
 
 FORMAT = 1
 
@@ -25,6 +26,9 @@ class Settings:
     numerics: "clean", or "reference" to round rotary frequencies as the reference's evaluation does.
     square: resize every image to this many pixels per side first.
     pooling: "last", "mean" or "cls"; "auto": the checkpoint's own.
+    prompt: name of a rule of `b3.model.prompts`, or the text of a jinja template.
+    max_frames: at most so many frames of a video, spread evenly; None: all.
+    fps: frames per second that are read of a video file.
     """
 
     min_pixels: int = 3136
@@ -34,6 +38,9 @@ class Settings:
     numerics: str = "clean"
     square: int | None = None
     pooling: str = "auto"
+    prompt: str = "plain"
+    max_frames: int | None = None
+    fps: float = 1.0
 
     def __post_init__(self) -> None:
         for value, known in (
@@ -43,6 +50,9 @@ class Settings:
         ):
             if value not in known:
                 raise InputError(f"'{value}' is not known; use one of {', '.join(known)}")
+        prompt_rule(self.prompt)
+        if self.max_frames is not None and self.max_frames < 1:
+            raise InputError(f"max_frames {self.max_frames} must be at least 1")
 
     def note_unused(self, names: tuple[str, ...], backbone: str) -> None:
         """Print a note on stderr for each setting beside `names` that is not at its default."""
@@ -75,3 +85,27 @@ def read_settings(*folders: Path | None) -> dict[str, Any]:
             raise InputError(f"{folder / SETTINGS_FILE}: setting '{unknown[0]}' is not known; update b3")
         result = {**tree, **result}
     return result
+
+
+PUBLISHED = {  # what the authors of a checkpoint evaluate it with; from their repositories
+    "Qwen3-VL-Embedding-2B": {"prompt": "qwen3_vl_embedding"},
+    "Qwen3-VL-Embedding-8B": {"prompt": "qwen3_vl_embedding"},
+    "gme-Qwen2-VL-2B-Instruct": {"prompt": "gme"},
+    "gme-Qwen2-VL-7B-Instruct": {"prompt": "gme"},
+    "VLM2Vec-V2.0": {"prompt": "vlm2vec"},
+}
+
+
+def resolve_settings(name: str | Path, given: dict[str, Any], *folders: Path | None) -> Settings:
+    """The settings of a model: those given, else of the first of `folders`, else of a published checkpoint called
+    `name`, else those that its prompt rule expects, else the defaults.
+
+    Raises `InputError` as `read_settings` and `Settings`.
+    """
+    given = {key: read_prompt(value) if key == "prompt" else value for key, value in given.items() if value != "auto"}
+    stored = read_settings(*folders)
+    published = PUBLISHED.get(Path(name).name, {})
+    if published and "prompt" not in given and "prompt" not in stored and is_first():
+        print(f"note: {Path(name).name} is read with prompt {published['prompt']}", file=sys.stderr)
+    chosen = {**published, **stored, **given}
+    return Settings(**{**prompt_rule(chosen.get("prompt", "plain")).settings, **chosen})

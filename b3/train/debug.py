@@ -159,7 +159,7 @@ def prepare(config: Config) -> Config:
 
 def _make(config: Config, kind: type[Embedder]) -> None:
     from b3.console import no_bars
-    from b3.data.datasets import load_datasets
+    from b3.data.datasets import load_datasets, texts_of
 
     run = Path(config.output_dir)
     if run.exists():
@@ -169,8 +169,6 @@ def _make(config: Config, kind: type[Embedder]) -> None:
     write_json(run / DEBUG, {"stands for": config.name.removesuffix(", debug"), "data": DATA})
     if not kind.reads_images:
         _write_texts(config)
-    texts = [
-        item.text.replace("<|image_1|>", "") for dataset in load_datasets(config) for pair in dataset for item in pair
-    ]
+    texts = list(texts_of(load_datasets(config)))
     with no_bars():
         kind.tiny(Path(config.model.name), texts)

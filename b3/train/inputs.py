@@ -6,7 +6,7 @@ A `StepCollator` runs in workers and gives `StepInputs`: a few flat tensors, ima
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from b3.data.datasets import PairDataset
 from b3.data.items import Item, item_id
 from b3.errors import DataError
-from b3.model.batch import Batch, Processor, token_batches
+from b3.model.batch import Batch, Processor, Tokens, Visual, join_patches, join_positions, token_batches
 from b3.model.encode import unique_items
 
 StepRow = tuple[int, int]  # number of the data set, row number in it
@@ -24,35 +24,38 @@ StepRow = tuple[int, int]  # number of the data set, row number in it
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """Distinct images.
+    """Distinct images and videos.
 
-    patches: (P, C, n) uint8 of all images in order. grids: (images, 3) int64 (1, rows, columns).
+    patches: (P, C, n) uint8 of all of them in order. grids: (media, 3) int64 (steps, rows, columns).
+    num_features: tokens of each.
     """
 
     patches: Tensor
     grids: np.ndarray
+    num_features: list[int]
 
     def __len__(self) -> int:
         return len(self.grids)
 
     @property
     def sizes(self) -> list[int]:
-        """Patches of each image."""
+        """Patches of each."""
         sizes: list[int] = self.grids.prod(axis=1).tolist()
         return sizes
 
     def select(self, numbers: Sequence[int]) -> Images:
-        """Some images, in this order."""
+        """Some of them, in this order."""
         edges = np.concatenate([[0], np.cumsum(self.sizes)])
         parts = [self.patches[edges[i] : edges[i + 1]] for i in numbers]
-        return Images(parts[0] if len(parts) == 1 else torch.cat(parts), self.grids[list(numbers)])
+        patches = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return Images(patches, self.grids[list(numbers)], [self.num_features[i] for i in numbers])
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Some of a rank's distinct items, as one forward pass takes them.
 
-    batch: without patches. images: number of the image of each item that has one, in item order.
+    batch: without patches. images: numbers of the items' images and videos, in the order of their slots.
     """
 
     batch: Batch
@@ -64,9 +67,10 @@ class StepInputs:
     """One rank's share of a batch: b rows, each with a positive and h hard negatives.
 
     input_ids: (T,) int64 of the rank's distinct items, end to end. lengths: tokens of each.
-    image_of: number of each item's image in `images`, or -1.
+    positions: (3, T) int64 of the tokens, or None: 0..L-1 in each item.
+    is_slot: (T,) bool, tokens that stand for features.
+    images_of: numbers of each item's images and videos in `images`.
     groups: (B,) int64 arrays of item numbers, one per chunk; every item is in exactly one.
-    image_token_id: the token that stands for an image's features.
     query_index: (b,) and target_index: (b (1 + h),) int64 positions among the distinct items.
     query_ids: (b,) and target_ids: (b (1 + h),) int64, equal for equal items.
     valid: (b (1 + h),) bool, False for padding.
@@ -75,10 +79,11 @@ class StepInputs:
 
     input_ids: Tensor
     lengths: list[int]
-    image_of: list[int]
+    positions: Tensor | None
+    is_slot: Tensor
+    images_of: list[list[int]]
     images: Images | None
     groups: list[np.ndarray]
-    image_token_id: int
     query_index: Tensor
     target_index: Tensor
     query_ids: Tensor
@@ -113,15 +118,18 @@ class StepInputs:
     def chunk(self, number: int) -> Chunk:
         """The inputs of one forward pass."""
         group, starts = self.groups[number], self._starts
-        parts = [self.input_ids[starts[i] : starts[i + 1]] for i in group]
-        ids, lengths = torch.cat(parts), [self.lengths[i] for i in group]
-        images = [self.image_of[i] for i in group if self.image_of[i] >= 0]
-        if not images:
-            return Chunk(Batch(ids, lengths), images)
-        assert self.images is not None
-        has_image = torch.tensor([self.image_of[i] >= 0 for i in group])
-        slots = (ids == self.image_token_id) & has_image.repeat_interleave(torch.tensor(lengths))
-        return Chunk(Batch(ids, lengths, grids=self.images.grids[images], slots=slots.nonzero()[:, 0]), images)
+        places = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in group]))
+        batch = Batch(
+            self.input_ids[places],
+            [self.lengths[i] for i in group],
+            positions=None if self.positions is None else self.positions[:, places],
+        )
+        images = [number for i in group for number in self.images_of[i]]
+        if images:
+            assert self.images is not None
+            slots = self.is_slot[places].nonzero()[:, 0]
+            batch = replace(batch, grids=self.images.grids[images], slots=slots)
+        return Chunk(batch, images)
 
 
 @dataclass(frozen=True)
@@ -152,16 +160,17 @@ class StepCollator:
         targets = [item for item, _ in columns]
         items = queries + targets
         distinct, index = unique_items(items) if self.share_duplicates else (items, np.arange(len(items)))
-        ids, image_of, images = self._process(distinct)
-        lengths = [len(part) for part in ids]
+        tokens, images_of, images = self._process(distinct)
+        lengths, positions = [len(one) for one in tokens], join_positions(tokens)
         teacher_queries, teacher_targets = self._teacher(rows)
         return StepInputs(
-            input_ids=torch.from_numpy(np.concatenate(ids)),
+            input_ids=torch.from_numpy(np.concatenate([one.input_ids for one in tokens])),
             lengths=lengths,
-            image_of=image_of,
+            positions=None if positions is None else torch.from_numpy(positions),
+            is_slot=torch.from_numpy(np.concatenate([np.isin(np.arange(len(one)), one.slots) for one in tokens])),
+            images_of=images_of,
             images=images,
             groups=token_batches(lengths, self.chunk_tokens),
-            image_token_id=self.processor.image_token_id,
             query_index=torch.from_numpy(index[: len(queries)]),
             target_index=torch.from_numpy(index[len(queries) :]),
             query_ids=torch.tensor([item_id(item) for item in queries], dtype=torch.int64),
@@ -204,32 +213,30 @@ class StepCollator:
         targets = np.stack([self.teachers[number][1][n if n >= 0 else row] for (number, row), n in columns])
         return torch.from_numpy(queries), torch.from_numpy(targets)
 
-    def _process(self, items: list[Item]) -> tuple[list[np.ndarray], list[int], Images | None]:
-        """Token ids of each item, the number of its image (-1: none), and each distinct image once.
+    def _process(self, items: list[Item]) -> tuple[list[Tokens], list[list[int]], Images | None]:
+        """Tokens of each item, the numbers of its images and videos, and each distinct one of these once.
 
         Raises `DataError` naming the item that cannot be used.
         """
-        ids: list[np.ndarray] = []
-        image_of: list[int] = []
+        tokens: list[Tokens] = []
+        images_of: list[list[int]] = []
         numbers: dict[str, int] = {}
-        patches: list[np.ndarray] = []
-        grids: list[tuple[int, int]] = []
+        visuals: list[Visual] = []
         for item in items:
-            number = -1
             try:
                 self.processor.check(item)
-                image = None
-                if item.image is not None:
-                    number = numbers.setdefault(item.image_key, len(grids))
-                    image = item.open_image() if number == len(grids) else None
-                if image is not None:
-                    part, grid = self.processor.patch_bytes(image)
-                    patches.append(part)
-                    grids.append(grid)
-                ids.append(self.processor.token_ids(item, None if number < 0 else grids[number]))
+                media = self.processor.media(item)
+                for medium in media:
+                    if medium.key not in numbers:
+                        visuals.append(self.processor.visual(medium))
+                        numbers[medium.key] = len(visuals) - 1
+                images_of.append([numbers[medium.key] for medium in media])
+                tokens.append(self.processor.tokens(item, [visuals[number].grid for number in images_of[-1]]))
             except DataError as error:
                 raise DataError(f"training row: {error}") from None
-            image_of.append(number)
-        if not grids:
-            return ids, image_of, None
-        return ids, image_of, Images(torch.from_numpy(np.concatenate(patches)), np.array([(1, *g) for g in grids]))
+        if not visuals:
+            return tokens, images_of, None
+        patches = join_patches([visual.patches for visual in visuals])
+        grids = np.asarray([visual.grid for visual in visuals], dtype=np.int64)
+        counts = [self.processor.num_features(visual.grid) for visual in visuals]
+        return tokens, images_of, Images(torch.from_numpy(patches), grids, counts)

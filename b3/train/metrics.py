@@ -23,6 +23,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from b3 import distributed
@@ -77,10 +78,12 @@ def step_flops(cost: Cost, inputs: StepInputs) -> float:
     total = tower_flops(cost.text, sum(lengths), sum(n * n for n in lengths), backward=True)
     if inputs.images is not None:
         assert cost.vision is not None
-        sizes, trained = inputs.images.sizes, cost.vision.trained > 0
-        groups = [[inputs.image_of[i] for i in group] for group in inputs.groups] if trained else [range(len(sizes))]
-        patches = [sizes[number] for group in groups for number in set(group) if number >= 0]
-        total += tower_flops(cost.vision, sum(patches), sum(n * n for n in patches), backward=trained)
+        trained = cost.vision.trained > 0
+        groups = inputs.groups if trained else [np.arange(inputs.num_items)]  # frozen: each image once a step
+        shown = [number for group in groups for number in {n for i in group for n in inputs.images_of[i]}]
+        grids = inputs.images.grids[shown]
+        patches, squares = grids.prod(axis=1), grids[:, 0] * grids[:, 1:].prod(axis=1) ** 2  # a step sees itself
+        total += tower_flops(cost.vision, int(patches.sum()), int(squares.sum()), backward=trained)
     return total
 
 

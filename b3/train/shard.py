@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from b3.errors import RunError
 from b3.model.embedder import Embedder
@@ -45,8 +45,10 @@ def equal_chunks(inputs: StepInputs, count: int) -> StepInputs:
     missing, items = max(0, count - inputs.num_chunks), inputs.num_items
     return replace(
         inputs,
-        input_ids=torch.cat([inputs.input_ids, torch.zeros(missing, dtype=torch.int64)]),
+        input_ids=pad(inputs.input_ids, (0, missing)),
         lengths=[*inputs.lengths, *[1] * missing],
-        image_of=[*inputs.image_of, *[-1] * missing],
+        positions=None if inputs.positions is None else pad(inputs.positions, (0, missing)),
+        is_slot=pad(inputs.is_slot, (0, missing)),
+        images_of=[*inputs.images_of, *[[]] * missing],
         groups=[*inputs.groups, *(np.array([items + k]) for k in range(missing))],
     )

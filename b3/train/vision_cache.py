@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from b3.model.backbones.qwen2_vl_images import MERGE
 from b3.model.embedder import Embedder
 from b3.train.inputs import Chunk, Images
 
@@ -52,7 +51,7 @@ class VisionCache:
         images = self.images.select(numbers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             output = self.embedder.features(images.patches, images.grids)
-        parts = output.split([size // (MERGE * MERGE) for size in images.sizes])
+        parts = output.split(images.num_features)
         features = dict(zip(numbers, parts, strict=True))
         for number, part in features.items():
             if self.num_bytes + part.nbytes <= self.limit_bytes:

@@ -157,10 +157,6 @@ def to_device(root: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)
 
 
-class Processor:
-    image_token_id = 151655
-
-
 def qwen2_vl(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
     """(backbone on meta, a class around it)."""
     import transformers.models.qwen2_vl.modeling_qwen2_vl as upstream
@@ -217,7 +213,7 @@ def build(config: Config, layers: int | None, vision_layers: int | None) -> Embe
         freeze_matching(backbone, config.model.freeze)
     if config.model.gradient_checkpointing:
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    embedder: Embedder = kind(backbone, Processor())
+    embedder: Embedder = kind(backbone, None)  # type: ignore[arg-type]
     return embedder.train()
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from b3 import Embedder
 from b3.data.items import Item
-from b3.model.backbones import qwen2_vl
+from b3.model.backbones import vision_language
 from b3.model.backbones.heads import Heads
 from b3.train.inputs import StepCollator, StepInputs
 from b3.train.losses.info_nce import InfoNCE
@@ -143,8 +143,8 @@ def test_every_option_of_the_loss(folder: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[Exception], str]] = {
     "a vector that makes a detour over the CPU": (lambda t: t.cpu().to(t.device), AssertionError, "copy to host"),
     "a vector left on the CPU": (lambda t: t.cpu(), RuntimeError, "tensors on pretend:0 and on cpu"),
-    "a tensor made on the wrong device": (lambda t: t + torch.zeros(t.shape), RuntimeError, "qwen2_vl.py:"),
-    "a value read in the middle": (lambda t: t * float(t.sum() != 0), AssertionError, "qwen2_vl.py:"),
+    "a tensor made on the wrong device": (lambda t: t + torch.zeros(t.shape), RuntimeError, "vision_language.py:"),
+    "a value read in the middle": (lambda t: t * float(t.sum() != 0), AssertionError, "vision_language.py:"),
     "a tensor made on the host": (lambda t: t + torch.tensor([0.0]).to(t.device), AssertionError, "unpinned memory"),
 }
 
@@ -152,8 +152,8 @@ BROKEN: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], type[Exception],
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_on_purpose_is_found(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change, error, message = BROKEN[name]
-    finish = qwen2_vl.finish
-    monkeypatch.setattr(qwen2_vl, "finish", lambda pooled, normalize: finish(change(pooled), normalize))
+    finish = vision_language.finish
+    monkeypatch.setattr(vision_language, "finish", lambda pooled, normalize: finish(change(pooled), normalize))
     with pytest.raises(error, match=message):
         on_device(lambda: golden_step(folder, {"kind": "lora", "chunk_tokens": 100_000}))
 

@@ -78,7 +78,7 @@ def batch_of(model: Embedder, inputs: list[Any]) -> Any:
     from b3.model.batch import collate
 
     made = [Item(entry) if isinstance(entry, str) else Item(entry["text"], image=entry["image"]) for entry in inputs]
-    return collate([model.processor(item) for item in made], getattr(model.processor, "image_token_id", -1))
+    return collate([model.processor(item) for item in made])
 
 
 class Layer(torch.nn.Module):

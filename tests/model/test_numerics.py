@@ -13,7 +13,7 @@ from transformers import Qwen2VLForConditionalGeneration
 
 from b3 import Embedder
 from b3.errors import InputError
-from b3.model.backbones.qwen2_vl_images import pixels_of
+from b3.model.backbones.qwen_vl_images import CLIP
 
 pytestmark = pytest.mark.core
 
@@ -35,10 +35,10 @@ def test_mrope_equals_upstream(folder: Path) -> None:
         one = model.processor(item(case))
         ids = torch.from_numpy(one.input_ids)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if one.patches is not None and one.grid is not None:
-            inputs["pixel_values"] = pixels_of(torch.from_numpy(one.patches))
-            inputs["image_grid_thw"] = torch.tensor([[1, *one.grid]])
-            inputs["mm_token_type_ids"] = (ids == model.processor.image_token_id).int()
+        for visual in one.visuals:
+            inputs["pixel_values"] = CLIP.numbers(torch.from_numpy(visual.patches))
+            inputs["image_grid_thw"] = torch.tensor([visual.grid])
+            inputs["mm_token_type_ids"] = (ids == int(model.processor.media_ids[0])).int()
         with torch.no_grad():
             hidden = upstream(**inputs).last_hidden_state[0, -1]
         theirs = torch.nn.functional.normalize(hidden, dim=-1).numpy()

@@ -44,7 +44,7 @@ def trained_vectors(recipe: Path, folder: Path, items: list[Any]) -> np.ndarray:
         load_trainable(model.backbone, folder)
     model.eval()
     with torch.no_grad():
-        batch = collate([model.processor(as_item(item)) for item in items], model.processor.image_token_id)
+        batch = collate([model.processor(as_item(item)) for item in items])
         vectors: np.ndarray = model(batch).numpy()
     return vectors
 

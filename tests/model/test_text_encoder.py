@@ -70,7 +70,7 @@ def test_gradients_are_upstreams(roberta: Path) -> None:
     theirs = AutoModel.from_pretrained(roberta, dtype=torch.float32, attn_implementation="eager").eval()
     tokenizer, texts = AutoTokenizer.from_pretrained(roberta), TEXTS[:12]
     weights = torch.randn(len(texts), model.dim, generator=torch.Generator().manual_seed(0))
-    (model(collate([model.processor(Item(text)) for text in texts], -1)) * weights).sum().backward()
+    (model(collate([model.processor(Item(text)) for text in texts])) * weights).sum().backward()
     for text, weight in zip(texts, weights, strict=True):
         hidden = theirs(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
         (normalize(hidden.mean(dim=0), dim=0) * weight).sum().backward()

@@ -37,5 +37,5 @@ def test_a_recipe_trains_a_backbone_of_ones_own(tmp_path: Path, monkeypatch: pyt
 
 def test_an_unknown_architecture_lists_those_there_are(tmp_path: Path) -> None:
     Toy.tiny(tmp_path / "model", [])
-    with pytest.raises(InputError, match="model_type 'toy'; supported: qwen2_vl, bert, roberta"):
+    with pytest.raises(InputError, match="model_type 'toy'; supported: qwen2_vl, qwen2_5_vl, qwen3_vl"):
         Embedder.from_pretrained(tmp_path / "model")

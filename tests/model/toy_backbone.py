@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from b3.data.items import Item
 from b3.errors import DataError
-from b3.model.batch import Batch, Processor
+from b3.model.batch import Batch, Processor, Tokens
 from b3.model.embedder import Cost, Embedder, Kept, Tower, finish
 from b3.model.settings import Settings
 
@@ -25,12 +24,8 @@ class Bytes(Processor):
         if not item.text:
             raise DataError(f"{item.describe()}: an item needs a text")
 
-    def measure(self, item: Item) -> tuple[bytes, int]:
-        self.check(item)
-        return hashlib.sha256(item.text.encode()).digest(), len(item.text.encode())
-
-    def token_ids(self, item: Item, grid: Any = None) -> np.ndarray:
-        return np.frombuffer(item.text.encode(), dtype=np.uint8).astype(np.int64)
+    def tokens(self, item: Item, grids: Any) -> Tokens:
+        return Tokens.of_text(np.frombuffer((item.text or "").encode(), dtype=np.uint8).astype(np.int64))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Bytes need no tokenizer."""

@@ -49,9 +49,9 @@ def plain(model: Embedder, rows: list[int]) -> tuple[float, dict[str, torch.Tens
     """One ordinary forward and backward of everything, item by item."""
     from b3.model.batch import collate
 
-    data, token = GoldenPairs(), model.processor.image_token_id
-    queries = torch.cat([model(collate([model.processor(data.query(i))], token)) for i in rows])
-    targets = torch.cat([model(collate([model.processor(data.target(i))], token)) for i in rows])
+    data = GoldenPairs()
+    queries = torch.cat([model(collate([model.processor(data.query(i))])) for i in rows])
+    targets = torch.cat([model(collate([model.processor(data.target(i))])) for i in rows])
     loss = info_nce(queries, targets, 0.02)
     loss.backward()
     return float(loss.detach()), gradients(model)

@@ -88,7 +88,7 @@ def whole_pass(model: Embedder, inputs: Any, collator: StepCollator, rows: list,
     of_distinct = dict(zip(where, items, strict=True))
     vectors = torch.empty(inputs.num_items, model.dim, dtype=torch.float64)
     for position, group in enumerate(inputs.groups):
-        batch = collate([model.processor(of_distinct[int(i)]) for i in group], model.processor.image_token_id)
+        batch = collate([model.processor(of_distinct[int(i)]) for i in group])
         torch.manual_seed(chunk_seed(seed, 3, position))
         features = None  # a trained tower drops out once per image, not once per item: take its features as they come
         if not is_vision_frozen(model):

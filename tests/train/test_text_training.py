@@ -90,9 +90,7 @@ def test_the_cached_step_has_the_plain_gradient(root: Path, kind: str, pooling: 
     cached = {n: p.grad.clone() for n, p in model.backbone.named_parameters() if p.grad is not None}
     model.zero_grad()
     sides = (data.query, data.target)
-    queries, targets = (
-        torch.cat([model(collate([model.processor(side(row))], -1)) for row in range(8)]) for side in sides
-    )
+    queries, targets = (torch.cat([model(collate([model.processor(side(row))])) for row in range(8)]) for side in sides)
     loss = info_nce(queries, targets, 0.02)
     loss.backward()
     assert result.loss == pytest.approx(float(loss.detach()), rel=1e-5)
@@ -224,7 +222,7 @@ def test_memory_of_a_chunk_is_about_what_is_estimated(root: Path, kind: str) -> 
             held.append(tensor)
         return tensor
 
-    batch = collate([model.processor(Item("a red square number " * 3)) for _ in range(32)], -1)
+    batch = collate([model.processor(Item("a red square number " * 3)) for _ in range(32)])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(batch)
     assert _kept_per_token(config, model) == pytest.approx(sum(kept.values()) / len(batch.input_ids), rel=0.3)
@@ -237,7 +235,7 @@ def test_gradient_checkpointing_changes_nothing(root: Path) -> None:
         tree["model"]["gradient_checkpointing"] = checkpointing
         model = build_embedder(Config.model_validate(tree)).train()
         torch.manual_seed(0)
-        model(collate([model.processor(Item(text)) for text in TEXTS], -1))[:, 0].sum().backward()
+        model(collate([model.processor(Item(text)) for text in TEXTS]))[:, 0].sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) == 24
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*gradients, strict=True))

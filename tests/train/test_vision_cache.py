@@ -54,10 +54,9 @@ def in_chunks(inputs: StepInputs) -> int:
 
 
 def plain(model: Embedder) -> dict[str, torch.Tensor]:
-    data, token = Repeating(), model.processor.image_token_id
+    data = Repeating()
     sides = [
-        torch.cat([model(collate([model.processor(side(i))], token)) for i in range(6)])
-        for side in (data.query, data.target)
+        torch.cat([model(collate([model.processor(side(i))])) for i in range(6)]) for side in (data.query, data.target)
     ]
     info_nce(*sides, 0.02).backward()
     return gradients(model)
@@ -129,8 +128,8 @@ def test_selected_images_are_the_processors(folder: Path) -> None:
     inputs = inputs_of(model, 200)
     images = inputs.images.select([2, 0])
     expected = [model.processor(Repeating().query(i)) for i in (5, 0)]
-    order = {i: inputs.image_of[int(inputs.query_index[i])] for i in (5, 0)}
+    order = {i: inputs.images_of[int(inputs.query_index[i])][0] for i in (5, 0)}
     assert order == {5: 2, 0: 0}
     assert images.patches.dtype == torch.uint8
-    assert np.array_equal(images.patches.numpy(), np.concatenate([e.patches for e in expected]))
-    assert images.grids.tolist() == [[1, *e.grid] for e in expected]
+    assert np.array_equal(images.patches.numpy(), np.concatenate([e.visuals[0].patches for e in expected]))
+    assert images.grids.tolist() == [list(e.visuals[0].grid) for e in expected]

@@ -25,7 +25,7 @@ from torch.nn.functional import gelu
 from b3.data.items import Item, item_id
 from b3.errors import DataError, InputError
 from b3.files import write_json
-from b3.model.batch import Batch, Processor
+from b3.model.batch import Batch, Grid, Processor, Tokens
 from b3.model.checkpoint import read_json
 from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
 from b3.model.settings import Settings
@@ -111,13 +111,13 @@ class KeyedProcessor(Processor):
     def measure(self, item: Item) -> tuple[bytes, int]:
         return hashlib.sha256(item_id(item).to_bytes(8, "big", signed=True)).digest(), 1
 
-    def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
-        """(1,) int64. Raises `DataError` for an item that has no vector."""
+    def tokens(self, item: Item, grids: Sequence[Grid]) -> Tokens:
+        """One token, the number of the vector. Raises `DataError` for an item that has no vector."""
         key = item_id(item)
         row = int(np.searchsorted(self.keys, key))
         if row == len(self.keys) or self.keys[row] != key:
             raise DataError(f"{item.describe()}: no vector of it in {KEYS}; write the folder again with all items")
-        return np.asarray([row], dtype=np.int64)
+        return Tokens.of_text(np.asarray([row], dtype=np.int64))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Nothing to write: the keys lie beside the vectors."""

@@ -10,8 +10,7 @@ loads it and gives the same vectors. Texts are taken as they are, with the speci
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +24,7 @@ from b3.errors import DataError, InputError
 from b3.files import write_json
 from b3.model.attention import Packing, is_bucketed, kernel_arguments, kernel_name, use_packed_attention
 from b3.model.backbones.tiny import make_tiny_text_model
-from b3.model.batch import Batch, Processor
+from b3.model.batch import Batch, Grid, Processor, Tokens
 from b3.model.checkpoint import load_tokenizer, load_transformers, read_json
 from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
 from b3.model.settings import Settings
@@ -51,16 +50,15 @@ class TextProcessor(Processor):
     max_length: int | None = None
 
     def check(self, item: Item) -> None:
-        if item.image is not None:
-            raise DataError(f"{item.describe()}: the backbone is a text encoder and reads no images; drop the row")
+        if item.media or item.instruction:
+            what = "images or videos" if item.media else "instructions"
+            raise DataError(f"{item.describe()}: the backbone is a text encoder and reads no {what}; drop the row")
 
-    def measure(self, item: Item) -> tuple[bytes, int]:
-        self.check(item)
-        return hashlib.sha256(item.text.encode()).digest(), len(self.token_ids(item, None))
+    def tokens(self, item: Item, grids: Sequence[Grid]) -> Tokens:
+        return Tokens.of_text(self._ids(item))
 
-    def token_ids(self, item: Item, grid: tuple[int, int] | None) -> np.ndarray:
-        assert grid is None, "a text has no image"
-        encoded = self.tokenizer.backend_tokenizer.encode(item.text, add_special_tokens=True)
+    def _ids(self, item: Item) -> np.ndarray:
+        encoded = self.tokenizer.backend_tokenizer.encode(item.text or "", add_special_tokens=True)
         ids, special = np.asarray(encoded.ids, dtype=np.int64), np.asarray(encoded.special_tokens_mask, dtype=bool)
         if special.all():
             raise DataError(f"{item.describe()}: an item needs a text")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,27 +44,81 @@ def make_tiny_model(
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     tokenizer = _train_tokenizer(texts, vocab_size)
-    ids = {token.strip("<|>"): tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     half = hidden // heads // 2
     sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
-    text = {
+    text = _text_config(tokenizer, hidden, layers, heads) | {
         "vocab_size": embedding_rows or len(tokenizer),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
+    }
+    size = {"depth": vision_layers, "embed_dim": hidden, "hidden_size": hidden, "num_heads": heads, "mlp_ratio": 2}
+    vision = size | {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **_media_tokens(tokenizer))
+    return _write(folder, tokenizer, lambda: Qwen2VLForConditionalGeneration(config), seed)
+
+
+def make_tiny_qwen(folder: str | Path, texts: Iterable[str], kind: str, text: Any, vision: Any, seed: int = 0) -> Path:
+    """Create a random-weight model of the Qwen-VL family in `folder`: width 32, two layers, one vision layer.
+
+    Args:
+        texts: what the tokenizer is trained on.
+        kind: model_type.
+        text, vision: what its configuration says beside the common sizes.
+        seed: of the weights.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    tokenizer = _train_tokenizer(texts, 512)
+    base = _text_config(tokenizer, 32, 2, 4) | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
+    }
+    sizes = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
+    steps = {"spatial_merge_size": 2, "temporal_patch_size": 2}
+    config = AutoConfig.for_model(
+        kind,
+        text_config=base | text,
+        vision_config=sizes | steps | vision,
+        tie_word_embeddings=True,
+        **_media_tokens(tokenizer),
+    )
+    return _write(folder, tokenizer, lambda: AutoModelForImageTextToText.from_config(config), seed)
+
+
+def make_tiny_internvl(folder: str | Path, texts: Iterable[str], seed: int = 0) -> Path:
+    """Create a random-weight InternVL in `folder`: tiles of 56 pixels, four tokens each."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    tokenizer = _train_tokenizer(texts, 512, [*SPECIAL_TOKENS, "<img>", "</img>", "<IMG_CONTEXT>"])
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = InternVLConfig(
+        text_config=_text_config(tokenizer, 32, 2, 4) | {"model_type": "qwen2"},
+        vision_config=size | {"image_size": [56, 56], "patch_size": [14, 14], "use_mean_pooling": True},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    return _write(folder, tokenizer, lambda: InternVLForConditionalGeneration(config), seed)
+
+
+def _text_config(tokenizer: Any, hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    return {
+        "vocab_size": len(tokenizer),
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads // 2,
+        "head_dim": hidden // heads,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
-        "bos_token_id": ids["endoftext"],
-        "eos_token_id": ids["endoftext"],
+        "bos_token_id": end,
+        "eos_token_id": end,
     }
-    size = {"depth": vision_layers, "embed_dim": hidden, "hidden_size": hidden, "num_heads": heads, "mlp_ratio": 2}
-    patches = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+
+
+def _media_tokens(tokenizer: Any) -> dict[str, int]:
     names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    tokens = {f"{name}_token_id": ids[token] for name, token in names.items()}
-    config = Qwen2VLConfig(text_config=text, vision_config=size | patches, tie_word_embeddings=True, **tokens)
-    return _write(folder, tokenizer, lambda: Qwen2VLForConditionalGeneration(config), seed)
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in names.items()}
 
 
 def make_tiny_text_model(
@@ -144,7 +198,7 @@ def spread_weights(model: nn.Module) -> None:
                 module.weight.normal_(0.0, 0.02)
 
 
-def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+def _train_tokenizer(texts: Iterable[str], vocab_size: int, special: Sequence[str] = SPECIAL_TOKENS) -> Any:
     """A byte-level BPE with Qwen2's splitting and special tokens, trained on `texts`."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import Qwen2Tokenizer
@@ -154,10 +208,10 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     split = pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    _train_bytes(raw, texts, vocab_size=vocab_size - len(SPECIAL_TOKENS))
+    _train_bytes(raw, texts, vocab_size=vocab_size - len(special))
     end = SPECIAL_TOKENS[0]
     tokenizer = Qwen2Tokenizer(tokenizer_object=raw, eos_token=end, pad_token=end, padding_side="left")
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer
 
 

@@ -1,0 +1,65 @@
+"""Qwen3-VL (dense): DeepStack, interleaved M-RoPE; with prompt "qwen3_vl_embedding" also Qwen3-VL-Embedding.
+
+Several layers of the vision tower have mergers of their own (DeepStack): what a medium's token is for the text model is
+the tower's output and, beside it, one vector for each of the first decoder layers, added after that layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from b3.model.backbones.qwen_vl import QwenVL
+from b3.model.backbones.qwen_vl_images import HALF
+from b3.model.backbones.tiny import make_tiny_qwen
+from b3.model.batch import Batch
+
+
+class Qwen3VL(QwenVL):
+    """An `Embedder` over upstream's `Qwen3VLForConditionalGeneration`."""
+
+    title = "Qwen3-VL"
+    upstream = "Qwen3VLForConditionalGeneration"
+    pixels = HALF
+    is_video_split = True
+
+    @classmethod
+    def tiny(cls, folder: Path, texts: Iterable[str], seed: int = 0) -> Path:
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        text = {"rope_parameters": rope}
+        vision = {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+        return make_tiny_qwen(folder, texts, "qwen3_vl", text, vision, seed)
+
+    def tower_arguments(self, grids: Tensor) -> dict[str, Any]:
+        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+        visual = self.core.visual
+        rows, weights = get_vision_interpolation_indices_and_weights(
+            grids,
+            num_grid_per_side=visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=visual.config.spatial_merge_size,
+        )
+        return {"interp_indices": rows, "interp_weights": weights}
+
+    def features(self, patches: Tensor, grids: np.ndarray) -> Tensor:
+        """(S, (1 + n) D): the tower's output and that of its n DeepStack mergers."""
+        output = self.seen(patches, grids)
+        return torch.cat([output.pooler_output, *output.deepstack_features], dim=1)
+
+    def language_arguments(self, batch: Batch, features: Tensor | None) -> dict[str, Any]:
+        # upstream builds no mask for an attention function of ours
+        arguments = {**super().language_arguments(batch, features), "attention_mask": None}
+        if features is None:
+            return arguments
+        assert batch.slots is not None
+        is_slot = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=features.device)
+        is_slot[batch.slots] = True
+        stacked = features[:, self.dim :].to(self.dtype).split(self.dim, dim=1)
+        return {**arguments, "visual_pos_masks": is_slot[None], "deepstack_visual_embeds": list(stacked)}
