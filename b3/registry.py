@@ -15,6 +15,7 @@ BACKBONES = {  # model_type of config.json
     "qwen2_vl": "b3.model.backbones.qwen2_vl:Qwen2VL",
     "qwen2_5_vl": "b3.model.backbones.qwen2_5_vl:Qwen2_5VL",
     "qwen3_vl": "b3.model.backbones.qwen3_vl:Qwen3VL",
+    "qwen3_5": "b3.model.backbones.qwen3_5:Qwen3_5",
     "internvl": "b3.model.backbones.internvl:InternVL",
     "bert": "b3.model.backbones.text_encoder:TextEncoder",
     "roberta": "b3.model.backbones.text_encoder:TextEncoder",

@@ -147,13 +147,9 @@ def packed_attention(
     scaling, dropout = options.get("scaling"), options.get("dropout", 0.0)
     pieces = []
     for bucket in packing.buckets:
-        parts = [_spread(part, bucket) for part in (query, key, value)]
-        padded = _sdpa(module, parts, module.is_causal, scaling, dropout, bucket.keys).flatten(0, 1)
-        pieces.append(padded if bucket.places is None else padded.index_select(0, bucket.places))
-    if len(pieces) == 1:
-        return pieces[0][None], None
-    tokens, joined = torch.cat([bucket.tokens for bucket in packing.buckets]), torch.cat(pieces)
-    return torch.empty_like(joined).index_copy(0, tokens, joined)[None], None
+        parts = [spread(part, bucket) for part in (query, key, value)]
+        pieces.append(_sdpa(module, parts, module.is_causal, scaling, dropout, bucket.keys))
+    return packed(pieces, packing.buckets), None
 
 
 def _sdpa(
@@ -170,14 +166,26 @@ def _sdpa(
     return sdpa_attention_forward(module, *parts, keys, dropout=dropout, scaling=scaling, is_causal=causal)[0]
 
 
-def _spread(packed: Tensor, bucket: Bucket) -> Tensor:
+def spread(row: Tensor, bucket: Bucket) -> Tensor:
     """(1, H, T, D) packed to (count, H, longest, D), padded on the right."""
-    _, heads, _, width = packed.shape
-    tokens = packed.squeeze(0).transpose(0, 1).index_select(0, bucket.tokens)
+    _, heads, _, width = row.shape
+    tokens = row.squeeze(0).transpose(0, 1).index_select(0, bucket.tokens)
     if bucket.places is not None:
-        table = packed.new_zeros(bucket.count * bucket.longest, heads, width)
+        table = row.new_zeros(bucket.count * bucket.longest, heads, width)
         tokens = table.index_copy(0, bucket.places, tokens)
     return tokens.view(bucket.count, bucket.longest, heads, width).transpose(1, 2)
+
+
+def packed(tables: Sequence[Tensor], buckets: Sequence[Bucket]) -> Tensor:
+    """(1, T, ...) packed of a table (count, longest, ...) for each bucket, without its padding."""
+    pieces = []
+    for table, bucket in zip(tables, buckets, strict=True):
+        tokens = table.flatten(0, 1)
+        pieces.append(tokens if bucket.places is None else tokens.index_select(0, bucket.places))
+    if len(pieces) == 1:
+        return pieces[0][None]
+    order, joined = torch.cat([bucket.tokens for bucket in buckets]), torch.cat(pieces)
+    return torch.empty_like(joined).index_copy(0, order, joined)[None]
 
 
 def choose_attention(name: str, device: torch.device) -> str:

@@ -21,7 +21,7 @@ from b3.train.step import CachedStep
 
 KINDS = [name for name in registry.BACKBONES if registry.load("backbone", name).reads_images]
 TEXTS = ["a red square number", "a blue circle on a lamp", "house, tree and river; the cat sleeps"] * 20
-POSITIONS = {"qwen2_vl": ("1d", "mrope"), "qwen2_5_vl": ("1d", "mrope"), "qwen3_vl": ("1d", "mrope")}
+POSITIONS = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), ("1d", "mrope"))
 MODES = [(kind, positions) for kind in KINDS for positions in POSITIONS.get(kind, ("1d",))]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from b3.model.backbones.qwen_vl import QwenVL
+from b3.model.backbones.qwen_vl import QwenVL, grid_weights
 from b3.model.backbones.qwen_vl_images import HALF
 from b3.model.backbones.tiny import make_tiny_qwen
 from b3.model.batch import Batch
@@ -36,17 +36,7 @@ class Qwen3VL(QwenVL):
         return make_tiny_qwen(folder, texts, "qwen3_vl", text, vision, seed)
 
     def tower_arguments(self, grids: Tensor) -> dict[str, Any]:
-        from transformers.vision_utils import get_vision_interpolation_indices_and_weights
-
-        visual = self.core.visual
-        rows, weights = get_vision_interpolation_indices_and_weights(
-            grids,
-            num_grid_per_side=visual.num_grid_per_side,
-            mode=visual.interpolation_mode,
-            align_corners=visual.interpolation_align_corners,
-            spatial_merge_size=visual.config.spatial_merge_size,
-        )
-        return {"interp_indices": rows, "interp_weights": weights}
+        return grid_weights(self.core.visual, grids)
 
     def features(self, patches: Tensor, grids: np.ndarray) -> Tensor:
         """(S, (1 + n) D): the tower's output and that of its n DeepStack mergers."""

@@ -132,6 +132,20 @@ class TowerLayout:
         return cls(torch.from_numpy(np.concatenate(positions)), packing)
 
 
+def grid_weights(visual: Any, grids: Tensor) -> dict[str, Any]:
+    """Which learned positions a tower mixes for each patch, and how; for towers that resample a square of them."""
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    rows, weights = get_vision_interpolation_indices_and_weights(
+        grids,
+        num_grid_per_side=visual.num_grid_per_side,
+        mode=visual.interpolation_mode,
+        align_corners=visual.interpolation_align_corners,
+        spatial_merge_size=visual.config.spatial_merge_size,
+    )
+    return {"interp_indices": rows, "interp_weights": weights}
+
+
 def _embedded_patches(self: Any, patches: Tensor) -> Tensor:
     """Patches (P, n) through upstream's convolution, whose windows do not overlap: on a GPU as a matrix product.
 

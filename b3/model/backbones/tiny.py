@@ -192,7 +192,7 @@ def spread_weights(model: nn.Module) -> None:
 
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, (nn.Linear, nn.Conv3d)):
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv3d)):
                 module.weight.normal_(0.0, module.weight[0].numel() ** -0.5)
             elif isinstance(module, nn.Embedding):
                 module.weight.normal_(0.0, 0.02)

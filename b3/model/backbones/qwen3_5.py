@@ -1,0 +1,76 @@
+"""Qwen3.5: layers of linear attention (gated delta rule) between those of full attention; vision as in Qwen3-VL.
+
+A layer of linear attention reads a sequence through a short convolution and a state that it carries from token to
+token. Packed end to end, items would reach each other through both. Here each such layer runs upstream's own forward
+pass on rows of similarly long items, padded on the right: a row's convolution and state begin anew, and what follows
+an item's last token cannot reach it.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from b3.model.attention import Packing, packed, spread
+from b3.model.backbones.qwen_vl import QwenVL, grid_weights
+from b3.model.backbones.qwen_vl_images import HALF
+from b3.model.backbones.tiny import make_tiny_qwen
+from b3.model.backbones.vision_language import LANGUAGE_TARGETS
+from b3.model.batch import Batch
+
+# The counterparts of q, k, v (with the gate, which q_proj computes as well) and o.
+LINEAR_TARGETS = r".*language_model\.layers\.\d+\.linear_attn\.(in_proj_(qkv|z)|out_proj)"
+
+
+class Qwen3_5(QwenVL):
+    """An `Embedder` over upstream's `Qwen3_5ForConditionalGeneration`."""
+
+    title = "Qwen3.5"
+    upstream = "Qwen3_5ForConditionalGeneration"
+    pixels = HALF
+    is_video_split = True
+    adapter_targets: ClassVar[tuple[str, ...] | str] = rf"{LANGUAGE_TARGETS}|{LINEAR_TARGETS}"
+
+    @classmethod
+    def tiny(cls, folder: Path, texts: Iterable[str], seed: int = 0) -> Path:
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        text = {
+            "rope_parameters": {**rope, "partial_rotary_factor": 0.25},
+            "head_dim": 32,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        }
+        return make_tiny_qwen(folder, texts, "qwen3_5", text, {"patch_size": 16, "num_position_embeddings": 64}, seed)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
+        model: Any = super().load(folder, dtype, device, attention)
+        for layer in model.model.language_model.layers:
+            if layer.block_type == "linear_attention":
+                layer.linear_attn.forward = types.MethodType(_item_by_item, layer.linear_attn)
+        backbone: nn.Module = model
+        return backbone
+
+    def layout(self, batch: Batch) -> Packing:
+        return Packing.of(batch.lengths)  # linear attention reads buckets, whatever full attention reads
+
+    def tower_arguments(self, grids: Tensor) -> dict[str, Any]:
+        return grid_weights(self.core.visual, grids)
+
+    def language_arguments(self, batch: Batch, features: Tensor | None) -> dict[str, Any]:
+        masks = dict.fromkeys(("full_attention", "linear_attention"))
+        return {**super().language_arguments(batch, features), "attention_mask": masks}
+
+
+def _item_by_item(self: Any, hidden_states: Tensor, *, packing: Packing, **options: Any) -> Tensor:
+    """(1, T, D) packed in and out, by upstream's forward pass on each bucket's (count, longest, D)."""
+    tables = [type(self).forward(self, spread(hidden_states[:, None], bucket).squeeze(1)) for bucket in packing.buckets]
+    return packed(tables, packing.buckets)
