@@ -51,7 +51,8 @@ class Tower:
 
     weights: those of linear layers that a token (or patch) passes. trained: those of them that are trained.
     layers, width: number of equal layers, and numbers of a token between two of them.
-    causal: whether a token sees only those before it.
+    causal: whether a token sees only those before it. full_attention: the width of attention over whole sequences,
+    summed over the layers that have it; None: layers times width.
     """
 
     weights: int
@@ -60,11 +61,12 @@ class Tower:
     width: int
     kept: Kept
     causal: bool = False
+    full_attention: int | None = None
 
     @property
     def attention(self) -> int:
-        """What the operations of attention grow with: layers times width."""
-        return self.layers * self.width
+        """What the operations of attention grow with."""
+        return self.layers * self.width if self.full_attention is None else self.full_attention
 
 
 @dataclass(frozen=True, slots=True)

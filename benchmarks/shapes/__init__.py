@@ -23,6 +23,7 @@ FOLDER = Path(__file__).parent
 CHECKPOINTS = {
     "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl_2b.json",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl_7b.json",
+    "Qwen/Qwen3.5-9B": "qwen3_5_9b.json",  # upstream's default configuration
     "FacebookAI/roberta-large": "roberta_large.json",
 }
 

@@ -176,6 +176,25 @@ def qwen2_vl(config: dict[str, Any], layers: int | None, vision_layers: int | No
     return model, Qwen2VL
 
 
+def qwen3_5(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
+    import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
+    from transformers import Qwen3_5Config
+
+    from b3.model.backbones.qwen3_5 import Qwen3_5, keep_items_apart
+
+    full = Qwen3_5Config(**config)
+    if layers is not None:
+        full.text_config.num_hidden_layers = layers
+        full.text_config.layer_types = full.text_config.layer_types[:layers]
+    if vision_layers is not None:
+        full.vision_config.depth = vision_layers
+    full._attn_implementation = "sdpa"
+    model = upstream.Qwen3_5ForConditionalGeneration(full)
+    use_packed_attention(attention, model.model.visual, model.model.language_model)
+    keep_items_apart(model.model.language_model)
+    return model, Qwen3_5
+
+
 def text_encoder(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
     from transformers import AutoConfig, AutoModel
 
@@ -190,7 +209,7 @@ def text_encoder(config: dict[str, Any], layers: int | None, vision_layers: int 
     return model, TextEncoder
 
 
-BACKBONES: dict[str, Callable[..., Any]] = {"qwen2_vl": qwen2_vl, "roberta": text_encoder}
+BACKBONES: dict[str, Callable[..., Any]] = {"qwen2_vl": qwen2_vl, "qwen3_5": qwen3_5, "roberta": text_encoder}
 
 
 def build(config: Config, layers: int | None, vision_layers: int | None) -> Embedder:

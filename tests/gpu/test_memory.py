@@ -31,6 +31,13 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "full, checkpointing": ("b3_qwen2vl_2b", ["model.train=full", "model.gradient_checkpointing=true"]),
     "text encoder, checkpointing": ("text_nli_roberta_b3", ["model.gradient_checkpointing=true"]),
 }
+# Three layers of linear attention and one of full attention, without images.
+HYBRID = "model.name=Qwen/Qwen3.5-9B"
+HYBRIDS: dict[str, list[str]] = {
+    "Qwen3.5, DoRA and dropout": [HYBRID],
+    "Qwen3.5, LoRA": [HYBRID, "adapter.use_dora=false", "adapter.dropout=0"],
+    "Qwen3.5, full": [HYBRID, "model.train=full", "model.freeze=[visual]"],
+}
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"shapes on a claimed GPU: {why_not()}")
 
 
@@ -65,13 +72,18 @@ def measured() -> tuple[dict[str, Any], dict[str, Any], tuple[Any, Any]]:
         {**case(str(ROOT / f"configs/{name}.yaml"), overrides), "layers": 2, "vision_layers": 1}
         for name, overrides in KINDS.values()
     ]
+    recipe = str(ROOT / "configs/b3_qwen2vl_2b.yaml")
+    kinds += [
+        {"recipe": recipe, "overrides": overrides, "length": 448, "grid": None, "layers": 4, "vision_layers": 1}
+        for overrides in HYBRIDS.values()
+    ]
     few = at_size(5, 4, **case(str(ROOT / "configs/b3_qwen2vl_2b.yaml"), ["model.train=full"]))
     deep = {**few[0], "layers": 5, "vision_layers": 4}
     results = iter(measure([*(c for group in groups for c in group), *kinds, *few, deep]))
     by_recipe = {
         file: whole([next(results) for _ in group], *depths(file)) for file, group in zip(files, groups, strict=True)
     }
-    by_kind = {name: next(results) for name in KINDS}
+    by_kind = {name: next(results) for name in (*KINDS, *HYBRIDS)}
     continued = whole([next(results) for _ in few], 5, 4)
     return by_recipe, by_kind, (continued, next(results))
 
@@ -98,7 +110,7 @@ def test_a_recipe_fits_its_card_with_room(file: str) -> None:
     check_told(told)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *HYBRIDS])
 def test_a_run_says_what_memory_it_will_need(kind: str) -> None:
     check_told(measured()[1][kind])
 

@@ -109,6 +109,76 @@ def pixels_of(model: Embedder, processed: Any) -> dict[str, torch.Tensor]:
     return arguments
 
 
+def rope_index(model: Embedder, processed: Any) -> np.ndarray:
+    """(3, L) positions as transformers builds them from token ids and grids; a frame list has 2 frames per second."""
+    core, ids = model.core, torch.from_numpy(processed.input_ids)[None]  # type: ignore[attr-defined]
+    kinds = torch.zeros_like(ids)
+    for kind, token in ((1, core.config.image_token_id), (2, core.config.video_token_id)):
+        kinds[ids == token] = kind
+    stills, films = ([v.grid for v in processed.visuals if (v.grid[0] > 1) == is_video] for is_video in (False, True))
+    named = {"image_grid_thw": stills, "video_grid_thw": films}
+    grids = {name: torch.tensor(grids) for name, grids in named.items() if grids}
+    positions: np.ndarray = core.get_rope_index(ids, kinds, **grids)[0][:, 0].numpy()
+    return positions
+
+
+def ours(processed: Any) -> np.ndarray:
+    """(3, L) positions of one item."""
+    length = len(processed.input_ids)
+    places: np.ndarray | None = processed.tokens.positions
+    return np.arange(length)[None].repeat(3, axis=0) if places is None else places
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_5"])
+def test_positions_between_time_stamps_are_upstreams(folders: dict[str, Path], kind: str) -> None:
+    model = load(folders, kind, "mrope", prompt="qwen3_vl_embedding")
+    for item in ({**item, "text": "a lamp"} for item in ITEMS):
+        processed = model.processor(as_item(item))
+        assert np.array_equal(ours(processed), rope_index(model, processed))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_text_after_a_video_starts_at_the_largest_position_plus_one(folders: dict[str, Path], kind: str) -> None:
+    """transformers 5.x starts earlier, in the middle of the film; else both agree, images included.
+
+    4.52 to 4.57, which the published checkpoints were trained with, do as ours:
+    https://github.com/huggingface/transformers/issues/45381.
+    """
+    model = load(folders, kind, "mrope")
+    for item in ITEMS[:3]:
+        processed = model.processor(as_item(item))
+        assert np.array_equal(ours(processed), rope_index(model, processed))
+    film = [noise(40 + i, 56, 56) for i in range(16)]
+    processed = model.processor(as_item({"text": "the cat <|video_1|> sleeps", "video": film}))
+    mine, theirs = ours(processed), rope_index(model, processed)
+    end = int(processed.tokens.slots.max()) + 1
+    assert end < mine.shape[1] and np.array_equal(mine[:, :end], theirs[:, :end])
+    assert (mine[:, end] == mine[:, :end].max() + 1).all()
+    assert (theirs[:, end] < theirs[:, :end].max()).all()  # text shares positions with frames
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_5"])
+def test_a_video_has_no_outer_pair_of_vision_tokens(folders: dict[str, Path], kind: str) -> None:
+    """transformers 5.x expands the token inside a pair into steps with pairs of their own; 4.57 replaced the pair."""
+    from types import SimpleNamespace
+
+    from transformers import Qwen3VLProcessor
+
+    model = load(folders, kind, "mrope", prompt="qwen3_vl_embedding")
+    processed = model.processor(as_item({"text": "a lamp", "video": FILM[:4]}))
+    text = model.processor.tokenizer.decode(processed.input_ids)  # type: ignore[attr-defined]
+    upstream = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
+    upstream.video_token = "<|video_pad|>"
+    upstream.vision_start_token, upstream.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+    upstream.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    metadata = SimpleNamespace(fps=2.0, frames_indices=[0, 1, 2, 3])
+    grids = torch.tensor([visual.grid for visual in processed.visuals])
+    steps = upstream.replace_video_token({"video_grid_thw": grids, "video_metadata": [metadata]}, 0)
+    assert steps.startswith("<0.2 seconds><|vision_start|><|video_pad|>") and steps in text
+    assert text.count("<|vision_start|>") == int(grids[0, 0]) == 2
+    assert f"<|vision_start|>{steps}" not in text
+
+
 class Pairs:
     """Queries are the items, targets are texts."""
 

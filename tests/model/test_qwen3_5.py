@@ -125,3 +125,11 @@ def test_the_state_survives_a_checkpoint_in_16_bit(model: Embedder, tmp_path: Pa
     half = Embedder.from_pretrained(tmp_path, dtype="bfloat16")
     texts = [*FIRST, SECOND]
     assert (half.encode(texts) * model.encode(texts)).sum(axis=1).min() > 0.998
+
+
+def test_attention_costs_what_its_layer_has(model: Embedder) -> None:
+    """One of two layers attends to whole sequences, with four heads of 32."""
+    text = model.cost().text
+    assert text.attention == 4 * 32 and text.layers == 2
+    language = model.core.language_model  # type: ignore[attr-defined]
+    assert text.weights == sum(m.weight.numel() for m in language.modules() if isinstance(m, torch.nn.Linear))
