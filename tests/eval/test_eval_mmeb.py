@@ -79,7 +79,7 @@ def test_every_score_equals_the_reference(folder: Path) -> None:
 
 @pytest.mark.parametrize("field", Settings.__slots__)
 def test_vectors_under_one_setting_are_never_taken_for_another(folder: Path, tmp_path: Path, field: str) -> None:
-    values = {"positions": "mrope", "numerics": "reference", "pooling": "cls"}
+    values = {"positions": "mrope", "numerics": "reference", "pooling": "cls", "prompt": "gme"}
     usual = EvalSpec(str(folder), str(DATA))
     other = replace(usual, settings=replace(Settings(), **{field: values.get(field, 6272)}))
     caches = [EmbeddingCache(tmp_path, {k: spec.facts()[k] for k in CACHE_FACTS}).folder for spec in (usual, other)]

@@ -79,4 +79,5 @@ def as_inputs(facts: dict[str, Any], rank: int = 0, ranks: int = 1) -> StepInput
     """The part of the inputs that the loss reads, of one rank's equal share."""
     share = {k: v[rank * len(v) // ranks : (rank + 1) * len(v) // ranks] for k, v in facts.items()}
     none = torch.empty(0, dtype=torch.int64)
-    return StepInputs(none, [], [], None, [], 0, none, none, **share)
+    empty: dict[str, Any] = {"lengths": [], "positions": None, "images_of": [], "images": None, "groups": []}
+    return StepInputs(input_ids=none, is_slot=none, query_index=none, target_index=none, **empty, **share)

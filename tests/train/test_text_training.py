@@ -52,7 +52,7 @@ def recipe(root: Path, full: bool, **changes: Any) -> dict[str, Any]:
     del tree["data"]["image_dir"]
     if full:
         del tree["adapter"]
-    from b3.config import merge
+    from b3.config.load import merge
 
     return merge(tree, changes)
 
@@ -201,31 +201,6 @@ def test_operations_are_those_that_torch_counts(root: Path) -> None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(inputs.chunk(0).batch).sum().backward()
     assert step_flops(model.cost(), inputs) == pytest.approx(counter.get_total_flops(), rel=0.1)
-
-
-@pytest.mark.parametrize("kind", ["lora", "lora dropout", "dora", "full"])
-def test_memory_of_a_chunk_is_about_what_is_estimated(root: Path, kind: str) -> None:
-    from b3.train.announce import _kept_per_token
-
-    adapter = {"use_dora": kind == "dora", "dropout": 0.1 if "dropout" in kind else 0.0}
-    config = Config.model_validate(recipe(root, kind == "full", **({} if kind == "full" else {"adapter": adapter})))
-    config = config.model_copy(update={"model": config.model.model_copy(update={"name": str(root / "deep")})})
-    model = build_embedder(config).train()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-    held = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
-        return tensor
-
-    batch = collate([model.processor(Item("a red square number " * 3)) for _ in range(32)])
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(batch)
-    assert _kept_per_token(config, model) == pytest.approx(sum(kept.values()) / len(batch.input_ids), rel=0.3)
 
 
 def test_gradient_checkpointing_changes_nothing(root: Path) -> None:
