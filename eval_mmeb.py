@@ -112,6 +112,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
         help="skip: an unreadable item is counted and reported, its row stays in the denominator",
     )
     more.add_argument("--explain", type=int, default=0, help="write a page with so many wrong predictions per subset")
+    more.add_argument("--dim", type=int, help="cut vectors to their first so many numbers (default: the checkpoint's)")
     more.add_argument("--batch_tokens", type=int, help="upper bound on the tokens of one forward pass")
     for name in IGNORED_VALUES:
         add(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=None, dest=name, help=argparse.SUPPRESS)
@@ -161,6 +162,7 @@ def check(arguments: argparse.Namespace) -> str | None:
         ("max_len", 1),
         ("per_device_eval_batch_size", 1),
         ("batch_tokens", 1),
+        ("dim", 1),
         ("explain", 0),
         ("dataloader_num_workers", 0),
     ):
@@ -223,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
             positions=arguments.positions,
             numerics=arguments.numerics,
             square=arguments.image_resolution and RESOLUTIONS[arguments.image_resolution],
+            dim=arguments.dim,
         ),
         on_error=arguments.on_error,
     )

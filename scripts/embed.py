@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     model.add_argument("--min-pixels", type=int, help="fewest pixels of an image (default: the checkpoint's)")
     model.add_argument("--max-pixels", type=int, help="most pixels of an image (default: the checkpoint's)")
+    model.add_argument("--dim", type=int, help="cut vectors to their first so many numbers (default: the checkpoint's)")
     model.add_argument("--batch-tokens", type=int, help="tokens of one forward pass")
     model.add_argument("--workers", type=int, default=0, help="processes that decode images ahead")
     model.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help="unit length")
@@ -60,7 +61,7 @@ def identity_of(arguments: argparse.Namespace, data: OwnData) -> dict[str, Any]:
     images = hashlib.sha256()  # over the paths and sizes of those that are files
     for path in dict.fromkeys(row["image"] for row in data.shown if row["image"]):
         images.update(f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\n".encode())
-    options = ("dtype", "min_pixels", "max_pixels", "normalize", "instruction")
+    options = ("dtype", "min_pixels", "max_pixels", "dim", "normalize", "instruction")
     return {
         "kind": KIND,
         "model": checkpoint_facts(arguments.model, checkpoint_key),

@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--queries", type=Path, help=".jsonl or .parquet file of queries, read as scripts/embed.py does"
     )
     parser.add_argument("--instruction", "--query-prompt", default="", help="put before the text of each query")
+    parser.add_argument("--dim", type=int, help="compare only the first so many numbers of each vector")
     parser.add_argument("--top", type=int, default=10, help="results per query (default 10)")
     parser.add_argument("--html", type=Path, help="also write a page with thumbnails")
     parser.add_argument("--model", help="where the model is now, if the index was made elsewhere")
@@ -83,6 +84,15 @@ def embed_queries(arguments: argparse.Namespace, items: Sequence[Item], manifest
         items, normalize=manifest["options"]["normalize"]
     )
     return vectors
+
+
+def cut(vectors: np.ndarray, dim: int, manifest: dict[str, Any]) -> np.ndarray:
+    """The first `dim` numbers of vectors (N, D), L2-normalised again if those of the index are."""
+    from b3.model.encode import unit
+
+    if dim > vectors.shape[1]:
+        raise InputError(f"--dim {dim} exceeds the {vectors.shape[1]} numbers of a vector of the index; lower it")
+    return unit(vectors[:, :dim]) if manifest["options"]["normalize"] else vectors[:, :dim]
 
 
 def search(vectors: np.ndarray, queries: np.ndarray, top: int) -> list[list[tuple[int, float]]]:
@@ -165,11 +175,15 @@ class Images:
 @command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    if arguments.top < 1:
-        raise InputError(f"--top is {arguments.top}; give at least 1")
+    for name, value in (("top", arguments.top), ("dim", arguments.dim)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}; give at least 1")
     vectors, rows, manifest = load_index(arguments.index)
     queries = read_queries(arguments)
-    hits_by_query = search(vectors, embed_queries(arguments, [item for _, item in queries], manifest), arguments.top)
+    query_vectors = embed_queries(arguments, [item for _, item in queries], manifest)
+    if arguments.dim is not None:
+        vectors, query_vectors = (cut(part, arguments.dim, manifest) for part in (vectors, query_vectors))
+    hits_by_query = search(vectors, query_vectors, arguments.top)
     results = [(label, item, hits) for (label, item), hits in zip(queries, hits_by_query, strict=True)]
     for label, _, hits in results:
         show(label, hits, rows)

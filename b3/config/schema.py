@@ -64,6 +64,9 @@ class ModelConfig(Section):
         description="how items are written: a rule of b3/model/prompts.py or a .jinja file; null: the checkpoint's",
     )
     max_frames: int | None = Field(None, gt=0, description="most frames of a video; null: the checkpoint's")
+    dim: int | None = Field(
+        None, gt=0, description="cut vectors to their first so many numbers; null: the checkpoint's, which is whole"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     shard: bool = Field(False, description="spread the decoder layers' frozen weights over the ranks (FSDP2)")
     train: Literal["adapter", "full"] = Field("adapter", description="full: all weights, in float32, without adapter")
@@ -73,7 +76,7 @@ class ModelConfig(Section):
 
     def settings(self) -> dict[str, Any]:
         """What the recipe asks for of `b3.model.settings.Settings`; the rest is the checkpoint's."""
-        names = ("min_pixels", "max_pixels", "max_length", "positions", "prompt", "max_frames")
+        names = ("min_pixels", "max_pixels", "max_length", "positions", "prompt", "max_frames", "dim")
         settings = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return settings if self.pooling == "auto" else {**settings, "pooling": self.pooling}
 
@@ -215,6 +218,7 @@ class MiningConfig(MiningKeys):
         " SUBSET_targets.npy"
     )
     teacher_adapter: str | None = Field(None, description="adapter of a teacher checkpoint")
+    teacher_dim: Positive | None = Field(None, description="cut the teacher's vectors to their first so many numbers")
     batch_tokens: Positive | None = Field(
         None, description="tokens of one forward pass of a teacher checkpoint; null: 16384 on a GPU, 2048 on a CPU"
     )
@@ -304,6 +308,11 @@ class TrainConfig(Section):
         ge=0,
         description="a target whose teacher score exceeds the positive's minus this is no negative; GISTEmbed: 0",
     )
+    matryoshka: list[int] | dict[int, float] | None = Field(
+        None,
+        description="lengths to which vectors may be cut later: the loss of each is added, with weight 1 or that of a"
+        " mapping length: weight; the whole length always counts, with weight 1 unless it is listed",
+    )
     chunk_tokens: int = Field(8192, gt=0, description="tokens of one forward pass; bounds memory at any batch size")
     vision_cache_mib: int = Field(
         4096, ge=0, description="image features kept between the two passes if the vision tower is frozen; 0: none"
@@ -326,6 +335,21 @@ class TrainConfig(Section):
     timeout_minutes: float = Field(
         30.0, gt=0, description="a rank that waits longer than this for the others ends the run"
     )
+
+    @property
+    def lengths(self) -> dict[int, float]:
+        """Weights of the lengths in `matryoshka`; empty: the whole vectors alone."""
+        given = self.matryoshka or {}
+        return given if isinstance(given, dict) else dict.fromkeys(given, 1.0)
+
+    @model_validator(mode="after")
+    def _lengths(self) -> TrainConfig:
+        bad = [n for n, weight in self.lengths.items() if n < 1 or not 0 < weight < float("inf")]
+        if self.matryoshka is not None and (bad or not self.lengths or len(self.lengths) != len(self.matryoshka)):
+            raise ValueError(
+                f"train.matryoshka {self.matryoshka} must be different lengths of at least 1, their weights above 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:

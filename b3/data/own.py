@@ -261,9 +261,9 @@ def columns_of(arguments: argparse.Namespace) -> Columns:
 def model_arguments(manifest: Record) -> Record:
     """The arguments of `Embedder.from_pretrained` for the model of an index."""
     options = manifest["options"]
-    pixels = {name: options[name] for name in ("min_pixels", "max_pixels") if options[name] is not None}
+    settings = {name: options[name] for name in ("min_pixels", "max_pixels", "dim") if options.get(name) is not None}
     adapter = manifest["adapter"] and manifest["adapter"]["name"]
-    return {"name": manifest["model"]["name"], "adapter": adapter, "dtype": options["dtype"], **pixels}
+    return {"name": manifest["model"]["name"], "adapter": adapter, "dtype": options["dtype"], **settings}
 
 
 def is_done(folder: Path, identity: Record) -> bool:

@@ -34,7 +34,7 @@ CACHE_FACTS = ("model", "adapter", "dtype", "settings")
 class EvalSpec:
     """Everything that decides the numbers of an evaluation.
 
-    All `settings` count, whatever the checkpoint says (the published rule), but for pooling "auto".
+    All `settings` count, whatever the checkpoint says (the published rule), but for pooling "auto" and dim None.
     """
 
     model: str
@@ -51,7 +51,8 @@ class EvalSpec:
     def load(self) -> Embedder:
         from b3.model.embedder import Embedder
 
-        return Embedder.from_pretrained(self.model, self.adapter, self.dtype, **asdict(self.settings))
+        settings = {name: value for name, value in asdict(self.settings).items() if (name, value) != ("dim", None)}
+        return Embedder.from_pretrained(self.model, self.adapter, self.dtype, **settings)
 
     def facts(self) -> dict[str, Any]:
         """As JSON values, checkpoints by the key of their content."""

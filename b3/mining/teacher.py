@@ -25,7 +25,8 @@ Encode = Callable[[list[Item], str], np.ndarray]  # (items, what the bar says) -
 
 def teacher_name(config: Config) -> str:
     mining = config.mining
-    return mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
+    name = mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
+    return name if mining.teacher_dim is None else f"{name}, the first {mining.teacher_dim} numbers"
 
 
 def load_teacher(config: Config) -> Encode | None:
@@ -84,7 +85,22 @@ def forget_teacher(config: Config) -> None:
 def teacher_embeddings(
     config: Config, entry: DatasetConfig, dataset: PairDataset, teacher: Encode | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(queries, targets), each (N, D), of the recipe's teacher for one data set."""
+    """(queries, targets), each (N, D), of the recipe's teacher for one data set; D is `mining.teacher_dim` if set.
+
+    Raises `DataError` for arrays that are missing, do not fit the data set or are shorter than that.
+    """
+    queries, targets = _whole_embeddings(config, entry, dataset, teacher)
+    dim = config.mining.teacher_dim
+    if dim is None:
+        return queries, targets
+    if dim > queries.shape[1]:
+        raise DataError(f"mining.teacher_dim {dim} exceeds the teacher's {queries.shape[1]} numbers; lower it")
+    return queries[:, :dim], targets[:, :dim]
+
+
+def _whole_embeddings(
+    config: Config, entry: DatasetConfig, dataset: PairDataset, teacher: Encode | None
+) -> tuple[np.ndarray, np.ndarray]:
     if teacher is not None:
         queries = teacher([dataset.query(i) for i in range(len(dataset))], f"{dataset.name} queries")
         targets = teacher([dataset.target(i) for i in range(len(dataset))], f"{dataset.name} targets")

@@ -149,7 +149,10 @@ class Embedder(nn.Module):
         backbone = kind.load(base, torch_dtype, target, choose_attention(attention, target))
         if adapter_folder is not None:
             adapters.merge_adapter(backbone, adapter_folder)
-        return kind.build(backbone, base, adapter_folder, merged)
+        model = kind.build(backbone, base, adapter_folder, merged)
+        if merged.dim is not None and merged.dim > model.width:
+            raise InputError(f"dim {merged.dim} exceeds the {model.width} numbers of a vector of {base}; lower it")
+        return model
 
     @classmethod
     def check_settings(cls, settings: Settings) -> None:
@@ -173,7 +176,7 @@ class Embedder(nn.Module):
 
     @abstractmethod
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
-        """Vectors (B, D) float32 of a batch, L2-normalised if asked.
+        """Vectors (B, D) float32 of a batch, cut to `dim` and L2-normalised if asked (`finish` does both).
 
         `features` (S, F), if given, stand for the media in place of `batch.patches`. A batch without layout is
         `placed` first.
@@ -186,8 +189,13 @@ class Embedder(nn.Module):
 
     @property
     @abstractmethod
+    def width(self) -> int:
+        """Length of a vector before it is cut."""
+
+    @property
     def dim(self) -> int:
-        """Length of a vector."""
+        """Length of a vector: that of the settings, else the whole width."""
+        return self.settings.dim or self.width
 
     @abstractmethod
     def cost(self) -> Cost:
@@ -295,8 +303,9 @@ class Embedder(nn.Module):
         return unit(vectors) if normalize else vectors
 
 
-def finish(pooled: Tensor, normalize: bool) -> Tensor:
-    """Pooled states (B, D) in float32 (float64 stays), L2-normalised if asked."""
+def finish(pooled: Tensor, normalize: bool, dim: int | None = None) -> Tensor:
+    """Pooled states (B, D) in float32 (float64 stays), cut to the first `dim`, L2-normalised if asked."""
+    pooled = pooled if dim is None else pooled[:, :dim]
     pooled = pooled if pooled.dtype == torch.float64 else pooled.float()
     return l2_normalize(pooled, dim=-1) if normalize else pooled
 

@@ -29,6 +29,7 @@ class Settings:
     prompt: name of a rule of `b3.model.prompts`, or the text of a jinja template.
     max_frames: at most so many frames of a video, spread evenly; None: all.
     fps: frames per second that are read of a video file.
+    dim: cut vectors to their first so many numbers, before they are normalised; None: whole. For every backbone.
     """
 
     min_pixels: int = 3136
@@ -41,6 +42,7 @@ class Settings:
     prompt: str = "plain"
     max_frames: int | None = None
     fps: float = 1.0
+    dim: int | None = None
 
     def __post_init__(self) -> None:
         for value, known in (
@@ -51,19 +53,22 @@ class Settings:
             if value not in known:
                 raise InputError(f"'{value}' is not known; use one of {', '.join(known)}")
         prompt_rule(self.prompt)
-        if self.max_frames is not None and self.max_frames < 1:
-            raise InputError(f"max_frames {self.max_frames} must be at least 1")
+        for name, number in (("max_frames", self.max_frames), ("dim", self.dim)):
+            if number is not None and number < 1:
+                raise InputError(f"{name} {number} must be at least 1")
 
     def note_unused(self, names: tuple[str, ...], backbone: str) -> None:
         """Print a note on stderr for each setting beside `names` that is not at its default."""
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in names and value != field.default and is_first():
+            if field.name not in (*names, "dim") and value != field.default and is_first():
                 print(f"note: {field.name} {value} changes nothing for {backbone}", file=sys.stderr)
 
     def save(self, folder: Path, names: tuple[str, ...]) -> None:
-        """Write the settings `names` to b3_settings.json."""
-        write_json(folder / SETTINGS_FILE, {"format": FORMAT, **{name: getattr(self, name) for name in names}})
+        """Write the settings `names`, and `dim` if it is set, to b3_settings.json."""
+        values = {name: getattr(self, name) for name in names if name != "dim"}
+        values |= {} if self.dim is None else {"dim": self.dim}
+        write_json(folder / SETTINGS_FILE, {"format": FORMAT, **values})
 
 
 def read_settings(*folders: Path | None) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def estimate(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
     chunk = max(min(config.train.chunk_tokens, per_rank), longest)
     features = 0
     if embedder.vision is not None and is_vision_frozen(embedder) and per_rank > config.train.chunk_tokens:
-        features = min(config.train.vision_cache_mib * 2**20, per_rank * embedder.dim * embedder.dtype.itemsize)
+        features = min(
+            config.train.vision_cache_mib * 2**20, per_rank * embedder.cost().text.width * embedder.dtype.itemsize
+        )
     trainable = [p for p in embedder.parameters() if p.requires_grad]
     return Estimate(
         tokens=tokens,

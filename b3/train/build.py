@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from b3.mining.plan import BatchPlan
     from b3.model.embedder import Embedder
     from b3.train.loop import Trainer
+    from b3.train.losses.loss import Loss
+    from b3.train.losses.matryoshka import Matryoshka
     from b3.train.sampler import BatchPlanSampler
 
 
@@ -109,6 +111,8 @@ def build_trainer(
     loss = registry.load("loss", config.train.loss).from_config(config)
     teachers = open_teachers(config, datasets) if loss.reads_teacher else None
     embedder = build_embedder(config)
+    if config.train.lengths:
+        loss = at_lengths(loss, config, embedder)
     if config.model.shard and distributed.world_size() > 1:
         from b3.train.shard import shard_frozen
 
@@ -128,6 +132,19 @@ def build_trainer(
     set_seed(config.seed)
     evaluator = Evaluator(config, embedder) if config.eval and config.eval.every else None
     return Trainer(embedder, loss, config, collator, sampler, request, evaluator)
+
+
+def at_lengths(loss: Loss, config: Config, embedder: Embedder) -> Matryoshka:
+    """The loss at each length of `train.matryoshka`. Raises `RunError` for one that the vectors do not have."""
+    from b3.train.losses.matryoshka import Matryoshka
+
+    longest = max(config.train.lengths)
+    if longest > embedder.dim:
+        raise RunError(
+            f"train.matryoshka {longest} exceeds the {embedder.dim} numbers of a vector of {config.model.name};"
+            " leave it out"
+        )
+    return Matryoshka(loss, config.train.lengths)
 
 
 def open_teachers(config: Config, datasets: list[PairDataset]) -> list[tuple[np.ndarray, np.ndarray]]:

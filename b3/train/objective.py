@@ -84,7 +84,7 @@ def _one_way(
     `weight` times the losses of all ranks with respect to `rows` and `columns`.
     """
     row_leaf, column_leaf = (tensor.detach().clone().requires_grad_(True) for tensor in (rows, gather(columns)))
-    step = max(1, block_logits // len(column_leaf))
+    step = max(1, block_logits // (len(column_leaf) * loss.tables))
     sums = torch.zeros(5, dtype=torch.float64, device=rows.device)
     for start in range(0, len(rows), step):
         block = slice(start, start + step)

@@ -67,7 +67,7 @@ class Toy(Embedder):
         return torch.float32
 
     @property
-    def dim(self) -> int:
+    def width(self) -> int:
         return 8
 
     def cost(self) -> Cost:
@@ -79,4 +79,4 @@ class Toy(Embedder):
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         rows: Any = self.backbone
         parts = rows.rows(batch.input_ids).split(batch.lengths)
-        return finish(torch.stack([part.mean(dim=0) for part in parts]), normalize)
+        return finish(torch.stack([part.mean(dim=0) for part in parts]), normalize, self.settings.dim)

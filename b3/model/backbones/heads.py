@@ -133,9 +133,14 @@ class Heads(Embedder):
     title = "heads over vectors"
 
     def __init__(
-        self, network: HeadsNetwork, processor: KeyedProcessor, vectors: Tensor, source: dict[str, Any] | None = None
+        self,
+        network: HeadsNetwork,
+        processor: KeyedProcessor,
+        vectors: Tensor,
+        settings: Settings | None = None,
+        source: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(network, processor, source=source)
+        super().__init__(network, processor, settings, source)
         self.vectors: Tensor
         self.register_buffer("vectors", vectors, persistent=False)
 
@@ -159,7 +164,8 @@ class Heads(Embedder):
             )
         device = next(backbone.parameters()).device
         source = {"base": str(base), "adapter": None}
-        return cls(backbone, KeyedProcessor(keys), torch.from_numpy(vectors.astype(np.float32)).to(device), source)
+        rows = torch.from_numpy(vectors.astype(np.float32)).to(device)
+        return cls(backbone, KeyedProcessor(keys), rows, settings, source)
 
     @classmethod
     def tiny(cls, folder: Path, texts: Iterable[str], seed: int = 0) -> Path:
@@ -177,7 +183,7 @@ class Heads(Embedder):
         return torch.float32
 
     @property
-    def dim(self) -> int:
+    def width(self) -> int:
         return int(self.vectors.shape[1])
 
     def cost(self) -> Cost:
@@ -187,14 +193,14 @@ class Heads(Embedder):
         return Cost(Tower(*linear_weights(backbone), layers, size, Kept(2 + 2 * ratio)))
 
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
-        return finish(self.backbone(self.vectors[self.placed(batch).input_ids]), normalize)
+        return finish(self.backbone(self.vectors[self.placed(batch).input_ids]), normalize, self.settings.dim)
 
 
 def write_vectors(folder: Path, items: Sequence[Item], vectors: np.ndarray) -> None:
     """Write keys.npy and vectors.npy, (N, D) float32 of distinct items."""
     keys = np.asarray([item_id(item) for item in items], dtype=np.int64)
     order = np.argsort(keys)
-    assert len(vectors) == len(keys) and (np.diff(keys[order]) > 0).all(), "items must be distinct"
+    assert len(vectors) == len(keys) == len(np.unique(keys)), "items must be distinct"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(folder / VECTORS, vectors[order].astype(np.float32))
     np.save(folder / KEYS, keys[order])

@@ -51,5 +51,5 @@ class Qwen3VL(QwenVL):
         assert batch.slots is not None
         is_slot = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=features.device)
         is_slot[batch.slots] = True
-        stacked = features[:, self.dim :].to(self.dtype).split(self.dim, dim=1)
+        stacked = features[:, self.width :].to(self.dtype).split(self.width, dim=1)
         return {**arguments, "visual_pos_masks": is_slot[None], "deepstack_visual_embeds": list(stacked)}

@@ -130,7 +130,7 @@ class TextEncoder(Embedder):
         return dtype
 
     @property
-    def dim(self) -> int:
+    def width(self) -> int:
         return int(self.core.config.hidden_size)
 
     def attention_kernel(self, autocast: bool) -> str:
@@ -167,9 +167,9 @@ class TextEncoder(Embedder):
         ).last_hidden_state[0]
         starts = packing.boundaries.long()
         if self.settings.pooling == "cls":
-            return finish(hidden.index_select(0, starts[:-1]), normalize)
+            return finish(hidden.index_select(0, starts[:-1]), normalize, self.settings.dim)
         hidden = hidden if hidden.dtype == torch.float64 else hidden.float()
-        return finish(torch.segment_reduce(hidden, "mean", offsets=starts, axis=0), normalize)
+        return finish(torch.segment_reduce(hidden, "mean", offsets=starts, axis=0), normalize, self.settings.dim)
 
     def save_settings(self, folder: Path) -> None:
         """Write tokenizer, longest text and pooling in the layout of sentence-transformers."""
@@ -182,7 +182,7 @@ class TextEncoder(Embedder):
             name: mode == self.settings.pooling for name, mode in MODES.items() if name.startswith("pooling_mode")
         }
         write_json(folder / MODULES_FILE, modules)
-        write_json(folder / POOLING_FILE, {"word_embedding_dimension": self.dim, **switches})
+        write_json(folder / POOLING_FILE, {"word_embedding_dimension": self.width, **switches})
 
 
 def first_position(config: Any) -> int:

@@ -107,7 +107,7 @@ class VisionLanguage(Embedder):
         return dtype
 
     @property
-    def dim(self) -> int:
+    def width(self) -> int:
         return int(self.core.language_model.config.hidden_size)
 
     def attention_kernel(self, autocast: bool) -> str:
@@ -139,4 +139,4 @@ class VisionLanguage(Embedder):
             **self.language_arguments(batch, features),
             **kernel_arguments(batch.layout),
         ).last_hidden_state.squeeze(0)
-        return finish(hidden.index_select(0, batch.layout.boundaries[1:].long() - 1), normalize)
+        return finish(hidden.index_select(0, batch.layout.boundaries[1:].long() - 1), normalize, self.settings.dim)

@@ -49,6 +49,7 @@ class Loss(nn.Module):
 
     symmetric = False  # whether each positive is a row as well, against all queries
     reads_teacher = False  # whether the facts hold a teacher's vectors
+    tables = 1  # tables of logits that a block of rows holds at once; the blocks are so many times smaller
 
     @classmethod
     def from_config(cls, config: Config) -> Loss:

@@ -1,0 +1,46 @@
+"""Any loss at several lengths of the vectors: Matryoshka representation learning (arXiv 2205.13147, equation 1).
+
+    L = w_D L(D) + sum over m of w_m L(m)
+
+L(m) is the loss of all vectors cut to their first m numbers and L2-normalised again, masks and teacher's part included.
+The whole length D always counts: with weight 1, unless it is among the listed lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from b3.train.losses.loss import Facts, Loss
+
+
+class Matryoshka(Loss):
+    """The weighted sum of a loss at several lengths; statistics are those of the whole length.
+
+    Args:
+        loss: at one length. Its parameters count for all.
+        weights: of each length; no length exceeds that of the vectors.
+    """
+
+    def __init__(self, loss: Loss, weights: Mapping[int, float]) -> None:
+        super().__init__()
+        self.loss = loss
+        self.weights = dict(weights)
+        self.symmetric, self.reads_teacher = loss.symmetric, loss.reads_teacher
+        self.tables = loss.tables * (1 + len(self.weights))
+
+    def before_step(self) -> None:
+        self.loss.before_step()
+
+    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
+        width = rows.shape[1]
+        loss, statistics = self.loss(rows, columns, positives, facts)
+        loss = loss * self.weights.get(width, 1.0)
+        for dim, weight in self.weights.items():
+            assert dim <= width, f"{dim} exceeds the vectors' {width} numbers"
+            if dim < width:
+                short = (normalize(side[:, :dim], dim=1) for side in (rows, columns))
+                loss = loss + weight * self.loss(*short, positives, facts)[0]
+        return loss, statistics
