@@ -11,9 +11,9 @@ def check(config: Config) -> None:
     model, train = config.model, config.train
     if model.shard and config.eval is not None and config.eval.every is not None:
         raise ConfigError("eval.every does not work with model.shard (ranks encode unequal shares); leave one out")
-    if config.negatives.source == "data" and train.mask_teacher_margin is not None:
+    if config.negatives.source == "data" and train.teacher_keys:
         raise ConfigError(
-            "train.mask_teacher_margin needs the teacher's vectors of all targets, and there are none of those that"
+            f"{train.teacher_keys[0]} needs the teacher's vectors of all targets, and there are none of those that"
             " negatives.source data brings; leave one out"
         )
     if model.train == "full" and model.shard:

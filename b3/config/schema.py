@@ -7,34 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from b3 import registry
-from b3.errors import InputError
+from b3.config.section import Section, entry
+from b3.config.training import TrainConfig
 
 Family = Literal["retrieval", "classification", "vqa", "grounding"]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
 
 AUTHORS: dict[str, Any] = {"partitioner": "paper", "edges": "mutual"}  # what preset paper says of other keys
-
-
-def _entry(kind: str) -> AfterValidator:
-    """That a string names something of the registry."""
-
-    def check(name: str) -> str:
-        try:
-            return registry.check(kind, name)
-        except InputError as error:
-            raise ValueError(str(error)) from None
-
-    return AfterValidator(check)
-
-
-class Section(BaseModel):
-    """A part of the tree: unknown keys are refused, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -152,7 +134,7 @@ class MiningKeys(Section):
         " null: mutual for partitioner paper, union otherwise",
     )
     veto: bool = Field(True, description="drop an edge if either row ranks the other above p (mutual implies it)")
-    partitioner: Annotated[str, _entry("miner")] = Field(
+    partitioner: Annotated[str, entry("miner")] = Field(
         "anneal",
         description="anneal: swaps from random communities; paper: k-way METIS and the authors' repair (needs pymetis);"
         " kmeans: balanced k-means, no windows; random",
@@ -285,81 +267,6 @@ class BatchConfig(Section):
     def mined(self) -> bool:
         """Whether batches are made of mined communities."""
         return self.policy.startswith("b3")
-
-
-class TrainConfig(Section):
-    steps: int = Field(gt=0, description="optimiser steps")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate (AdamW)")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="after the warm-up")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up")
-    weight_decay: float = Field(0.0, ge=0, description="not of norms, biases and a learned temperature")
-    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
-    loss: Annotated[str, _entry("loss")] = Field("info_nce", description="an entry of b3.registry.LOSSES")
-    temperature: float = Field(0.02, gt=0, description="of InfoNCE")
-    learn_temperature: bool = Field(False, description="train log(1 / temperature), as CLIP; needs temperature >= 0.01")
-    symmetric: bool = Field(False, description="mean of query to target and target to query, as CLIP")
-    mask_margin: float | None = Field(
-        None,
-        ge=0,
-        description="a target scored above the positive by more than this cosine is no negative; Qwen3-Embedding: 0.1",
-    )
-    mask_teacher_margin: float | None = Field(
-        None,
-        ge=0,
-        description="a target whose teacher score exceeds the positive's minus this is no negative; GISTEmbed: 0",
-    )
-    matryoshka: list[int] | dict[int, float] | None = Field(
-        None,
-        description="lengths to which vectors may be cut later: the loss of each is added, with weight 1 or that of a"
-        " mapping length: weight; the whole length always counts, with weight 1 unless it is listed",
-    )
-    chunk_tokens: int = Field(8192, gt=0, description="tokens of one forward pass; bounds memory at any batch size")
-    vision_cache_mib: int = Field(
-        4096, ge=0, description="image features kept between the two passes if the vision tower is frozen; 0: none"
-    )
-    share_duplicates: Literal["auto", "always", "never"] = Field(
-        "auto",
-        description="encode equal items of a rank once; auto: only without dropout (else they share a dropout mask)",
-    )
-    bf16: bool = Field(False, description="bfloat16 autocast")
-    workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead of the step")
-    log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
-    save_every: int = Field(500, gt=0, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints that are kept")
-    save_merged: bool = Field(
-        False, description="also write OUTPUT/merged: the backbone with the adapter in its weights"
-    )
-    trackers: list[Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]] = Field(
-        [], description="also report to these (pip install 'b3[trackers]')"
-    )
-    timeout_minutes: float = Field(
-        30.0, gt=0, description="a rank that waits longer than this for the others ends the run"
-    )
-
-    @property
-    def lengths(self) -> dict[int, float]:
-        """Weights of the lengths in `matryoshka`; empty: the whole vectors alone."""
-        given = self.matryoshka or {}
-        return given if isinstance(given, dict) else dict.fromkeys(given, 1.0)
-
-    @model_validator(mode="after")
-    def _lengths(self) -> TrainConfig:
-        bad = [n for n, weight in self.lengths.items() if n < 1 or not 0 < weight < float("inf")]
-        if self.matryoshka is not None and (bad or not self.lengths or len(self.lengths) != len(self.matryoshka)):
-            raise ValueError(
-                f"train.matryoshka {self.matryoshka} must be different lengths of at least 1, their weights above 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"train.warmup_steps {self.warmup_steps} exceeds train.steps {self.steps}")
-        if self.learn_temperature and self.temperature < 0.01:
-            raise ValueError(
-                f"train.temperature {self.temperature} is below 0.01, the least that train.learn_temperature allows"
-            )
-        return self
 
 
 class EvalConfig(Section):

@@ -17,7 +17,14 @@ from b3.errors import RunError
 from b3.files import Stages, belongs_elsewhere, changes, write_array, write_text
 from b3.mining.mine import mine, rank_together
 from b3.mining.plan import BatchPlan
-from b3.mining.teacher import forget_teacher, load_teacher, teacher_embeddings, teacher_name
+from b3.mining.teacher import (
+    forget_teacher,
+    keeps_vectors,
+    load_teacher,
+    store_vectors,
+    teacher_embeddings,
+    teacher_name,
+)
 
 Job = tuple[DatasetConfig, PairDataset]  # a plan to be mined
 
@@ -60,7 +67,8 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
     """Mine every data set of a recipe that has no plan yet; returns all plans by subset.
 
     Plans are saved one by one, and within a plan the teacher's embeddings and the rankings, so that an interrupted run
-    continues after the last finished stage. `mining.dir`/report.html shows all plans.
+    continues after the last finished stage. `mining.dir`/report.html shows all plans. If training reads what a teacher
+    model encodes, its vectors stay in `mining.dir`, also for plans that are there already.
 
     Under torchrun, all processes share encoding and ranking; communities are found for as many plans at a time as there
     are processes, one on each. The plans are the same for any number of them.
@@ -78,6 +86,8 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
         else:
             missing.append((entry, dataset))
     distributed.barrier()  # all have looked before the first plan appears
+    if keeps_vectors(config):
+        store_vectors(config, jobs)
     if missing:
         _mine_plans(config, missing, show_progress and distributed.rank() == 0)
     plans = {entry.subset: load_plan(config, entry, dataset) for entry, dataset in jobs}
@@ -95,7 +105,7 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
 
 def _mine_plans(config: Config, jobs: list[Job], show_progress: bool) -> None:
     """Mine and save plans, as many at a time as there are processes: all rank each, then process i cuts the i-th."""
-    teacher = load_teacher(config)
+    teacher = None if keeps_vectors(config) else load_teacher(config)
     world = distributed.world_size()
     for start in range(0, len(jobs), world):
         arrays: tuple[np.ndarray, np.ndarray] | None = None  # (N, D) queries and targets of the plan to cut here

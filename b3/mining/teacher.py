@@ -16,9 +16,12 @@ from b3.data.datasets import PairDataset
 from b3.data.items import Item
 from b3.data.tables import embedded_teacher, split_source
 from b3.errors import DataError, RunError
+from b3.files import claim, write_array, write_json
 
 SENTENCE_TRANSFORMER = "st:"
-CACHE = ".teacher"
+CACHE = ".teacher"  # what is encoded, until a call of mining ends
+VECTORS = ".vectors"  # what training reads
+SIDES = ("queries", "targets")
 
 Encode = Callable[[list[Item], str], np.ndarray]  # (items, what the bar says) -> (N, D)
 
@@ -27,6 +30,13 @@ def teacher_name(config: Config) -> str:
     mining = config.mining
     name = mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
     return name if mining.teacher_dim is None else f"{name}, the first {mining.teacher_dim} numbers"
+
+
+def is_model(config: Config) -> bool:
+    """Whether the teacher encodes, rather than being given as arrays."""
+    teacher, folder = config.mining.teacher, Path(config.mining.teacher)
+    configs = ("config.json", "adapter_config.json")
+    return teacher != "embedded" and not (folder.is_dir() and not any((folder / name).exists() for name in configs))
 
 
 def load_teacher(config: Config) -> Encode | None:
@@ -45,10 +55,7 @@ def load_teacher(config: Config) -> Encode | None:
         from b3.mining.sentence_transformer import SentenceTransformerTeacher
 
         return SentenceTransformerTeacher(mining.teacher.removeprefix(SENTENCE_TRANSFORMER)).encode
-    folder = Path(mining.teacher)
-    if mining.teacher == "embedded" or (
-        folder.is_dir() and not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists()
-    ):
+    if not is_model(config):
         if mining.teacher_adapter is not None:
             raise RunError("mining.teacher_adapter needs mining.teacher to be a checkpoint")
         return None
@@ -87,7 +94,10 @@ def teacher_embeddings(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(queries, targets), each (N, D), of the recipe's teacher for one data set; D is `mining.teacher_dim` if set.
 
-    Raises `DataError` for arrays that are missing, do not fit the data set or are shorter than that.
+    Without `teacher` those given as arrays, or those that `store_vectors` kept of a model.
+
+    Raises `DataError` for arrays that are missing, do not fit the data set or are shorter than that; `RunError` if
+    nothing was kept.
     """
     queries, targets = _whole_embeddings(config, entry, dataset, teacher)
     dim = config.mining.teacher_dim
@@ -102,9 +112,9 @@ def _whole_embeddings(
     config: Config, entry: DatasetConfig, dataset: PairDataset, teacher: Encode | None
 ) -> tuple[np.ndarray, np.ndarray]:
     if teacher is not None:
-        queries = teacher([dataset.query(i) for i in range(len(dataset))], f"{dataset.name} queries")
-        targets = teacher([dataset.target(i) for i in range(len(dataset))], f"{dataset.name} targets")
-        return queries, targets
+        return _encode(dataset, teacher)
+    if is_model(config):
+        return _stored_vectors(config, entry, dataset)
     if config.mining.teacher == "embedded":
         kind, name = split_source(entry.source or config.data.source)
         if kind != "embedded":
@@ -114,12 +124,69 @@ def _whole_embeddings(
         queries, targets = embedded_teacher(name, entry.subset)
     else:
         folder = Path(config.mining.teacher)
-        queries, targets = (load_matrix(folder / f"{entry.subset}_{side}.npy") for side in ("queries", "targets"))
+        queries, targets = (load_matrix(folder / f"{entry.subset}_{side}.npy") for side in SIDES)
     if entry.max_rows is not None:
         queries, targets = queries[: entry.max_rows], targets[: entry.max_rows]
     for side, array in (("queries", queries), ("targets", targets)):
         if len(array) != len(dataset):
             raise DataError(f"teacher {side} of {entry.subset} have {len(array)} rows, the data set {len(dataset)}")
+    return queries, targets
+
+
+def keeps_vectors(config: Config) -> bool:
+    """Whether mining keeps what the teacher encodes, as training reads it."""
+    return bool(config.train.teacher_keys) and is_model(config)
+
+
+def _stored(config: Config, entry: DatasetConfig, dataset: PairDataset) -> tuple[Path, dict[str, Any], bool]:
+    """(folder of a data set's kept vectors, what its manifest says, whether they are there).
+
+    Raises `RunError` if it holds those of another teacher or other rows.
+    """
+    whole = config.mining.model_copy(update={"teacher_dim": None})
+    facts = {
+        "teacher": teacher_name(config.model_copy(update={"mining": whole})),
+        "data_fingerprint": dataset.fingerprint(),
+    }
+    folder, remedy = Path(config.mining.dir) / VECTORS / entry.subset, "mine into another mining.dir, or delete it"
+    record = claim(folder, facts, "teacher's vectors", remedy, foreign=lambda name: False)
+    return folder, facts, record is not None
+
+
+def store_vectors(config: Config, jobs: list[tuple[DatasetConfig, PairDataset]]) -> None:
+    """Encode each data set whose vectors are not below `mining.dir` yet, and keep them there. A collective call."""
+    missing = [job for job in jobs if not _stored(config, *job)[2]]
+    distributed.barrier()  # all have looked before the first is written
+    if not missing:
+        return
+    teacher = load_teacher(config)
+    assert teacher is not None, "keeps_vectors"
+    for entry, dataset in missing:
+        arrays = _encode(dataset, teacher)
+        if distributed.rank() == 0:
+            folder, facts, _ = _stored(config, entry, dataset)
+            for side, array in zip(SIDES, arrays, strict=True):
+                write_array(folder / f"{side}.npy", array)
+            write_json(folder / "manifest.json", facts)
+    distributed.barrier()
+    forget_teacher(config)
+
+
+def _stored_vectors(config: Config, entry: DatasetConfig, dataset: PairDataset) -> tuple[np.ndarray, np.ndarray]:
+    folder, _, is_there = _stored(config, entry, dataset)
+    if not is_there:
+        keys = " and ".join(config.train.teacher_keys) or f"train.loss {config.train.loss}"
+        raise RunError(
+            f"{keys} reads vectors of mining.teacher {config.mining.teacher} in each step, and {folder} holds none;"
+            " run: python scripts/mine.py CONFIG.yaml"
+        )
+    queries, targets = (load_matrix(folder / f"{side}.npy") for side in SIDES)
+    return queries, targets
+
+
+def _encode(dataset: PairDataset, teacher: Encode) -> tuple[np.ndarray, np.ndarray]:
+    queries = teacher([dataset.query(i) for i in range(len(dataset))], f"{dataset.name} queries")
+    targets = teacher([dataset.target(i) for i in range(len(dataset))], f"{dataset.name} targets")
     return queries, targets
 
 

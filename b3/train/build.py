@@ -151,16 +151,10 @@ def open_teachers(config: Config, datasets: list[PairDataset]) -> list[tuple[np.
     """(queries, targets), each (N, D) and memory-mapped, of every data set, for a loss that reads them.
 
     Raises:
-        RunError: the recipe's teacher is a checkpoint, not vectors.
+        RunError: the recipe's teacher is a model, and mining has kept none of its vectors.
         DataError: a file is missing or does not fit its data set.
     """
     from b3.mining.teacher import teacher_embeddings
 
-    teacher = config.mining.teacher
-    if teacher != "embedded" and (not Path(teacher).is_dir() or (Path(teacher) / "config.json").exists()):
-        raise RunError(
-            f"train.mask_teacher_margin reads vectors while training, but mining.teacher {teacher} is a checkpoint;"
-            " encode the data sets with scripts/embed.py and give the folder of SUBSET_queries.npy, SUBSET_targets.npy"
-        )
     pairs = zip(config.data.datasets, datasets, strict=True)
     return [teacher_embeddings(config, entry, dataset, None) for entry, dataset in pairs]

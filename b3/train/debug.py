@@ -75,6 +75,10 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "m": max(math.ceil(config.mining.m / SHRINK), 2 * config.negatives.per_query, 5),  # room for hard negatives
         "community_size": small_k,
     }
+    if config.mining.teacher_dim is not None:
+        tree["mining"] |= {"teacher_dim": 4}
+    if config.model.dim is not None:
+        tree["model"] |= {"dim": 12}
     step = math.lcm(ranks, small_k)
     tree["batch"] |= {
         "size": step * math.ceil(min(config.batch.size, SIZE) / step),
@@ -90,6 +94,8 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "chunk_tokens": 256,
         "trackers": [],
     }
+    if config.train.lengths:  # in their order, below those of any tiny vector
+        tree["train"] |= {"matryoshka": dict(enumerate((w for _, w in sorted(config.train.lengths.items())), start=2))}
     if not reads_images:
         tree.pop("eval", None)  # embedded evaluations show images
     elif config.eval is not None:
@@ -151,7 +157,7 @@ def prepare(config: Config) -> Config:
     problem = distributed.gather_objects(problem)[0]
     if problem is not None:
         raise RunError(problem)
-    if small.needs_plan:
+    if small.needs_plan or small.train.teacher_keys:
         mine_recipe(small)  # ranks share the ranking
         distributed.barrier()
     return small

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def _cosine(a: Any, b: Any) -> float:
 
 
 def _row(row: int, own: int, anchor: Tensor, columns: Tensor, facts: Any, tau: Tensor, stride: int, back: bool, o: Any):
-    terms = [(anchor @ columns[own] / tau).exp()]
+    terms, kept = [(anchor @ columns[own] / tau).exp()], [own]
     for c in range(len(columns)):
         if c == own:
             continue
@@ -52,7 +53,19 @@ def _row(row: int, own: int, anchor: Tensor, columns: Tensor, facts: Any, tau: T
             if other > _cosine(q[row], t[own_target]) - o["mask_teacher_margin"]:
                 continue
         terms.append((score / tau).exp())
-    return -torch.log(terms[0] / sum(terms))
+        kept.append(c)
+    loss = -torch.log(terms[0] / sum(terms))
+    if not o.get("distill_weight"):
+        return loss
+    q, t, teacher, student = facts["teacher_queries"], facts["teacher_targets"], [], []
+    for c in kept:
+        pair = (q[c], t[row * stride]) if back else (q[row], t[c])
+        teacher.append(math.exp(_cosine(*pair) / o["distill_temperature"]))
+        student.append((anchor @ columns[c] / o["distill_temperature"]).exp())
+    teacher, student = [v / sum(teacher) for v in teacher], [v / sum(student) for v in student]
+    forward = sum(a * torch.log(a / b) for a, b in zip(teacher, student, strict=True))
+    reverse = sum(b * torch.log(b / a) for a, b in zip(teacher, student, strict=True))
+    return (1 - o["distill_weight"]) * loss + o["distill_weight"] * (forward + reverse) / 2
 
 
 def random_batch(n: int, h: int, seed: int, dim: int = 5) -> tuple[Tensor, Tensor, dict[str, Any]]:

@@ -29,6 +29,8 @@ OPTIONS = st.fixed_dictionaries(
         "mask_margin": st.sampled_from([None, 0.1]),
         "mask_teacher_margin": st.sampled_from([None, 0.3]),
         "symmetric": st.booleans(),
+        "distill_weight": st.sampled_from([0.0, 0.3]),
+        "distill_temperature": st.just(0.2),
     }
 )
 

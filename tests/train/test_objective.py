@@ -21,6 +21,8 @@ OPTIONS = st.fixed_dictionaries(
         "mask_margin": st.sampled_from([None, 0.0, 0.1]),
         "mask_teacher_margin": st.sampled_from([None, 0.0, 0.3]),
         "symmetric": st.booleans(),
+        "distill_weight": st.sampled_from([0.0, 0.3, 1.0]),
+        "distill_temperature": st.sampled_from([0.1, 0.5]),
     }
 )
 

@@ -24,6 +24,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "symmetric": {"symmetric": True, "mask_margin": 0.1},
     "learned": {"learn_temperature": True},
     "teacher": {"mask_teacher_margin": 0.05, "mask_duplicates": False, "symmetric": True, "learn_temperature": True},
+    "distilled": {"symmetric": True, "distill_weight": 0.4, "distill_temperature": 0.1, "mask_margin": 0.1},
     "short": {"lengths": {8: 0.5, 16: 2.0}},
     "lengths": {"symmetric": True, "mask_teacher_margin": 0.05, "lengths": {2: 0.5, 4: 2.0}},
 }

@@ -9,6 +9,7 @@ known to be right as well may be taken out of a query's sum (`b3.train.losses.ma
 
 * symmetric: the mean of this loss and the one from each positive to all queries (CLIP, arXiv 2103.00020, figure 3).
 * learned temperature: log(1 / tau) is a parameter, its exponential kept at most 100 (CLIP, section 2.5).
+* distillation of a teacher's similarities over the same columns (`b3.train.losses.distill`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from b3.train.losses.distill import two_way_kl
 from b3.train.losses.loss import Facts, Loss, statistics
 from b3.train.losses.masks import Masks
 
@@ -58,6 +60,7 @@ class InfoNCE(Loss):
         mask_duplicates, mask_margin, mask_teacher_margin: which columns count, see `Masks`.
         symmetric: add the direction from target to query.
         learn_temperature: make log(1 / tau) a parameter.
+        distill_weight, distill_temperature: w (0: no distillation) and tau of the two-way KL to a teacher's rows.
     """
 
     def __init__(
@@ -69,19 +72,24 @@ class InfoNCE(Loss):
         mask_teacher_margin: float | None = None,
         symmetric: bool = False,
         learn_temperature: bool = False,
+        distill_weight: float = 0.0,
+        distill_temperature: float = 0.02,
     ) -> None:
         super().__init__()
         assert not learn_temperature or 1 / temperature <= MAX_SCALE + 1e-6, "checked in the recipe"
         self.temperature = temperature
         self.masks = Masks(mask_duplicates, mask_margin, mask_teacher_margin)
         self.symmetric = symmetric
-        self.reads_teacher = mask_teacher_margin is not None
+        self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
+        self.reads_teacher = mask_teacher_margin is not None or distill_weight > 0
+        self.tables = 2 if distill_weight else 1
         start = torch.tensor(math.log(1 / temperature))
         self.log_scale = nn.Parameter(start) if learn_temperature else None
 
     @classmethod
     def from_config(cls, config: Config) -> InfoNCE:
         train = config.train
+        distill = {} if train.distill is None else {f"distill_{k}": v for k, v in train.distill.model_dump().items()}
         return cls(
             train.temperature,
             mask_duplicates=config.mining.preset != "paper",  # the authors' code masks nothing
@@ -89,6 +97,7 @@ class InfoNCE(Loss):
             mask_teacher_margin=train.mask_teacher_margin,
             symmetric=train.symmetric,
             learn_temperature=train.learn_temperature,
+            **distill,
         )
 
     def scale(self) -> Tensor | float:
@@ -106,4 +115,7 @@ class InfoNCE(Loss):
         excluded = self.masks.excluded(scores.detach(), positives, facts)
         logits = (scores * self.scale()).masked_fill(excluded, float("-inf"))
         loss = cross_entropy(logits, positives, reduction="sum")
+        if self.distill_weight:
+            distance = two_way_kl(scores, facts.teacher_scores(scores.dtype), self.distill_temperature, excluded)
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * distance
         return loss, statistics(scores.detach(), positives, excluded)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from b3.errors import RunError
 
@@ -34,6 +35,11 @@ class Facts:
     valid: Tensor | None = None
     teacher_rows: Tensor | None = None
     teacher_columns: Tensor | None = None
+
+    def teacher_scores(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(B, T) the teacher's cosines of rows and columns."""
+        assert self.teacher_rows is not None and self.teacher_columns is not None, "the teacher's vectors"
+        return normalize(self.teacher_rows.to(dtype), dim=1) @ normalize(self.teacher_columns.to(dtype), dim=1).T
 
     def block(self, rows: slice) -> Facts:
         """Those of some of the rows."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from b3.train.losses.loss import Facts
 
@@ -48,9 +47,7 @@ class Masks:
         if facts.valid is not None:
             excluded |= ~facts.valid
         if self.teacher_margin is not None:
-            assert facts.teacher_rows is not None and facts.teacher_columns is not None, "the teacher's vectors"
-            teacher_rows = normalize(facts.teacher_rows.float(), dim=1)
-            teacher_scores = teacher_rows @ normalize(facts.teacher_columns.float(), dim=1).T
+            teacher_scores = facts.teacher_scores()
             excluded |= teacher_scores > teacher_scores.gather(1, positives[:, None]) - self.teacher_margin
         if self.margin is not None:
             excluded |= scores > scores.gather(1, positives[:, None]) + self.margin
