@@ -27,20 +27,29 @@ if TYPE_CHECKING:
     from b3.model.embedder import Embedder
 
 DATA = "emoji"
+VISION_LANGUAGE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl")
 ROWS, STEPS, SIZE, SHRINK = 160, 3, 16, 8  # rank windows are cut to an eighth
 
 
 def stand_in(config: Config) -> type[Embedder]:
-    """The kind of backbone: told by its folder, or else by a pooling that only text encoders have."""
+    """The kind of backbone, without network: told by its folder, or by a pooling that only text encoders have.
+
+    Else by the model type in its name (`Qwen/Qwen3-VL-2B-Instruct`), and last Qwen2-VL, whose tuned models have any
+    name.
+    """
     from b3.model.embedder import backbone_class
 
     folder = Path(config.model.name)
     if (folder / "config.json").is_file():
         return backbone_class(folder)
-    kind: type[Embedder] = registry.load(
-        "backbone", "roberta" if config.model.pooling in ("mean", "cls") else "qwen2_vl"
-    )
+    name = _letters(folder.name)
+    kinds = ["roberta"] if config.model.pooling in ("mean", "cls") else VISION_LANGUAGE
+    kind: type[Embedder] = registry.load("backbone", next((k for k in kinds if _letters(k) in name), kinds[0]))
     return kind
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
 
 
 def debug_config(config: Config, ranks: int = 1) -> Config:
@@ -56,13 +65,15 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "shard": config.model.shard and ranks > 1,
     }
     tree["mining"] |= {"dir": f"{folder}/mining", "teacher_adapter": None}
-    reads_images = stand_in(config).reads_images
+    kind = stand_in(config)
+    reads_images = kind.reads_images
     if not reads_images:
         entries = [_small_entry(entry, entry.subset) for entry in config.data.datasets]
         tree["data"] |= {"source": f"jsonl:{folder}/data", "split": "train", "datasets": entries}
         tree["mining"] |= {"teacher": f"{folder}/model"}
     else:
-        tree["model"] |= {"min_pixels": 3136, "max_pixels": 12544}
+        if "max_pixels" in kind.setting_names:
+            tree["model"] |= {"min_pixels": 3136, "max_pixels": 12544}
         entries = _stand_ins(config)
         tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": entries}
         tree["mining"] |= {"teacher": "embedded"}
