@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from b3.console import no_bars
 from b3.errors import InputError
-from b3.files import sha256
+from b3.files import sha256, write_json
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 SETTINGS_FILE = "b3_settings.json"  # `b3.model.settings`
+MODULES_FILE = "modules.json"  # of sentence-transformers
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "tokenizer*", "adapter_model.bin")
 
 
@@ -51,6 +52,20 @@ def read_json(file: Path) -> dict[str, Any]:
         raise InputError(f"{file.parent} holds no {file.name}; give the folder of a complete checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid JSON ({error})") from None
+
+
+def write_modules(folder: Path, *modules: tuple[str, str]) -> None:
+    """Write what `SentenceTransformer(folder)` reads first: (sub-folder, class) of each module, in order."""
+    entries = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)]
+    write_json(folder / MODULES_FILE, entries)
+    facts: dict[str, Any] = {"model_type": "SentenceTransformer", "prompts": {}, "default_prompt_name": None}
+    write_json(folder / "config_sentence_transformers.json", {**facts, "similarity_fn_name": "cosine"})
+
+
+def write_our_modules(folder: Path) -> None:
+    """The same for what no module of theirs expresses: a class of b3, imported with consent (a name: it lies above)."""
+    ours = "b3.integrations.sentence_transformers.EmbedderModule"
+    write_modules(folder, ("", ours), ("2_Normalize", "sentence_transformers.models.Normalize"))
 
 
 def checkpoint_key(name: str | Path) -> str:

@@ -104,6 +104,25 @@ def markdown(rows: list[list[str]]) -> list[str]:
     return lines
 
 
+def elsewhere(config: Config, embedder: Embedder) -> str:
+    """How sentence-transformers loads the run, and what of it no module of that library expresses."""
+    whole = config.model.train == "full" or config.train.save_merged
+    folder = f"{config.output_dir}/merged" if config.train.save_merged else config.output_dir
+    if whole and not embedder.reads_images:
+        return f'In sentence-transformers: `SentenceTransformer("{folder}")`, the same vectors without b3.'
+    text = (
+        f'In sentence-transformers, with b3 installed: `SentenceTransformer("{folder}", trust_remote_code=True)`, the'
+        " same vectors; the folder holds no code."
+    )
+    if embedder.reads_images:
+        settings = embedder.settings
+        text += (
+            f" Beyond that library's own module are the prompt rule (`{settings.prompt.splitlines()[0][:40]}`), positions"
+            f" `{settings.positions}` and the resizing of images."
+        )
+    return text
+
+
 def model_card(
     config: Config,
     embedder: Embedder,
@@ -120,9 +139,9 @@ def model_card(
         example = '{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "image.png"}'
     lines = [
         "---",
-        f"library_name: {'peft' if adapted else 'transformers'}",
+        f"library_name: {'peft' if adapted else 'sentence-transformers'}",
         f"base_model: {config.model.name}",
-        "tags: [sentence-similarity, multimodal-embedding, b3]",
+        "tags: [sentence-transformers, sentence-similarity, multimodal-embedding, b3]",
         "---",
         f"# {config.name}",
         "",
@@ -139,6 +158,8 @@ def model_card(
         *([f'model = Embedder.from_pretrained("{where}/merged")  # the same'] if config.train.save_merged else []),
         f"vectors = model.encode([{example}])",
         "```",
+        "",
+        elsewhere(config, embedder),
         "",
         "## Data",
         "",

@@ -83,7 +83,8 @@ def test_a_run_builds_one_sampler(root: Path, monkeypatch: pytest.MonkeyPatch) -
 # Every file that a run may leave: nothing of it can execute.
 OF_ADAPTER = ["adapter_model.safetensors", "adapter_config.json"]
 OF_WHOLE_MODEL = ["model.safetensors", "generation_config.json"]
-OF_MODEL = "config.json preprocessor_config.json b3_settings.json".split()
+OF_MODEL = "config.json preprocessor_config.json b3_settings.json modules.json".split()
+OF_MODEL += ["config_sentence_transformers.json"]
 OF_TOKENIZER = "tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json".split()
 OF_CHECKPOINT = "optimizer.safetensors random.json complete.json".split()
 OF_RUN = "config.yaml data.json environment.json metrics.jsonl result.json README.md report.html".split()

@@ -25,16 +25,23 @@ from b3.files import write_json
 from b3.model.attention import Packing, is_bucketed, kernel_arguments, kernel_name, use_packed_attention
 from b3.model.backbones.tiny import make_tiny_text_model
 from b3.model.batch import Batch, Grid, Processor, Tokens
-from b3.model.checkpoint import load_tokenizer, load_transformers, read_json
+from b3.model.checkpoint import (
+    MODULES_FILE,
+    SETTINGS_FILE,
+    load_tokenizer,
+    load_transformers,
+    read_json,
+    write_modules,
+    write_our_modules,
+)
 from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
 from b3.model.settings import Settings
 
 POOLING_FILE = "1_Pooling/config.json"
 TRANSFORMER_FILE = "sentence_bert_config.json"
-MODULES_FILE = "modules.json"
 # pooling_mode of sentence-transformers, as one name or as the switches that it wrote before version 6
 MODES = {"mean": "mean", "cls": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-_MODULES = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+DENSE = "2_Dense"  # cuts vectors: sentence-transformers itself cuts only behind the last module
 
 
 @dataclass(frozen=True)
@@ -172,17 +179,32 @@ class TextEncoder(Embedder):
         return finish(torch.segment_reduce(hidden, "mean", offsets=starts, axis=0), normalize, self.settings.dim)
 
     def save_settings(self, folder: Path) -> None:
-        """Write tokenizer, longest text and pooling in the layout of sentence-transformers."""
+        """Write tokenizer, longest text, pooling and cut in the layout of sentence-transformers."""
         super().save_settings(folder)
-        modules = [
-            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for index, (path, kind) in enumerate(_MODULES)
-        ]
         switches = {
             name: mode == self.settings.pooling for name, mode in MODES.items() if name.startswith("pooling_mode")
         }
-        write_json(folder / MODULES_FILE, modules)
         write_json(folder / POOLING_FILE, {"word_embedding_dimension": self.width, **switches})
+        if hasattr(self.backbone, "get_base_model"):  # transformers refuses an adapter beside the config of its base
+            write_our_modules(folder)
+            return
+        cut = [(DENSE, "sentence_transformers.models.Dense")] if self.dim < self.width else []
+        if cut:
+            write_cut(folder / DENSE, self.width, self.dim)
+        kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+        first, pooling, last = ((path, f"sentence_transformers.models.{kind}") for path, kind in kinds)
+        write_modules(folder, first, pooling, *cut, last)
+
+
+def write_cut(folder: Path, width: int, dim: int) -> None:
+    """The first `dim` of `width` numbers, as a linear layer of sentence-transformers (an identity's first rows)."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    identity = "torch.nn.modules.linear.Identity"
+    shape = {"in_features": width, "out_features": dim, "bias": False, "activation_function": identity}
+    write_json(folder / "config.json", shape)
+    save_file({"linear.weight": torch.eye(dim, width)}, folder / "model.safetensors")
 
 
 def first_position(config: Any) -> int:
@@ -212,7 +234,10 @@ def saved_pooling(folders: list[Path]) -> str | None:
     for folder in folders:
         if (folder / MODULES_FILE).is_file():
             modules: Any = read_json(folder / MODULES_FILE)
-            other = sorted({str(m.get("type")).rpartition(".")[2] for m in modules} - {kind for _, kind in _MODULES})
+            known = {"Transformer", "Pooling", "Normalize", "EmbedderModule"}
+            if (folder / SETTINGS_FILE).is_file() and "dim" in read_json(folder / SETTINGS_FILE):
+                known.add("Dense")  # ours, which cuts
+            other = sorted({str(m.get("type")).rpartition(".")[2] for m in modules} - known)
             if other:
                 raise InputError(
                     f"{folder / MODULES_FILE}: the module {other[0]} behind the encoder is not supported; as a teacher"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from b3.errors import InputError
 from b3.model.attention import Packing, is_bucketed, kernel_arguments, kernel_name, use_packed_attention
 from b3.model.batch import Batch
-from b3.model.checkpoint import load_tokenizer, load_transformers
+from b3.model.checkpoint import load_tokenizer, load_transformers, write_our_modules
 from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
 from b3.model.media_processor import MediaProcessor
 from b3.model.settings import Settings
@@ -89,6 +89,10 @@ class VisionLanguage(Embedder):
             "position_ids": batch.layout.columns[None],
             "attention_mask": dict.fromkeys(("full_attention", "sliding_attention")),
         }
+
+    def save_settings(self, folder: Path) -> None:
+        super().save_settings(folder)
+        write_our_modules(folder)
 
     def describe(self) -> str:
         return f"the last token's final hidden state, L2-normalised; positions are `{self.settings.positions}`"
