@@ -116,9 +116,10 @@ def elsewhere(config: Config, embedder: Embedder) -> str:
     )
     if embedder.reads_images:
         settings = embedder.settings
+        rule = settings.prompt.splitlines()[0][:40]
         text += (
-            f" Beyond that library's own module are the prompt rule (`{settings.prompt.splitlines()[0][:40]}`), positions"
-            f" `{settings.positions}` and the resizing of images."
+            f" Beyond that library's own module are the prompt rule (`{rule}`), positions `{settings.positions}` and"
+            " the resizing of images."
         )
     return text
 
