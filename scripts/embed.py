@@ -20,16 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from b3.data.own import (
-    KIND,
-    OwnData,
-    add_rows_arguments,
-    columns_of,
-    is_done,
-    model_arguments,
-    read_rows,
-    save_index,
-)
+from b3.data.codes import PRECISIONS
+from b3.data.index import KIND, is_done, model_arguments, save_index
+from b3.data.own import OwnData, add_rows_arguments, columns_of, read_rows
 from b3.errors import InputError, command
 from b3.files import sha256
 
@@ -47,6 +40,13 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--min-pixels", type=int, help="fewest pixels of an image (default: the checkpoint's)")
     model.add_argument("--max-pixels", type=int, help="most pixels of an image (default: the checkpoint's)")
     model.add_argument("--dim", type=int, help="cut vectors to their first so many numbers (default: the checkpoint's)")
+    model.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="what is stored: float32, int8 (a quarter), or binary: signs to search and int8 to score what they find;"
+        " the recall against float32 is measured, printed and kept in the manifest",
+    )
     model.add_argument("--batch-tokens", type=int, help="tokens of one forward pass")
     model.add_argument("--workers", type=int, default=0, help="processes that decode images ahead")
     model.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help="unit length")
@@ -61,7 +61,8 @@ def identity_of(arguments: argparse.Namespace, data: OwnData) -> dict[str, Any]:
     images = hashlib.sha256()  # over the paths and sizes of those that are files
     for path in dict.fromkeys(row["image"] for row in data.shown if row["image"]):
         images.update(f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\n".encode())
-    options = ("dtype", "min_pixels", "max_pixels", "dim", "normalize", "instruction")
+    options = ["dtype", "min_pixels", "max_pixels", "dim", "normalize", "instruction"]
+    options += ["precision"] if arguments.precision != "float32" else []
     return {
         "kind": KIND,
         "model": checkpoint_facts(arguments.model, checkpoint_key),
@@ -112,7 +113,7 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
         "seconds": round(time.monotonic() - start, 2),
         "versions": {"b3": getattr(b3, "__version__", "unknown"), **versions},
     }
-    save_index(arguments.out, vectors, data, manifest)
+    manifest = save_index(arguments.out, vectors, data, manifest)
     shutil.rmtree(folder, ignore_errors=True)
     return manifest
 
@@ -129,6 +130,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     manifest = embed(arguments, data, identity)
     print(f"{arguments.out}: {manifest['rows']:,} rows, {manifest['dim']} dimensions, {manifest['seconds']:.1f} s")
+    if measured := manifest.get("recall"):
+        print(
+            f"{arguments.precision}: recall@{measured['at']} against float32 is {measured['value']}, over"
+            f" {measured['queries']} rows as queries"
+        )
     return 0
 
 

@@ -10,6 +10,7 @@ The model of the index embeds the query. Scores are inner products (cosines, as 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -19,14 +20,13 @@ from typing import Any
 import numpy as np
 
 from b3 import html
+from b3.data.codes import Floats, Hits, nearest
+from b3.data.index import Index, load_index, model_arguments
 from b3.data.items import Item
-from b3.data.own import Columns, add_rows_arguments, columns_of, load_index, model_arguments, prompt, read_rows
+from b3.data.own import Columns, add_rows_arguments, columns_of, prompt, read_rows
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_text
 from b3.html import image_tag, shorten
-
-# Float32 products round; what lies this close (relative to the vectors' lengths) is compared again in float64.
-CLOSE = 1e-5
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--instruction", "--query-prompt", default="", help="put before the text of each query")
     parser.add_argument("--dim", type=int, help="compare only the first so many numbers of each vector")
     parser.add_argument("--top", type=int, default=10, help="results per query (default 10)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object per query instead of a table")
     parser.add_argument("--html", type=Path, help="also write a page with thumbnails")
     parser.add_argument("--model", help="where the model is now, if the index was made elsewhere")
     parser.add_argument("--adapter", help="where the adapter is now")
@@ -90,38 +91,35 @@ def cut(vectors: np.ndarray, dim: int, manifest: dict[str, Any]) -> np.ndarray:
     """The first `dim` numbers of vectors (N, D), L2-normalised again if those of the index are."""
     from b3.model.encode import unit
 
-    if dim > vectors.shape[1]:
-        raise InputError(f"--dim {dim} exceeds the {vectors.shape[1]} numbers of a vector of the index; lower it")
     return unit(vectors[:, :dim]) if manifest["options"]["normalize"] else vectors[:, :dim]
 
 
-def search(vectors: np.ndarray, queries: np.ndarray, top: int) -> list[list[tuple[int, float]]]:
-    """The `top` rows per query with the largest inner product: (row, score), best first, ties by row.
+def search(index: Index, queries: np.ndarray, top: int, dim: int | None = None) -> list[Hits]:
+    """The `top` rows per query (Q, D), compared by the first `dim` numbers; see `b3.data.codes.nearest`.
 
-    Args:
-        vectors: (N, D) float32.
-        queries: (Q, D) float32.
+    Raises `InputError` for a `dim` that the index does not have.
     """
-    top = min(top, len(vectors))
-    length = float(np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max()))
-    results = []
-    for query in queries:
-        rough = vectors @ query
-        least = np.partition(rough, len(rough) - top)[len(rough) - top]
-        rows = np.flatnonzero(rough >= least - CLOSE * float(np.linalg.norm(query)) * length)
-        # row by row, unlike a BLAS product: equal vectors get equal scores wherever they stand
-        scores = np.einsum("nd,d->n", vectors[rows].astype(np.float64), query.astype(np.float64))
-        best = np.argsort(-scores, kind="stable")[:top]
-        results.append([(int(rows[i]), float(scores[i])) for i in best])
-    return results
+    if dim is None:
+        return nearest(index.vectors, queries, top, index.bits)
+    if dim > index.vectors.width:
+        raise InputError(f"--dim {dim} exceeds the {index.vectors.width} numbers of a vector of the index; lower it")
+    if index.bits is not None:
+        raise InputError(f"--dim {dim} is not for an index of signs; embed the rows with --dim {dim}")
+    whole = index.vectors.take(slice(None))
+    return nearest(Floats(cut(whole, dim, index.manifest)), cut(queries, dim, index.manifest), top)
 
 
 def line_of(text: str, most: int = 70) -> str:
     return shorten(" ".join(text.split()), most)
 
 
-def show(label: str, hits: list[tuple[int, float]], rows: list[dict[str, Any]]) -> None:
-    """Print the results of one query as a table."""
+def show(label: str, hits: Hits, rows: list[dict[str, Any]], as_json: bool = False) -> None:
+    """Print the results of one query, as a table or as a line of JSON."""
+    if as_json:
+        print(
+            json.dumps({"query": label, "results": [{"score": s, **rows[row]} for row, s in hits]}, ensure_ascii=False)
+        )
+        return
     print(f"query: {line_of(label, 100)}")
     width = max(2, *(len(str(rows[row]["id"])) for row, _ in hits))
     print(f"{'rank':>4}  {'score':>7}  {'id':{width}}  text")
@@ -131,9 +129,7 @@ def show(label: str, hits: list[tuple[int, float]], rows: list[dict[str, Any]]) 
     print()
 
 
-def render(
-    results: list[tuple[str, Item, list[tuple[int, float]]]], rows: list[dict[str, Any]], manifest: dict[str, Any]
-) -> str:
+def render(results: list[tuple[str, Item, Hits]], rows: list[dict[str, Any]], manifest: dict[str, Any]) -> str:
     """A page without outside parts: each query, and its results with thumbnails."""
     images = Images(rows, manifest)
     parts = ["<h1>Search results</h1>"]
@@ -178,18 +174,16 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in (("top", arguments.top), ("dim", arguments.dim)):
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}; give at least 1")
-    vectors, rows, manifest = load_index(arguments.index)
+    index = load_index(arguments.index)
     queries = read_queries(arguments)
-    query_vectors = embed_queries(arguments, [item for _, item in queries], manifest)
-    if arguments.dim is not None:
-        vectors, query_vectors = (cut(part, arguments.dim, manifest) for part in (vectors, query_vectors))
-    hits_by_query = search(vectors, query_vectors, arguments.top)
+    query_vectors = embed_queries(arguments, [item for _, item in queries], index.manifest)
+    hits_by_query = search(index, query_vectors, arguments.top, arguments.dim)
     results = [(label, item, hits) for (label, item), hits in zip(queries, hits_by_query, strict=True)]
     for label, _, hits in results:
-        show(label, hits, rows)
+        show(label, hits, index.rows, arguments.json)
     if arguments.html:
-        write_text(arguments.html, render(results, rows, manifest))
-        print(f"page: {arguments.html}")
+        write_text(arguments.html, render(results, index.rows, index.manifest))
+        print(f"page: {arguments.html}", file=sys.stderr if arguments.json else sys.stdout)
     return 0
 
 

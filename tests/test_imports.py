@@ -27,6 +27,7 @@ FLOORS = [
     ("eval", "mining"),
     ("train",),
     ("integrations",),
+    ("__main__",),
 ]
 HEIGHT = {f"b3.{part}": height for height, parts in enumerate(FLOORS) for part in parts}
 ENTRANCES = ("train", "eval_mmeb", "scripts", "benchmarks", "dev")  # above all floors; they may import one another

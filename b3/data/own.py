@@ -1,11 +1,8 @@
-"""A user's own rows as items, and the folder that holds their embeddings.
+"""A user's own rows as items.
 
 Rows are a jsonl or parquet file. A row has a text, an image, or both; an image is a path, encoded bytes, or the struct
 {bytes, path} of the `datasets` library; in jsonl bytes come as base64 under `image_base64`. Bytes are read again when
 they are needed, so that memory does not grow with the images.
-
-The index folder: `embeddings.npy` (N, D) float32, `ids.json`, `rows.jsonl` (what a result shows) and, written last,
-`manifest.json`: what decided the vectors, that is the checkpoints, the rows and the options.
 """
 
 from __future__ import annotations
@@ -19,17 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from b3.data.images import ImageRef, RowGroups
 from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER
-from b3.errors import DataError, InputError
-from b3.files import claim, write_array, write_json, write_text
+from b3.errors import DataError
 
 BASE64_KEY = "image_base64"
-KIND = "b3 embeddings"
-FILES = ("embeddings.npy", "ids.json", "rows.jsonl", "manifest.json")
 IMAGE_TOKENS = (PLACEHOLDER, "<|image_pad|>")
 KEEP_GROUPS = 16
 
@@ -256,45 +248,3 @@ def add_rows_arguments(parser: argparse.ArgumentParser) -> None:
 
 def columns_of(arguments: argparse.Namespace) -> Columns:
     return Columns(arguments.text_column, arguments.image_column, arguments.id_column)
-
-
-def model_arguments(manifest: Record) -> Record:
-    """The arguments of `Embedder.from_pretrained` for the model of an index."""
-    options = manifest["options"]
-    settings = {name: options[name] for name in ("min_pixels", "max_pixels", "dim") if options.get(name) is not None}
-    adapter = manifest["adapter"] and manifest["adapter"]["name"]
-    return {"name": manifest["model"]["name"], "adapter": adapter, "dtype": options["dtype"], **settings}
-
-
-def is_done(folder: Path, identity: Record) -> bool:
-    """Whether `folder` holds just these embeddings. Raises `RunError` naming what differs if it holds others."""
-    paths = ("input.path", "input.path_images")  # the same rows may have moved
-    remedy = "choose another --out or delete it"
-    manifest = claim(folder, identity, "index", remedy, foreign=lambda name: name not in FILES, ignore=paths)
-    return manifest is not None and all((folder / name).is_file() for name in FILES)
-
-
-def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: Record) -> None:
-    """Write an index folder of (N, D) float32 vectors, its manifest last."""
-    assert vectors.dtype == np.float32
-    assert len(vectors) == len(data.shown)
-    (folder / "manifest.json").unlink(missing_ok=True)
-    write_array(folder / "embeddings.npy", vectors)
-    write_json(folder / "ids.json", data.ids, indent=None, ensure_ascii=False)
-    write_text(folder / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.shown))
-    write_json(folder / "manifest.json", manifest, ensure_ascii=False)
-
-
-def load_index(folder: Path) -> tuple[np.ndarray, list[Record], Record]:
-    """(vectors (N, D) float32, what each row shows, manifest). Raises `InputError` if a file is missing or unfit."""
-    manifest = claim(folder, {"kind": KIND}, "index", "choose another --index", foreign=lambda name: False)
-    if manifest is None:
-        raise InputError(f"{folder} holds no finished embeddings (no manifest.json); run scripts/embed.py")
-    try:
-        vectors = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-        rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{folder} is not complete ({error}); run scripts/embed.py again") from None
-    if vectors.ndim != 2 or len(vectors) != len(rows):
-        raise InputError(f"{folder}: {vectors.shape} vectors but {len(rows)} rows; delete it and embed again")
-    return vectors, rows, manifest

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config, dump_config
-from b3.files import publish, write_json, write_text
+from b3.files import write_json, write_text
 from b3.train.checkpoint import RESULT, plan_digest, read_metrics
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from b3.model.embedder import Embedder
 
 MERGED = "merged"
-# Files of the backbone that say how it is used; copied as they are.
-COMPANIONS = ("chat_template.json", "chat_template.jinja", "generation_config.json")
 
 
 def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: list[BatchPlan], seconds: float) -> None:
@@ -51,35 +49,10 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: lis
 
 
 def save_merged(config: Config, folder: Path, dtype: torch.dtype) -> Path:
-    """Write `folder`/merged: weights in `dtype`, tokenizer and image budget, in the layout of the hub.
+    """Write `folder`/merged: the trained model as any software loads it (`b3.model.export`)."""
+    from b3.model.export import export
 
-    The sum is formed in float32 and rounded once, as when an adapter is merged on loading, so the vectors are those of
-    `Embedder.from_pretrained(base, adapter=folder)`. Runs on the CPU, beside the trained model.
-    """
-    from b3.console import no_bars
-    from b3.model.checkpoint import fetch
-    from b3.model.embedder import Embedder
-
-    target, staged = folder / MERGED, folder / f".{MERGED}.tmp"
-    shutil.rmtree(staged, ignore_errors=True)
-    model = Embedder.from_pretrained(
-        config.model.name,
-        adapter=folder,
-        dtype=str(dtype).removeprefix("torch."),
-        device="cpu",
-        attention="sdpa",
-    )  # with the adapter's settings, which are those of the trained model
-    backbone: Any = model.backbone
-    backbone.config._attn_implementation = None  # how it was run here is no fact about the weights
-    with no_bars():
-        backbone.save_pretrained(str(staged))
-    model.save_settings(staged)
-    base = fetch(config.model.name)
-    for name in COMPANIONS:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, staged / name)
-    publish(staged, target)
-    return target
+    return export(config.model.name, folder, folder / MERGED, str(dtype).removeprefix("torch."))
 
 
 def data_rows(datasets: list[PairDataset], plans: list[BatchPlan]) -> list[list[str]]:
@@ -104,26 +77,6 @@ def markdown(rows: list[list[str]]) -> list[str]:
     return lines
 
 
-def elsewhere(config: Config, embedder: Embedder) -> str:
-    """How sentence-transformers loads the run, and what of it no module of that library expresses."""
-    whole = config.model.train == "full" or config.train.save_merged
-    folder = f"{config.output_dir}/merged" if config.train.save_merged else config.output_dir
-    if whole and not embedder.reads_images:
-        return f'In sentence-transformers: `SentenceTransformer("{folder}")`, the same vectors without b3.'
-    text = (
-        f'In sentence-transformers, with b3 installed: `SentenceTransformer("{folder}", trust_remote_code=True)`, the'
-        " same vectors; the folder holds no code."
-    )
-    if embedder.reads_images:
-        settings = embedder.settings
-        rule = settings.prompt.splitlines()[0][:40]
-        text += (
-            f" Beyond that library's own module are the prompt rule (`{rule}`), positions `{settings.positions}` and"
-            " the resizing of images."
-        )
-    return text
-
-
 def model_card(
     config: Config,
     embedder: Embedder,
@@ -134,8 +87,11 @@ def model_card(
     replaced: list[dict[str, Any]],
 ) -> str:
     """Markdown: how to load the model, data and plan fingerprints, results, the recipe."""
+    from b3.model.export import in_sentence_transformers
+
     where, example = config.output_dir, '"a text"'
     adapted = config.model.train == "adapter"
+    merged = adapted and config.train.save_merged
     if embedder.vision is not None:
         example = '{"text": "<|image_1|>\\nRepresent the given image.\\n", "image": "image.png"}'
     lines = [
@@ -156,11 +112,15 @@ def model_card(
         f'model = Embedder.from_pretrained("{config.model.name}", adapter="{where}")'
         if adapted
         else f'model = Embedder.from_pretrained("{where}")',
-        *([f'model = Embedder.from_pretrained("{where}/merged")  # the same'] if config.train.save_merged else []),
+        *([f'model = Embedder.from_pretrained("{where}/{MERGED}")  # the same'] if merged else []),
         f"vectors = model.encode([{example}])",
         "```",
         "",
-        elsewhere(config, embedder),
+        in_sentence_transformers(
+            embedder,
+            f"{where}/{MERGED}" if config.train.save_merged else where,
+            not adapted or config.train.save_merged,
+        ),
         "",
         "## Data",
         "",

@@ -255,20 +255,6 @@ def test_search_refuses_another_model_and_bad_input(
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("top", [1, 7, 40, 1000])
-def test_search_is_exact_also_on_ties(top: int) -> None:
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((300, 16)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors[100:160] = vectors[3]
-    queries = np.concatenate([vectors[[3, 50]], rng.standard_normal((4, 16)).astype(np.float32)])
-    for query, hits in zip(queries.astype(np.float64), search.search(vectors, queries, top), strict=True):
-        exact = (vectors * query).sum(axis=1)
-        order = sorted(range(300), key=lambda row: (-exact[row], row))[:top]
-        assert [row for row, _ in hits] == order
-        assert [score for _, score in hits] == pytest.approx(exact[order].tolist(), abs=1e-12)
-
-
 def test_the_scripts_start_from_anywhere(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -276,3 +262,28 @@ def test_the_scripts_start_from_anywhere(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--queries" in done.stdout
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_fewer_bits_state_their_recall_and_find_the_same(
+    model: Path, rows: Path, index: Path, tmp_path: Path, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / precision
+    assert run_embed(model, rows, out, "--precision", precision) == 0
+    assert f"{precision}: recall@4 against float32 is " in capsys.readouterr().out
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["recall"]["value"] == 1.0 and manifest["recall"]["queries"] == 5
+    assert not (out / "embeddings.npy").exists() and np.load(out / "codes.npy").dtype == np.int8
+    assert (out / "bits.npy").exists() == (precision == "binary")
+    assert run_embed(model, rows, out, "--precision", precision) == 0 and "nothing to do" in capsys.readouterr().out
+    assert run_embed(model, rows, out) == 2 and "options.precision" in capsys.readouterr().err
+    answers = []
+    for folder in (index, out):
+        assert search.main(["--index", str(folder), "--query", "a red disc", "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["results"])
+    assert [hit["id"] for hit in answers[0]] == [hit["id"] for hit in answers[1]]
+    assert answers[0][0]["score"] != answers[1][0]["score"]
+    assert [h["score"] for h in answers[0]] == pytest.approx([h["score"] for h in answers[1]], abs=0.01)
+    code = search.main(["--index", str(out), "--query", "a red disc", "--dim", "16"])
+    assert code == (2 if precision == "binary" else 0)
+    assert precision == "int8" or "embed the rows with --dim 16" in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""Export a trained model as whole weights, for transformers, sentence-transformers, vLLM and others.
+
+    python scripts/export.py --model runs/b3 --out exported                        a run: its base and its adapter
+    python scripts/export.py --model Qwen/Qwen2-VL-2B-Instruct --adapter runs/b3 --dtype float32 --out exported
+
+The adapter is merged in float32 and rounded once, so the vectors are those that the run gives. Settings that decide a
+vector (prompt rule, positions, image budget, dim) travel along; --dim cuts vectors for good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from b3.errors import InputError, command
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="hub name or folder of a model, or of a run or other adapter")
+    parser.add_argument("--adapter", help="folder or hub name of an adapter to merge")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    parser.add_argument("--dim", type=int, help="cut vectors to their first so many numbers")
+    arguments = parser.parse_args(argv)
+    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
+        raise InputError(f"--out {arguments.out} exists and is not empty; choose another --out or delete it")
+
+    from b3.console import num_bytes
+    from b3.model.export import export
+
+    settings = {} if arguments.dim is None else {"dim": arguments.dim}
+    export(arguments.model, arguments.adapter, arguments.out, arguments.dtype, **settings)
+    size = sum(file.stat().st_size for file in arguments.out.rglob("*") if file.is_file())
+    print(f"{arguments.out}: {arguments.dtype}, {num_bytes(size)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
