@@ -1,8 +1,11 @@
-r"""Evaluate an embedding model on MMEB subsets (precision@1), with the command line of the published release.
+r"""Evaluate an embedding model on MMEB (precision@1) or MMEB-V2, with the command line of the published release.
 
     python eval_mmeb.py --model_name raghavlite/B3_Qwen2_2B --lora --lora_r 8 --bf16 --pooling eos --normalize True \
         --dataset_name TIGER-Lab/MMEB-eval --subset_name MSCOCO_i2t --dataset_split test \
         --per_device_eval_batch_size 4 --image_dir IMAGES --tgt_prefix_mod --encode_output_path OUT
+
+    python eval_mmeb.py --benchmark mmeb_v2 --model_name VLM2Vec/VLM2Vec-V2.0 --bf16 --normalize True \
+        --data_basedir DIR --subset_name all --encode_output_path OUT      (or image, video, visdoc, V-RET, names ...)
 
 Also under torchrun: the ranks share the work and the scores are the same bytes. Writes <subset>_score.json,
 <subset>_pred.txt, summary.json, summary.md, leaderboard.json and, where a family is complete, families.png. Subsets
@@ -16,11 +19,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from b3.errors import InputError, command
 from b3.model.backbones.qwen_vl_images import MAX_PIXELS, MIN_PIXELS
+
+if TYPE_CHECKING:
+    from b3.eval.benchmark import Benchmark
+    from b3.eval.run import EvalSpec
 
 # Accepted, without effect on the numbers of this program.
 IGNORED_VALUES = (
@@ -37,6 +46,7 @@ IGNORED_SWITCHES = (
 ).split()
 
 
+HARNESSES = ("vlm2vec", "qwen3_vl_embedding")
 RESOLUTIONS = {"high": 1344, "mid": 672, "low": 128}
 LORA_FLAGS = {
     "lora_r": "r",
@@ -83,8 +93,8 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--encode_output_path", required=True, help="output folder")
     add("--max_len", type=int, help="cut text-only items to this many tokens")
     _switch(parser, "tgt_prefix_mod", "put the target prefixes of B3 before the targets (not for VLM2Vec checkpoints)")
-    add("--resize_min_pixels", type=int, default=MIN_PIXELS, help="smallest image, pixels")
-    add("--resize_max_pixels", type=int, default=MAX_PIXELS, help="largest image, pixels")
+    add("--resize_min_pixels", type=int, help=f"smallest image, pixels (default: {MIN_PIXELS})")
+    add("--resize_max_pixels", type=int, help=f"largest image, pixels (default: {MAX_PIXELS})")
     add("--image_resolution", choices=tuple(RESOLUTIONS), help="square every image: 1344, 672 or 128 pixels per side")
     add("--per_device_eval_batch_size", type=int, help="upper bound on the items of one forward pass")
     _switch(parser, "bf16", "bfloat16 weights; otherwise float32")
@@ -92,7 +102,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--lora_dropout", type=float, help="checked against the adapter")
     add("--lora_target_modules", help="checked against the adapter")
     more = parser.add_argument_group("not in the published program")
-    more.add_argument("--benchmark", help="tasks and published scores: mmeb or emoji (default: of the data, else mmeb)")
+    more.add_argument("--benchmark", help="tasks and published scores: mmeb, mmeb_v2, emoji (default: of the data)")
     more.add_argument(
         "--numerics",
         choices=("clean", "reference"),
@@ -102,8 +112,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     more.add_argument(
         "--positions",
         choices=("1d", "mrope"),
-        default="1d",
-        help="rotary positions; mrope for models that were trained with upstream's",
+        help="rotary positions; mrope for models that were trained with upstream's (default: 1d)",
     )
     more.add_argument(
         "--on_error",
@@ -114,6 +123,24 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     more.add_argument("--explain", type=int, default=0, help="write a page with so many wrong predictions per subset")
     more.add_argument("--dim", type=int, help="cut vectors to their first so many numbers (default: the checkpoint's)")
     more.add_argument("--batch_tokens", type=int, help="upper bound on the tokens of one forward pass")
+    newer = parser.add_argument_group("MMEB-V2 (--benchmark mmeb_v2)")
+    newer.add_argument(
+        "--data_basedir", help="folder of the unpacked archives: image-tasks/, video-tasks/, visdoc-tasks/"
+    )
+    newer.add_argument("--harness", choices=HARNESSES, help="whose prompts and frames (default: by the model's prompt)")
+    newer.add_argument("--prompt", help="prompt rule of the model (default: the checkpoint's, docs/backbones.md)")
+    newer.add_argument(
+        "--ndcg",
+        choices=("right", "reference"),
+        default="right",
+        help="reference: pair grades with labels as the published program does, which scrambles unequal grades",
+    )
+    newer.add_argument(
+        "--captions",
+        choices=("path", "pair"),
+        default="path",
+        help="what tells captioned images apart: path, as the published program, or path and caption",
+    )
     for name in IGNORED_VALUES:
         add(f"--{name}", f"--{name.replace('_', '-')}", nargs="*", default=None, dest=name, help=argparse.SUPPRESS)
     for name in IGNORED_SWITCHES:
@@ -193,6 +220,68 @@ def check(arguments: argparse.Namespace) -> str | None:
     return None if extra is None else str(extra)
 
 
+V2_FLAGS = ("data_basedir", "harness", "prompt")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of `Settings` that flags give."""
+    given = {
+        "min_pixels": arguments.resize_min_pixels,
+        "max_pixels": arguments.resize_max_pixels,
+        "max_length": arguments.max_len,
+        "positions": arguments.positions,
+        "square": arguments.image_resolution and RESOLUTIONS[arguments.image_resolution],
+        "dim": arguments.dim,
+        "prompt": arguments.prompt,
+    }
+    return {"numerics": arguments.numerics} | {name: value for name, value in given.items() if value is not None}
+
+
+def spec_of(arguments: argparse.Namespace, adapter: str | None, benchmark: Benchmark) -> EvalSpec:
+    """What decides the numbers. Raises `InputError` for flags that are for another benchmark."""
+    from b3.eval.run import EvalSpec
+    from b3.model.settings import Settings
+
+    spec = EvalSpec(
+        model=arguments.model_name,
+        adapter=adapter,
+        source=arguments.dataset_name or benchmark.source,
+        split=arguments.dataset_split,
+        image_dir=arguments.image_dir,
+        prefix_targets=arguments.tgt_prefix_mod,
+        normalize=arguments.normalize,
+        dtype="bfloat16" if arguments.bf16 else "float32",
+        on_error=arguments.on_error,
+    )
+    settings = settings_of(arguments)
+    if benchmark.name != "mmeb_v2":
+        for name in V2_FLAGS:
+            if getattr(arguments, name) is not None:
+                raise InputError(f"--{name} is for --benchmark mmeb_v2, not {benchmark.name}; drop it")
+        return replace(spec, settings=Settings(**settings))
+
+    from b3.eval.benchmarks.mmeb_v2.harness import harness_settings
+    from b3.model.embedder import locate
+
+    uses_processor = arguments.resize_use_processor is None or boolean(
+        "".join(arguments.resize_use_processor) or "True"
+    )
+    if "square" in settings and uses_processor:
+        print("note: --image_resolution has no effect without --resize_use_processor False")
+        del settings["square"]
+    base, of_adapter = locate(arguments.model_name, adapter)
+    harness, prompt, chosen = harness_settings(
+        arguments.harness, adapter or arguments.model_name, settings, of_adapter, base
+    )
+    options = {"harness": harness, "prompt": prompt, "ndcg": arguments.ndcg, "captions": arguments.captions}
+    return replace(
+        spec,
+        image_dir=arguments.data_basedir,
+        settings=chosen,
+        options=options | {"lenient": arguments.on_error == "skip"},
+    )
+
+
 @partial(command, memory="lower --batch_tokens, or give fewer --dataloader_num_workers")
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(build_parser(__doc__), argv)
@@ -203,32 +292,13 @@ def main(argv: list[str] | None = None) -> int:
 
     from b3 import distributed, registry
     from b3.eval.benchmark import of_source
+    from b3.eval.ranking_report import ranking_table
     from b3.eval.report import markdown_table
-    from b3.eval.run import EvalSpec, evaluate
-    from b3.model.settings import Settings
+    from b3.eval.run import evaluate
 
     name, source = arguments.benchmark, arguments.dataset_name
     benchmark = of_source(source) if name is None else registry.load("benchmark", name)
-    spec = EvalSpec(
-        model=arguments.model_name,
-        adapter=adapter,
-        source=source or benchmark.source,
-        split=arguments.dataset_split,
-        image_dir=arguments.image_dir,
-        prefix_targets=arguments.tgt_prefix_mod,
-        normalize=arguments.normalize,
-        dtype="bfloat16" if arguments.bf16 else "float32",
-        settings=Settings(
-            min_pixels=arguments.resize_min_pixels,
-            max_pixels=arguments.resize_max_pixels,
-            max_length=arguments.max_len,
-            positions=arguments.positions,
-            numerics=arguments.numerics,
-            square=arguments.image_resolution and RESOLUTIONS[arguments.image_resolution],
-            dim=arguments.dim,
-        ),
-        on_error=arguments.on_error,
-    )
+    spec = spec_of(arguments, adapter, benchmark)
     subsets = benchmark.expand(arguments.subset_name, benchmark.subsets(spec.source, spec.split))
     distributed.start()
     summary = evaluate(
@@ -243,7 +313,9 @@ def main(argv: list[str] | None = None) -> int:
         progress=True,
     )
     distributed.stop()
-    if first:
+    if first and "tasks" in summary:
+        print(ranking_table(summary, benchmark))
+    elif first:
         print(markdown_table({"precision@1": summary}, benchmark))
     return 0
 

@@ -243,6 +243,7 @@ border-radius:6px;overflow:hidden;font-size:12.5px;line-height:1.4;max-width:920
 .panel{border-radius:6px;padding:10px 12px;background:#f5f7fa;overflow-wrap:anywhere}
 .panel h3{font-size:12.5px;font-weight:600;margin:0 0 8px;color:#52606d}
 .panel img{display:block;max-width:100%;margin:0 0 6px}.panel p{margin:0}
+.frames{display:flex;flex-wrap:wrap;gap:3px;margin:0 0 6px}.panel .frames img{margin:0}
 .right{background:#eef7f2}.wrong{background:#fdf1ea}
 .next{font-size:13px;color:#616e7c;margin-top:10px}
 .next ul{list-style:none;display:flex;flex-wrap:wrap;gap:4px 22px;margin:4px 0 0;padding:0}

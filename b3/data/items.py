@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from b3.data.images import FolderImages, ImageRef, content_key, decode, peek
 from b3.data.video import frame_files, read_frames
@@ -15,6 +16,7 @@ from b3.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
+T = TypeVar("T")
 ImageSource: TypeAlias = "ImageRef | Image.Image | str | Path | bytes"
 
 
@@ -97,6 +99,32 @@ class Video:
         import numpy as np
 
         return tuple(self.frames[i] for i in np.linspace(0, len(self.frames) - 1, limit).astype(int))
+
+    def peeked(self, limit: int | None, fps: float) -> list[tuple[bytes, tuple[int, int]]]:
+        """`Still.peek` of the sampled frames, without those that cannot be read. Raises `DataError` if none is left."""
+        return _readable(self.sample(limit, fps), Still.peek, self.name)[0]
+
+    def decoded(self, limit: int | None, fps: float) -> list[Image.Image]:
+        """The sampled frames; those that do not decode are left out with a note. Raises `DataError` if none is left."""
+        sampled = self.sample(limit, fps)
+        images, problem = _readable(sampled, Still.open, self.name)
+        if problem is not None:
+            lost = len(sampled) - len(images)
+            print(f"note: {lost} of {len(sampled)} frames of {self.name} left out: {problem}", file=sys.stderr)
+        return images
+
+
+def _readable(frames: Sequence[Still], read: Callable[[Still], T], name: str) -> tuple[list[T], DataError | None]:
+    """(what `read` gives for each frame, without those that it refuses; why it refused the last of them)."""
+    results, problem = list[T](), None
+    for frame in frames:
+        try:
+            results.append(read(frame))
+        except DataError as error:
+            problem = error
+    if not results:
+        raise problem or DataError(f"video {name} has no frames; drop the row")
+    return results, problem
 
 
 Medium: TypeAlias = Still | Video

@@ -8,6 +8,7 @@ Table 13).
 from __future__ import annotations
 
 PLACEHOLDER = "<|image_1|>"
+VIDEO_PLACEHOLDER = "<|video_1|>"
 
 CLASS_PREFIX = "Represent the class label: "
 ANSWER_PREFIX = "Represent the answer: "

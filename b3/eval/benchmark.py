@@ -9,6 +9,7 @@ from typing import Any
 from b3 import registry
 from b3.data.datasets import EvalDataset, load_eval
 from b3.data.tables import list_subsets
+from b3.eval.ranked import RankedSet
 
 OTHER = "Other"
 
@@ -18,13 +19,18 @@ class Task:
     """A subset of a benchmark.
 
     family: heading under which means are taken. in_domain: None where that has no meaning. metric: a name of
-    `b3.eval.score.METRICS`.
+    `b3.eval.score.METRICS`, or of `b3.eval.ranking_metrics.METRICS` for a task of ranked lists. modality: "image",
+    "video", "visdoc", or '' where a benchmark has one only. is_counted: whether means of all tasks hold it.
+    takes_square: whether the setting `square` holds for its items.
     """
 
     name: str
     family: str
     in_domain: bool | None = None
     metric: str = "precision@1"
+    modality: str = ""
+    is_counted: bool = True
+    takes_square: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +39,29 @@ class Benchmark:
 
     Args:
         source: where the rows come from if the user names no other.
-        load: (source, task, split, image_dir=, prefix_targets=) -> rows; prompts are part of the rows.
+        load: (source, task, split, image_dir=, prefix_targets=, and the spec's options) -> rows, an `EvalDataset` or a
+            `RankedSet`; prompts are part of the rows.
         subsets: (source, split) -> names that the source holds; [] where it cannot tell.
         published: () -> scores of known models, by model and task.
+        marks: () -> means over whole modalities that others give, see `b3.eval.ranking_report.marks_table`.
         leaderboard: (summary, metadata) -> the JSON to submit.
+        renamed: other names of tasks, each with the one used here.
     """
 
     name: str
     tasks: tuple[Task, ...]
     source: str
-    load: Callable[..., EvalDataset] = load_eval
+    load: Callable[..., EvalDataset | RankedSet] = load_eval
     subsets: Callable[[str, str], list[str]] = list_subsets
     published: Callable[[], dict[str, dict[str, float]]] | None = None
+    marks: Callable[[], list[dict[str, str]]] | None = None
     leaderboard: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
 
     @property
     def names(self) -> list[str]:
-        return [task.name for task in self.tasks]
+        """Of the tasks that count."""
+        return [task.name for task in self.tasks if task.is_counted]
 
     def task(self, subset: str) -> Task:
         """The task of that name; data of the user's own belongs to the family 'Other'."""
@@ -70,12 +82,26 @@ class Benchmark:
                 members["IND" if in_domain else "OOD"].append(subset)
         return {domain: names for domain, names in members.items() if names}
 
+    def modalities(self, subsets: Iterable[str]) -> dict[str, list[str]]:
+        """Counted subsets by modality, in the order of the tasks; none where the benchmark has one only."""
+        known = set(subsets)
+        members: dict[str, list[str]] = {}
+        for task in self.tasks:
+            if task.modality and task.is_counted and task.name in known:
+                members.setdefault(task.modality, []).append(task.name)
+        return members
+
     def family_means(self, scores: dict[str, float]) -> dict[str, float]:
-        """Plain means over tasks by family, 'IND', 'OOD' and 'overall'; only groups that `scores` covers in full.
+        """Plain means over tasks by family, 'IND', 'OOD', modality and 'overall'; only groups covered in full.
 
         Subsets that are no task of this benchmark play no part.
         """
-        groups = {**self.families(self.names), **self.domains(self.names), "overall": self.names}
+        groups = {
+            **self.families(self.names),
+            **self.domains(self.names),
+            **self.modalities(self.names),
+            "overall": self.names,
+        }
         return {
             group: sum(scores[name] for name in names) / len(names)
             for group, names in groups.items()
@@ -86,13 +112,15 @@ class Benchmark:
         """Subset names from the command line, each once.
 
         'all' means all that the source lists, or the benchmark's if it cannot list them; a family ('vqa', 'Visual
-        grounding', 'visual-grounding') means its subsets among those.
+        grounding', 'visual-grounding') or a modality means its subsets among those. Tasks that do not count are meant
+        by their own names alone.
         """
-        everything = available or self.names
+        everything = [name for name in available or self.names if self.task(name).is_counted]
         families = {_plain(family): subsets for family, subsets in self.families(everything).items()}
-        known = {_plain(task.family) for task in self.tasks}
+        families |= self.modalities(everything)
+        known = {_plain(task.family) for task in self.tasks} | {task.modality for task in self.tasks}
         result: list[str] = []
-        for name in names:
+        for name in (dict(self.renamed).get(name, name) for name in names):
             if name == "all":
                 result += everything
             elif name not in everything and _plain(name) in known:

@@ -76,7 +76,7 @@ def _errors(interval: dict[str, Any] | None, means: dict[str, float]) -> list[li
     """Lengths below and above each bar, in percent, of groups with these `means` (0 to 1); None without an interval."""
     if interval is None:
         return None
-    ends = {**interval["families"], "overall": interval["mean"]}
+    ends = {**interval["families"], **interval.get("modalities", {}), "overall": interval["mean"]}
     below = [max(0.0, 100 * (mean - ends[group][0])) for group, mean in means.items()]
     above = [max(0.0, 100 * (ends[group][1] - mean)) for group, mean in means.items()]
     return [below, above]
@@ -89,7 +89,7 @@ def plot_families(
     baselines: list[str] | None = None,
     name: str = "this run",
 ) -> bool:
-    """Bars of precision@1 by family and overall: published models, then the run, as a PNG.
+    """Bars of the scores by family, modality and overall: published models, then the run, as a PNG.
 
     Only families (and the overall mean) that the run covers in full are drawn. Returns False, and writes nothing, if
     there is none.
@@ -125,7 +125,8 @@ def plot_families(
         )
         axes.bar_label(bars, fmt="%.0f" if not last else "%.1f", fontsize=7 if last else 6, padding=1)
     axes.set_xticks(range(len(groups)), [g[0].upper() + g[1:] for g in groups], fontsize=9)
-    axes.set_ylabel("precision@1, percent")
+    metrics = sorted({task.metric for task in benchmark.tasks})
+    axes.set_ylabel(f"{' or '.join(metrics)}, percent")
     axes.set_ylim(0, 1.08 * max(100 * means[group] for means in columns.values() for group in groups))
     figure.legend(loc="outside lower center", frameon=False, ncols=3, fontsize=8)
     save_figure(figure, axes, path)

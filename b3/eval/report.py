@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,43 +53,58 @@ def mean(values: list[float]) -> float:
 
 
 def summarise(
-    precision: dict[str, float], benchmark: Benchmark, num_correct: dict[str, tuple[int, int]] | None = None
+    scores: dict[str, float], benchmark: Benchmark, rows: Mapping[str, tuple[int, int] | np.ndarray] | None = None
 ) -> dict[str, Any]:
-    """Means by family, in and out of domain, and overall, from precision@1 by subset.
+    """Means by family, in and out of domain, by modality where there are several, and overall, of the scores by subset.
 
-    With `num_correct` ((right, rows) by subset) also `interval`: bootstrap 95 % intervals of each subset, each family
-    and the mean, rows resampled within their subset.
+    With `rows`, by subset either (right, rows) or the score of each row, also `interval`: bootstrap 95 % intervals of
+    each subset, each group and the mean, rows resampled within their subset. Subsets that do not count are in no mean.
     """
-    if not precision:
+    if not scores:
         raise InputError("no subset was scored")
-    families, domains = benchmark.families(precision), benchmark.domains(precision)
+    families, domains = benchmark.families(scores), benchmark.domains(scores)
+    modalities = benchmark.modalities(scores)
+    counted = [name for name in scores if benchmark.task(name).is_counted] or list(scores)
+
+    def means(groups: dict[str, list[str]]) -> dict[str, float]:
+        return {group: mean([scores[name] for name in names]) for group, names in groups.items()}
+
     summary: dict[str, Any] = {
-        "subsets": precision,
-        "families": {family: mean([precision[name] for name in names]) for family, names in families.items()},
-        "mean": mean(list(precision.values())),
-        **{domain: mean([precision[name] for name in names]) for domain, names in domains.items()},
+        "subsets": scores,
+        "families": means(families),
+        **({"modalities": means(modalities)} if modalities else {}),
+        "mean": mean([scores[name] for name in counted]),
+        **means(domains),
     }
-    if num_correct is not None:
-        is_correct = {name: np.arange(num_rows) < right for name, (right, num_rows) in num_correct.items()}
+    if rows is not None:
+        of_rows = {n: np.arange(r[1]) < r[0] if isinstance(r, tuple) else r for n, r in rows.items()}
+
+        def intervals(groups: dict[str, list[str]]) -> dict[str, tuple[float, float]]:
+            return {group: bootstrap_mean({name: of_rows[name] for name in groups[group]}) for group in sorted(groups)}
+
         summary["interval"] = {
-            "mean": bootstrap_mean(is_correct),
-            "families": {f: bootstrap_mean({n: is_correct[n] for n in families[f]}) for f in sorted(families)},
-            "subsets": {name: bootstrap_interval(rows) for name, rows in is_correct.items()},
+            "mean": bootstrap_mean({name: of_rows[name] for name in counted}),
+            "families": intervals(families),
+            **({"modalities": intervals(modalities)} if modalities else {}),
+            "subsets": {name: bootstrap_interval(values) for name, values in of_rows.items()},
         }
     return summary
 
 
-# How far a precision@1 could move with other rows of the same kind: percentile bootstrap over rows. Drawing n rows with
+# How far a score could move with other rows of the same kind: percentile bootstrap over rows. Drawing n rows with
 # replacement from n rows of which k are right gives a binomial number of right ones, so that each draw is one binomial
-# number and no row is copied. The interval covers the choice of rows, not that of the training run. Where all rows (or
-# none) are right it has no width.
+# number and no row is copied. Graded scores are drawn in the same way by their distinct values (multinomial). The
+# interval covers the choice of rows, not that of the training run. Where all rows are equal it has no width.
 
 
-def _draws(correct: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+def _draws(values: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
     """(draws,) float64 means of resampled rows."""
-    assert correct.ndim == 1 and len(correct) > 0, "one value per row, at least one row"
-    right = int(np.count_nonzero(correct))
-    return rng.binomial(len(correct), right / len(correct), size=draws) / len(correct)
+    assert values.ndim == 1 and len(values) > 0, "one value per row, at least one row"
+    if values.dtype == bool or np.isin(values, (0, 1)).all():
+        right = int(np.count_nonzero(values))
+        return rng.binomial(len(values), right / len(values), size=draws) / len(values)
+    distinct, counts = np.unique(values, return_counts=True)
+    return rng.multinomial(len(values), counts / len(values), size=draws) @ distinct / len(values)
 
 
 def _percentiles(means: np.ndarray, level: float) -> tuple[float, float]:
@@ -100,7 +116,7 @@ def _percentiles(means: np.ndarray, level: float) -> tuple[float, float]:
 def bootstrap_interval(
     correct: np.ndarray, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """(low, high) of the mean of `correct` ((rows,) bool): the precision@1 of one subset."""
+    """(low, high) of the mean of `correct` ((rows,) bool, or float64 scores): the score of one subset."""
     return _percentiles(_draws(correct, draws, np.random.default_rng(seed)), level)
 
 

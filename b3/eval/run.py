@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,12 @@ import numpy as np
 from b3 import distributed
 from b3.data.datasets import EvalDataset
 from b3.errors import DataError, RunError
-from b3.eval.benchmark import Benchmark, of_source
+from b3.eval.benchmark import Benchmark, Task, of_source
 from b3.eval.page import write_explanations
+from b3.eval.ranked import RankedSet
+from b3.eval.ranked_page import write_ranked_explanations
+from b3.eval.ranking import encode_set
+from b3.eval.ranking_report import files_of, ranking_summary, read_ranking, write_ranking, write_ranking_summary
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
 from b3.files import claim, write_json
@@ -35,6 +40,7 @@ class EvalSpec:
     """Everything that decides the numbers of an evaluation.
 
     All `settings` count, whatever the checkpoint says (the published rule), but for pooling "auto" and dim None.
+    `options` are what else the benchmark's `load` takes, such as the harness of MMEB-V2.
     """
 
     model: str
@@ -47,6 +53,7 @@ class EvalSpec:
     dtype: str = "float32"
     settings: Settings = field(default_factory=Settings)
     on_error: str = "fail"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> Embedder:
         from b3.model.embedder import Embedder
@@ -89,18 +96,48 @@ def evaluate_subset(
     return score_subset(dataset, vectors, index[: len(dataset)], parts, round_targets)
 
 
-def _claim(folder: Path, facts: dict[str, Any], names: dict[str, Any]) -> None:
+def _claim(folder: Path, facts: dict[str, Any], names: dict[str, Any], modalities: Iterable[str]) -> None:
     """Write the manifest, or check that the folder holds the same evaluation. Raises `RunError` naming a difference.
 
     `facts` decide (weights by content), `names` are only recorded.
     """
     remedy = "choose another --encode_output_path or delete it"
-    scores = "_score.json"  # files of another program
-    if claim(folder, facts, "evaluation", remedy, foreign=lambda name: name.endswith(scores)) is None:
+
+    def foreign(name: str) -> bool:
+        return name.endswith("_score.json") or name in modalities  # of another program
+
+    if claim(folder, facts, "evaluation", remedy, foreign=foreign) is None:
         try:
             write_json(folder / MANIFEST, {**facts, "names": names})
         except OSError as error:
             raise RunError(f"output directory {folder} cannot be written ({error.strerror}); choose another") from None
+
+
+class _Encoders:
+    """One model, and an encoder for each of the settings under which tasks read their items."""
+
+    def __init__(self, spec: EvalSpec, facts: dict[str, Any], folder: Path, **limits: Any) -> None:
+        self.spec, self.facts, self.folder, self.limits = spec, facts, folder / "embeddings", limits
+        self.model: Embedder | None = None
+        self.by_settings: dict[Settings, Encoder] = {}
+
+    def of(self, task: Task) -> Encoder:
+        """The encoder for a task, ready for it; the model is loaded for the first one."""
+        if self.model is None:
+            self.model = self.spec.load()
+        settings = self.spec.settings if task.takes_square else replace(self.spec.settings, square=None)
+        if settings not in self.by_settings:
+            cache = {key: self.facts[key] for key in CACHE_FACTS} | {"settings": asdict(settings)}
+            model: Any = self.model if settings == self.spec.settings else self.model.with_settings(square=None)
+            limits = self.limits | {"on_error": self.spec.on_error}
+            self.by_settings[settings] = Encoder(model, cache=EmbeddingCache(self.folder, cache), **limits)
+        encoder = self.by_settings[settings]
+        encoder.skipped.clear()
+        return encoder
+
+    @property
+    def num_encoded(self) -> int:
+        return sum(encoder.num_encoded for encoder in self.by_settings.values())
 
 
 def evaluate(
@@ -117,8 +154,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate `spec` on `subsets` and write all files to `folder`; subsets scored before are not scored again.
 
-    All ranks of a process group share the encoding; rank 0 writes. Vectors are kept below `folder`/embeddings, so an
-    interrupted run continues.
+    All ranks of a process group share the encoding; rank 0 ranks and writes. Vectors are kept below
+    `folder`/embeddings, so an interrupted run continues, and an item that several subsets hold is encoded once.
 
     Args:
         benchmark: loads the rows and has its own leaderboard file and published scores; by default that of the source.
@@ -133,35 +170,65 @@ def evaluate(
     """
     started = time.perf_counter()
     benchmark = benchmark or of_source(spec.source)
-    datasets = [
-        benchmark.load(spec.source, name, spec.split, image_dir=spec.image_dir, prefix_targets=spec.prefix_targets)
-        for name in subsets
-    ]
+    given = {"image_dir": spec.image_dir, "prefix_targets": spec.prefix_targets, **spec.options}
+    datasets = {name: benchmark.load(spec.source, name, spec.split, **given) for name in subsets}
     facts = spec.facts()
     if distributed.rank() == 0:
-        _claim(folder, facts | {"benchmark": benchmark.name}, {"model": spec.model, "adapter": spec.adapter})
+        names = {"model": spec.model, "adapter": spec.adapter}
+        _claim(folder, facts | {"benchmark": benchmark.name}, names, benchmark.modalities(benchmark.names))
     distributed.barrier()
-    todo = [dataset for dataset in datasets if read_score(folder, dataset.name) is None]
+    todo = [name for name in datasets if not _is_scored(folder, benchmark.task(name), datasets[name])]
     distributed.barrier()  # all ranks have looked before rank 0 writes the first score
-    num_items = 0
-    if todo:
-        cache = EmbeddingCache(folder / "embeddings", {key: facts[key] for key in CACHE_FACTS})
-        encoder = Encoder(spec.load(), batch_tokens, max_items, workers, cache, spec.on_error)
-        for dataset in todo:
-            encoder.skipped.clear()
-            score = evaluate_subset(dataset, encoder, spec.normalize, spec.round_targets, progress)
-            if distributed.rank() == 0:
-                write_subset(folder, dataset, score, benchmark.task(dataset.name).metric, encoder.skipped)
-                if explain:
-                    write_explanations(folder, dataset, score, explain)
-        num_items = encoder.num_encoded
+    notes = [note for dataset in datasets.values() if isinstance(dataset, RankedSet) for note in dataset.notes]
+    is_ranked = any(isinstance(dataset, RankedSet) for dataset in datasets.values())
+    encoders = _Encoders(spec, facts, folder, batch_tokens=batch_tokens, max_items=max_items, workers=workers)
+    for name in todo:
+        task, dataset = benchmark.task(name), datasets.pop(name)
+        _score(folder, task, dataset, encoders.of(task), spec, explain, progress)
     distributed.barrier()
-    summary = _summary(folder, subsets, benchmark)
-    seconds = time.perf_counter() - started
+    summary = (
+        ranking_summary(folder, subsets, benchmark, spec.options) if is_ranked else _summary(folder, subsets, benchmark)
+    )
+    seconds, num_items = time.perf_counter() - started, encoders.num_encoded
     summary |= {"seconds": round(seconds, 2), "items": num_items, "items_per_second": round(num_items / seconds, 2)}
     if distributed.rank() == 0:
-        write_summary(folder, summary, spec.model, benchmark)
+        if is_ranked:
+            write_ranking_summary(folder, summary | {"notes": notes}, spec.model, benchmark)
+        else:
+            write_summary(folder, summary, spec.model, benchmark)
     return summary
+
+
+def _is_scored(folder: Path, task: Task, dataset: EvalDataset | RankedSet) -> bool:
+    if isinstance(dataset, RankedSet):
+        return read_ranking(folder, task) is not None
+    return read_score(folder, task.name) is not None
+
+
+def _score(
+    folder: Path,
+    task: Task,
+    dataset: EvalDataset | RankedSet,
+    encoder: Encoder,
+    spec: EvalSpec,
+    explain: int,
+    progress: bool,
+) -> None:
+    """Encode (a collective call) and, on rank 0, score and write."""
+    if isinstance(dataset, RankedSet):
+        encoded = encode_set(dataset, encoder, spec.normalize, progress)
+        if distributed.rank() == 0:
+            ranking = write_ranking(folder, task, dataset, encoded, encoder.skipped)
+            if explain:
+                write_ranked_explanations(
+                    files_of(folder, task)["score"].parent, dataset, ranking, task.metric, explain
+                )
+        return
+    score = evaluate_subset(dataset, encoder, spec.normalize, spec.round_targets, progress)
+    if distributed.rank() == 0:
+        write_subset(folder, dataset, score, task.metric, encoder.skipped)
+        if explain:
+            write_explanations(folder, dataset, score, explain)
 
 
 def _summary(folder: Path, subsets: list[str], benchmark: Benchmark) -> dict[str, Any]:

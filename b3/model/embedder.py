@@ -9,6 +9,7 @@ A backbone is a subclass in a file of `b3/model/backbones/` and a line in `b3.re
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -238,6 +239,14 @@ class Embedder(nn.Module):
     def layers(self) -> list[nn.Module]:
         """The layers whose frozen weights may be spread over ranks, in the order in which they run."""
         return []
+
+    def with_settings(self, **changes: Any) -> Embedder:
+        """The same weights under other settings; they must leave the backbone as it is (image budget, prompt, ...)."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, **changes)
+        processor: Any = self.processor
+        other.processor = replace(processor, settings=other.settings)
+        return other
 
     @property
     def has_dropout(self) -> bool:

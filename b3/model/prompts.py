@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, TypeAlias
 
 from b3.data.items import Item, Medium, Still
-from b3.data.prompts import PLACEHOLDER
+from b3.data.prompts import PLACEHOLDER, VIDEO_PLACEHOLDER
 from b3.errors import DataError, InputError
 
 Parts: TypeAlias = list[str | Medium]
@@ -59,7 +59,7 @@ class Plain(PromptRule):
 
     def _placed(self, item: Item, text: str, image_token: str, video_token: str) -> Parts:
         if not item.media:
-            return [text.replace(PLACEHOLDER, image_token)]
+            return [text.replace(PLACEHOLDER, image_token).replace(VIDEO_PLACEHOLDER, video_token)]
         kinds: dict[str, tuple[Sequence[Medium], str]] = {
             "image": (item.images, image_token),
             "video": (item.videos, video_token),

@@ -85,13 +85,13 @@ class InternVLProcessor(MediaProcessor):
             content, (width, height) = medium.peek()
             columns, rows = tile_grid(width, height, self.side)
             return content, self._grid(columns * rows + (columns * rows > 1))
-        frames = medium.sample(self.settings.max_frames, self.settings.fps)
-        return hashlib.sha256(b"".join(frame.peek()[0] for frame in frames)).digest(), self._grid(len(frames))
+        peeked = medium.peeked(self.settings.max_frames, self.settings.fps)
+        return hashlib.sha256(b"".join(digest for digest, _ in peeked)).digest(), self._grid(len(peeked))
 
     def visual(self, medium: Medium) -> Visual:
         if isinstance(medium, Video):
-            frames = medium.sample(self.settings.max_frames, self.settings.fps)
-            tiles = [resize(frame.open().convert("RGB"), self.side, self.side) for frame in frames]
+            frames = medium.decoded(self.settings.max_frames, self.settings.fps)
+            tiles = [resize(frame.convert("RGB"), self.side, self.side) for frame in frames]
         else:
             tiles = self._tiles(medium.open().convert("RGB"))
         grid, patch = self._grid(len(tiles)), self.patch

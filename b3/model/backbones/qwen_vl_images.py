@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from b3.data.items import Medium, Still, Video
+from b3.data.items import Medium, Still
 from b3.errors import DataError, InputError
 from b3.model.batch import Grid, Visual, upload
 from b3.model.checkpoint import load_tokenizer
@@ -179,7 +178,7 @@ class Resizing:
     def image(self, image: Image.Image, name: str) -> np.ndarray:
         """(height, width, 3) uint8."""
         if self.square is not None:
-            image = resize(to_rgb(image), self.square, self.square)
+            image = resize(image, self.square, self.square)
         if min(image.size) < self.pixels.factor:
             image = resize(image, 2 * self.pixels.factor, 2 * self.pixels.factor)
         image = to_rgb(image)
@@ -195,7 +194,7 @@ class Resizing:
         """(frames, height, width, 3) uint8, an odd number not yet made even."""
         height, width = self.frame_size([image.size for image in images], name)
         if self.square is not None:
-            images = [resize(to_rgb(image), self.square, self.square) for image in images]
+            images = [resize(image, self.square, self.square) for image in images]
         return np.stack([np.asarray(resize(to_rgb(image), width, height)) for image in images])
 
 
@@ -313,35 +312,18 @@ class QwenVLProcessor(MediaProcessor):
         if isinstance(medium, Still):
             content, size = medium.peek()
             return content, self._grid(1, self.resizing.image_size(*size, medium.name))
-        frames = medium.sample(self.settings.max_frames, self.settings.fps)
-        peeked = [frame.peek() for frame in frames]
+        peeked = medium.peeked(self.settings.max_frames, self.settings.fps)
         content = hashlib.sha256(b"".join(digest for digest, _ in peeked)).digest()
-        return content, self._grid(len(frames), self.resizing.frame_size([size for _, size in peeked], medium.name))
+        return content, self._grid(len(peeked), self.resizing.frame_size([size for _, size in peeked], medium.name))
 
     def visual(self, medium: Medium) -> Visual:
         if isinstance(medium, Still):
             frames = self.resizing.image(medium.open(), medium.name)[None]
         else:
-            frames = self.resizing.frames(self._decoded(medium), medium.name)
+            frames = self.resizing.frames(medium.decoded(self.settings.max_frames, self.settings.fps), medium.name)
             if len(frames) % TEMPORAL:
                 frames = np.concatenate([frames, frames[-1:]])
         return self._patches(frames)
-
-    def _decoded(self, video: Video) -> list[Image.Image]:
-        """Sampled frames; those that do not decode are left out with a note. Raises `DataError` if none is left."""
-        images, problem = [], DataError(f"video {video.name} has no frames; drop the row")
-        sampled = video.sample(self.settings.max_frames, self.settings.fps)
-        for frame in sampled:
-            try:
-                images.append(frame.open())
-            except DataError as error:
-                problem = error
-        if not images:
-            raise problem
-        if len(images) < len(sampled):
-            lost = len(sampled) - len(images)
-            print(f"note: {lost} of {len(sampled)} frames of {video.name} left out: {problem}", file=sys.stderr)
-        return images
 
     def _patches(self, frames: np.ndarray) -> Visual:
         """Patches (P, 3, n) in the backbone's order of frames (f, height, width, 3); one frame: n is its own pixels."""

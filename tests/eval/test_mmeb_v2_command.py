@@ -1,0 +1,449 @@
+"""MMEB-V2 by the command line: files, selections, reports, resuming, ranks, and what it says about bad data."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from golden_data import checkpoint
+from PIL import Image
+from processes import run_python
+
+import eval_mmeb
+from b3.errors import DataError
+from b3.eval.benchmark import of_source
+from b3.eval.benchmarks.mmeb_v2.benchmark import MMEB_V2, load_task
+from b3.eval.ranking_metrics import METRICS
+
+FEW = ["WebQA", "MSVD", "MomentSeeker", "ViDoSeek-doc"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("golden"))
+
+
+def command(golden: Path, model: Path, out: Path, *more: str, subsets: list[str]) -> list[str]:
+    return [
+        "--benchmark", "mmeb_v2", "--model_name", str(model), "--normalize", "True", "--encode_output_path", str(out),
+        "--dataset_name", str(golden / "hub"), "--data_basedir", str(golden / "data"), "--subset_name", *subsets, *more,
+    ]  # fmt: skip
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Score, prediction and info files, and those of the summary that hold no times."""
+    files = [*folder.glob("*/*_score.json"), *folder.glob("*/*.jsonl"), *folder.glob("*/*.npy")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def out(golden_v2: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "all"
+    more = ["--ndcg", "reference", "--explain", "2"]
+    assert eval_mmeb.main(command(golden_v2, folder, out, *more, subsets=["all"])) == 0
+    return out
+
+
+def test_all_writes_the_files_of_the_reference(golden_v2: Path, out: Path) -> None:
+    recorded = golden_v2 / "results" / "base_fp32"
+    tied = read(recorded / "scores_duplicates_tied.json")
+    counted = [name for name in tied if MMEB_V2.task(name).is_counted]
+    assert len(counted) == 33
+    for name in counted:
+        place = out / MMEB_V2.task(name).modality
+        score, theirs = read(place / f"{name}_score.json"), read(recorded / f"{name}_score.json")
+        assert list(score) == list(theirs) == [*METRICS, "num_pred", "num_data"]
+        if not tied[name]["changed_by_ties"] and name != "VisRAG_SlideVQA":
+            assert score == pytest.approx(theirs, abs=1e-9)
+        assert (place / f"{name}_info.jsonl").read_bytes() == (recorded / f"{name}_info.jsonl").read_bytes()
+        ours = [json.loads(line) for line in (place / f"{name}_pred.jsonl").read_text().splitlines()]
+        for mine, line in zip(ours, (recorded / f"{name}_pred.jsonl").read_text().splitlines(), strict=True):
+            reference = json.loads(line)
+            assert list(mine) == list(reference)
+            assert (mine["label"], mine["rel_scores"]) == (reference["label"], reference["rel_scores"])
+            assert sorted(map(str, mine["prediction"])) == sorted(map(str, reference["prediction"]))
+
+
+def test_reports(out: Path) -> None:
+    summary = read(out / "summary.json")
+    assert set(summary["modalities"]) == {"image", "video", "visdoc"}
+    video = [summary["subsets"][task.name] for task in MMEB_V2.tasks if task.modality == "video"]
+    assert summary["modalities"]["video"] == pytest.approx(np.mean(video))
+    assert summary["mean"] == pytest.approx(np.mean(list(summary["subsets"].values())))
+    assert summary["settings"]["harness"] == "vlm2vec"
+    for group in ("families", "modalities", "subsets"):
+        for name, (low, high) in summary["interval"][group].items():
+            assert low <= summary[group][name] <= high
+    text = (out / "summary.md").read_text()
+    for part in (
+        "harness vlm2vec",
+        "| **video** | 18 of 18 tasks |",
+        "WeMM-Embedding-2B",
+        "| VLM2Vec-V2.0-Qwen2VL-2B |",
+    ):
+        assert part in text
+    assert "answers of MVBench that are no candidate, never right: 1" in text
+    assert (out / "families.png").stat().st_size > 10_000
+    board = read(out / "leaderboard.json")
+    assert set(board["metrics"]) == {"image", "video", "visdoc"}
+    assert [len(board["metrics"][m]) for m in ("image", "video", "visdoc")] == [36, 18, 24]
+    assert board["metrics"]["visdoc"]["ViDoSeek-page-fixed"] == "FILE_N/A"
+    assert board["metrics"]["video"]["K700"]["num_data"] == 4
+    shown = ("video/MSR-VTT", "visdoc/ViDoSeek-doc", "video/QVHighlight", "image/OVEN")
+    pages = {name.split("/")[1]: (out / f"{name}_errors.html").read_text() for name in shown}
+    assert pages["QVHighlight"].count("<img") > 10  # frames of query, right and predicted clip
+    assert all("<img" in page and "unreadable" not in page for page in pages.values())
+
+
+def test_the_same_command_scores_nothing_again(golden_v2: Path, folder: Path, out: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in out.glob("*/*_score.json")}
+    (out / "video" / "MSVD_score.json").unlink()
+    kept = contents(out)
+    more = ["--ndcg", "reference", "--explain", "2"]
+    assert eval_mmeb.main(command(golden_v2, folder, out, *more, subsets=["all"])) == 0
+    after = {file: file.stat().st_mtime_ns for file in out.glob("*/*_score.json")}
+    assert {file for file in after if after[file] != before[file]} == {out / "video" / "MSVD_score.json"}
+    assert {name: content for name, content in contents(out).items() if name in kept} == kept
+    assert read(out / "summary.json")["items"] == 0  # its vectors were still there
+
+
+def test_an_item_of_several_tasks_is_encoded_once(golden_v2: Path, folder: Path, tmp_path: Path) -> None:
+    tasks = ["ViDoRe_esg_reports_v2", "ViDoRe_esg_reports_v2_multilingual"]
+    counts = {}
+    for name, subsets in {"one": tasks[1:], "two": tasks}.items():
+        assert eval_mmeb.main(command(golden_v2, folder, tmp_path / name, subsets=subsets)) == 0
+        counts[name] = read(tmp_path / name / "summary.json")["items"]
+    assert counts["one"] == counts["two"] == 8 + 14
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(2, []), (1, ["--dataloader_num_workers", "2"])])
+def test_ranks_and_workers_change_no_byte(
+    golden_v2: Path, folder: Path, tmp_path: Path, ranks: int, more: list[str]
+) -> None:
+    assert eval_mmeb.main(command(golden_v2, folder, tmp_path / "1", subsets=FEW)) == 0
+    run_python("eval_mmeb.py", *command(golden_v2, folder, tmp_path / "2", *more, subsets=FEW), ranks=ranks)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") != {}
+
+
+def test_groups_modalities_and_new_names_select_tasks() -> None:
+    assert len(MMEB_V2.expand(["all"], [])) == 78
+    assert [len(MMEB_V2.expand([name], [])) for name in ("image", "video", "visdoc")] == [36, 18, 24]
+    assert MMEB_V2.expand(["V-RET"], []) == ["DiDeMo", "MSR-VTT", "MSVD", "VATEX", "YouCook2"]
+    assert MMEB_V2.expand(["ViDoSeek-page-fixed", "ood"], []) == [
+        "ViDoSeek-page", "ViDoSeek-doc", "MMLongBench-page", "MMLongBench-doc",
+    ]  # fmt: skip
+    english = "ViDoRe_esg_reports_v2"
+    assert english not in MMEB_V2.expand(["visdoc"], []) and MMEB_V2.expand([english], []) == [english]
+    groups = {task.family for task in MMEB_V2.tasks if task.modality == "image"}
+    assert groups == {"I-CLS", "I-QA", "I-RET", "I-VG"}
+
+
+def test_the_published_scores_give_the_published_means() -> None:
+    scores = MMEB_V2.published()["VLM2Vec-V2.0-Qwen2VL-2B"]
+    means = MMEB_V2.family_means(scores)
+    assert [round(100 * means[name], 1) for name in ("image", "video", "visdoc", "overall")] == [64.9, 34.7, 68.6, 59.1]
+    assert len(scores) == 78 and of_source(None).name == "mmeb"
+
+
+def test_grades_are_paired_right_unless_the_reference_is_asked_for(
+    golden_v2: Path, folder: Path, tmp_path: Path
+) -> None:
+    task = "ViDoSeek-doc"
+    for pairing, value in (("right", 0.53805), ("reference", 0.51500)):
+        scores = read_scores(golden_v2, folder, tmp_path / pairing, [task], "--ndcg", pairing)
+        assert round(scores[task]["ndcg_linear@5"], 5) == value
+    assert eval_mmeb.main(command(golden_v2, folder, tmp_path / "right", "--ndcg", "reference", subsets=["MSVD"])) == 2
+
+
+def test_captions_of_one_image_collapse_as_in_the_reference_or_not(golden_v2: Path) -> None:
+    data = {"image_dir": str(golden_v2 / "data")}
+    by_path = load_task(str(golden_v2 / "hub"), "WebQA", **data)
+    by_pair = load_task(str(golden_v2 / "hub"), "WebQA", captions="pair", **data)
+    assert (len(by_path.candidates), len(by_pair.candidates)) == (14, 32)
+    assert all(len(query.labels) == 1 and query.labels[0] in by_pair.candidates for query in by_pair.queries)
+
+
+def test_target_prefixes_stand_before_texts_and_not_in_names(golden_v2: Path) -> None:
+    data = {"image_dir": str(golden_v2 / "data"), "prefix_targets": True}
+    dataset = load_task(str(golden_v2 / "hub"), "ImageNet-1K", **data)
+    assert dataset.candidates["piano"].text == "Represent the class label: piano"
+    pictures = load_task(str(golden_v2 / "hub"), "NIGHTS", **data)
+    assert not any("Represent the class" in (item.text or "") for item in pictures.candidates.values())
+
+
+def test_a_resolution_spares_questions_about_videos(
+    golden_v2: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--image_resolution", "low"]
+    tasks = ["MSR-VTT", "NExTQA"]
+    plain = read_scores(golden_v2, folder, tmp_path / "plain", tasks)
+    ignored = read_scores(golden_v2, folder, tmp_path / "ignored", tasks, *more)
+    assert "note: --image_resolution has no effect without --resize_use_processor False" in capsys.readouterr().out
+    low = read_scores(golden_v2, folder, tmp_path / "low", tasks, *more, "--resize_use_processor", "false")
+    assert plain == ignored
+    assert low["NExTQA"] == plain["NExTQA"] and low["MSR-VTT"] != plain["MSR-VTT"]
+    theirs = read(golden_v2 / "results" / "base_fp32_low128" / "MSR-VTT_score.json")
+    assert low["MSR-VTT"] == pytest.approx(theirs, abs=1e-9)
+
+
+def read_scores(golden: Path, model: Path, out: Path, tasks: list[str], *more: str) -> dict[str, Any]:
+    assert eval_mmeb.main(command(golden, model, out, *more, subsets=tasks)) == 0
+    return read(out / "summary.json")["metrics"]
+
+
+def test_the_other_layout_of_the_archives(golden_v2: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    frames = golden_v2 / "data" / "video-tasks" / "frames"
+    moved = data / "video-tasks" / "frames"
+    shutil.copytree(frames / "video_ret" / "MSVD", moved / "video_ret" / "data/ziyan/video_retrieval/MSVD/frames")
+    shutil.copytree(frames / "video_mret" / "Charades_STA", moved / "video_mret" / "Charades-STA")
+    shutil.copytree(frames / "video_qa" / "EgoSchema", moved / "video_qa" / "egoschema")
+    shutil.copytree(golden_v2 / "data" / "image-tasks", data / "image-tasks" / "MMEB")
+    for task in ("MSVD", "Charades-STA", "EgoSchema", "WebQA"):
+        usual = load_task(str(golden_v2 / "hub"), task, image_dir=str(golden_v2 / "data"))
+        other = load_task(str(golden_v2 / "hub"), task, image_dir=str(data))
+        assert len(usual) == len(other) and len(usual.candidates) == len(other.candidates)
+        assert [len(query.item.media) for query in usual.queries] == [len(query.item.media) for query in other.queries]
+
+
+def test_pages_come_from_files_or_from_the_table(golden_v2: Path, tmp_path: Path) -> None:
+    """The table gives the bytes that the reference writes, a JPEG at PIL's default quality where a name says so."""
+    for task in ("VisRAG_ChartQA", "VisRAG_SlideVQA"):
+        of_files = load_task(str(golden_v2 / "hub"), task, image_dir=str(golden_v2 / "data"))
+        of_table = load_task(str(golden_v2 / "hub"), task)
+        for name, item in of_files.candidates.items():
+            pixels = [np.asarray(one.images[0].open().convert("RGB")) for one in (item, of_table.candidates[name])]
+            assert np.array_equal(*pixels), name
+
+
+# What is wrong with data: each has one line, exit code 2, and a remedy.
+
+
+@pytest.fixture
+def data(golden_v2: Path, tmp_path: Path) -> Path:
+    """A copy to spoil, of four tasks."""
+    for name in ("hub/VLM2Vec", "hub/ziyjiang", "data/video-tasks/frames/video_ret", "data/image-tasks"):
+        shutil.copytree(golden_v2 / name, tmp_path / "copy" / name)
+    shutil.copytree(
+        golden_v2 / "data/video-tasks/frames/video_mret", tmp_path / "copy/data/video-tasks/frames/video_mret"
+    )
+    return tmp_path / "copy"
+
+
+def change(data: Path, table: str, edit: Callable[[list[dict]], Any]) -> None:
+    file = data / "hub" / "VLM2Vec" / table
+    stored = pq.read_table(file)
+    rows = stored.to_pylist()
+    edit(rows)
+    pq.write_table(pa.Table.from_pylist(rows), file)
+
+
+def without(key: str, value: Any) -> Callable[[list[dict]], None]:
+    def edit(rows: list[dict]) -> None:
+        rows[:] = [row for row in rows if row[key] != value]
+
+    return edit
+
+
+def put(row: int, **values: Any) -> Callable[[list[dict]], None]:
+    def edit(rows: list[dict]) -> None:
+        for number, record in enumerate(rows):
+            record.update(values if number == row else {key: type(v)(record[key]) for key, v in values.items()})
+
+    return edit
+
+
+PAGES = "ViDoSeek"
+BAD = {
+    "grade that is no number": (
+        "ViDoSeek-doc", lambda d: change(d, f"{PAGES}/qrels/test.parquet", put(2, score="two")),
+        "VLM2Vec/ViDoSeek/qrels row 0: score",
+    ),
+    "grade that is not finite": (
+        "ViDoSeek-doc", lambda d: change(d, f"{PAGES}/qrels/test.parquet", put(2, score=float("nan"))),
+        "VLM2Vec/ViDoSeek/qrels row 2: score nan is not a number",
+    ),
+    "query without a page": (
+        "ViDoSeek-doc", lambda d: change(d, f"{PAGES}/qrels/test.parquet", without("query-id", 3)),
+        "ViDoSeek-doc query 3 has no page with a grade above 0",
+    ),
+    "page that is not in the corpus": (
+        "ViDoSeek-doc", lambda d: change(d, f"{PAGES}/corpus/test.parquet", without("corpus-id", 30)),
+        "page 30 is not in the corpus",
+    ),
+    "missing column": (
+        "MSVD", lambda d: change(d, "MSVD/test.parquet", lambda rows: [row.pop("caption") for row in rows]),
+        "VLM2Vec/MSVD split test: column(s) caption missing; found video_id, video",
+    ),
+    "missing table": ("MSVD", lambda d: shutil.rmtree(d / "hub/VLM2Vec/MSVD"), "no test*.parquet in"),
+    "missing frame folder": (
+        "MSVD", lambda d: shutil.rmtree(d / "data/video-tasks/frames/video_ret/MSVD/u2"),
+        "MSVD row 2: frame folder",
+    ),
+    "frame folder without frames": (
+        "MSVD", lambda d: [f.unlink() for f in (d / "data/video-tasks/frames/video_ret/MSVD/u2").iterdir()],
+        "holds no frames (.jpg, .jpeg, .png); restore it, or give --on_error skip",
+    ),
+    "missing archive": ("MSVD", lambda d: shutil.rmtree(d / "data/video-tasks"), "unpack the archive there"),
+    "moment without a positive": (
+        "QVHighlight",
+        lambda d: shutil.rmtree(d / "data/video-tasks/frames/video_mret/QVHighlight/m1/positive_0"),
+        "QVHighlight row 1: no folder of",
+    ),
+    "no right clip": (
+        "MomentSeeker", lambda d: change(d, "MomentSeeker/test.parquet", lambda r: r[1].update(positive_frames=[])),
+        "MomentSeeker row 1: no positive_frames",
+    ),
+    "answer that is no option": (
+        "NExTQA", lambda d: change(d, "NExTQA/MC/test.parquet", put(1, answer=7)),
+        "NExTQA row 1: answer 7 is none of 5 options",
+    ),
+    "classes without the right one": (
+        "SmthSmthV2", lambda d: change(d, "SmthSmthV2/test.parquet", lambda rows: rows[0].update(pos_text="nothing")),
+        "SmthSmthV2 row 0: neg_text lacks pos_text 'nothing'",
+    ),
+    "missing image": (
+        "OVEN", lambda d: (d / "data/image-tasks/shared/w2.jpg").unlink(),
+        "image 'shared/w2.jpg' is not in",
+    ),
+    "truncated image": (
+        "OVEN", lambda d: (d / "data/image-tasks/shared/w2.jpg").write_bytes(b"\xff\xd8"), "does not decode",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_one_line(
+    golden_v2: Path, data: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    task, spoil, message = BAD[case]
+    for name in ("video_qa", "video_cls"):
+        place = data / "data/video-tasks/frames" / name
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(golden_v2 / "data/video-tasks/frames" / name)
+    spoil(data)
+    assert eval_mmeb.main(command(data, folder, tmp_path / "out", subsets=[task])) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "subsets", "message"),
+    [
+        ([], ["Nothing"], "MMEB-V2 has no task 'Nothing'; choose names, groups, image, video, visdoc or all"),
+        (["--data_basedir", "/nowhere"], ["MSVD"], "--data_basedir /nowhere does not exist"),
+        (["--dataset_name", "/nowhere"], ["MSVD"], "--dataset_name /nowhere is no folder"),
+        (["--harness", "qwen3_vl_embedding"], ["MSVD"], "use --harness vlm2vec, or give --prompt"),
+    ],
+)
+def test_mistakes_are_one_line(
+    golden_v2: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    more: list[str], subsets: list[str], message: str,
+) -> None:  # fmt: skip
+    assert eval_mmeb.main(command(golden_v2, folder, tmp_path / "out", *more, subsets=subsets)) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_flags_of_v2_are_refused_elsewhere(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        f"--model_name {folder} --benchmark emoji --subset_name all --encode_output_path {tmp_path} --harness vlm2vec"
+    )
+    assert eval_mmeb.main(words.split()) == 2
+    assert "--harness is for --benchmark mmeb_v2, not emoji" in capsys.readouterr().err
+
+
+def test_scores_of_another_program_are_never_taken(golden_v2: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "video").mkdir()
+    (tmp_path / "video" / "MSVD_score.json").write_text("{}")
+    assert eval_mmeb.main(command(golden_v2, folder, tmp_path, subsets=["MSVD"])) == 2
+
+
+def test_a_missing_folder_is_skipped_and_counted(data: Path, folder: Path, tmp_path: Path) -> None:
+    shutil.rmtree(data / "data/video-tasks/frames/video_ret/MSVD/u2")
+    more = ["--on_error", "skip"]
+    assert eval_mmeb.main(command(data, folder, tmp_path / "out", *more, subsets=["MSVD"])) == 0
+    score = read(tmp_path / "out" / "video" / "MSVD_score.json")
+    assert (score["num_data"], score["num_pred"], score["num_incomplete"]) == (6, 6, 6)
+    assert any("u2" in reason for reason in score["skipped"])
+    rows = [json.loads(line) for line in (tmp_path / "out/video/MSVD_pred.jsonl").read_text().splitlines()]
+    assert all(len(row["prediction"]) == 5 and "u2" not in row["prediction"] for row in rows)
+    assert np.load(tmp_path / "out" / "video" / "MSVD_values.npy")[2] == 0
+
+
+def test_a_query_that_cannot_be_read_is_wrong(data: Path, folder: Path, tmp_path: Path) -> None:
+    (data / "data/image-tasks/NIGHTS/n0.jpg").write_bytes(b"")
+    assert eval_mmeb.main(command(data, folder, tmp_path / "out", "--on_error", "skip", subsets=["NIGHTS"])) == 0
+    first = json.loads((tmp_path / "out/image/NIGHTS_pred.jsonl").read_text().splitlines()[0])
+    assert first["prediction"] == [] and np.load(tmp_path / "out/image/NIGHTS_values.npy")[0] == 0
+    assert read(tmp_path / "out/image/NIGHTS_score.json")["num_incomplete"] == 1
+
+
+@pytest.mark.parametrize("kept", [0, 60, 400])
+def test_a_truncated_frame_is_left_out_with_a_note(
+    data: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: int
+) -> None:
+    """Cut in its header or behind it: the others are the video."""
+    frames = sorted((data / "data/video-tasks/frames/video_ret/MSVD/u1").glob("*.jpg"))
+    broken = frames[3]
+    broken.write_bytes(broken.read_bytes()[:kept])
+    one = load_task(str(data / "hub"), "MSVD", image_dir=str(data / "data")).candidates["u1"]
+    assert str(broken) in [str(frame.source) for frame in one.videos[0].frames]
+    assert eval_mmeb.main(command(data, folder, tmp_path / "out", subsets=["MSVD"])) == 0
+    assert "1 of 8 frames of" in capsys.readouterr().err or kept < 400
+    from b3 import Embedder
+    from b3.data.items import Item, Video
+
+    model = Embedder.from_pretrained(folder, dtype="float32")
+    rest = tuple(frame for frame in one.videos[0].frames if str(frame.source) != str(broken))
+    vectors = model.encode([one, Item(one.text, media=(Video(rest),))])
+    assert np.abs(vectors[0] - vectors[1]).max() < 1e-6
+
+
+def test_a_page_above_the_pixel_limit(
+    golden_v2: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    monkeypatch.setattr("warnings.filters", [*__import__("warnings").filters])
+    task = ["MMLongBench-doc"]
+    assert eval_mmeb.main(command(golden_v2, folder, tmp_path / "fail", subsets=task)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: MMLongBench-doc candidate 10") and "is too large" in error
+    assert eval_mmeb.main(command(golden_v2, folder, tmp_path / "skip", "--on_error", "skip", subsets=task)) == 0
+    score = read(tmp_path / "skip" / "visdoc" / "MMLongBench-doc_score.json")
+    assert score["num_incomplete"] == score["num_data"] and any("too large" in why for why in score["skipped"].values())
+
+
+def test_of_two_pages_with_one_name_the_first_counts(data: Path, tmp_path: Path) -> None:
+    def png(colour: str) -> dict[str, Any]:
+        stream = io.BytesIO()
+        Image.new("RGB", (60, 80), colour).save(stream, "PNG")
+        return {"bytes": stream.getvalue(), "path": None}
+
+    def edit(rows: list[dict]) -> None:
+        rows[0]["image"] = png("red")
+        rows.append({**rows[0], "image": png("blue")})
+
+    change(data, "ViDoSeek/corpus/test.parquet", edit)
+    dataset = load_task(str(data / "hub"), "ViDoSeek-doc")
+    assert dataset.notes == ["pages of ViDoSeek-doc whose name occurred before; the first counts: 1"]
+    first = pq.read_table(data / "hub/VLM2Vec/ViDoSeek/corpus/test.parquet")["corpus-id"][0].as_py()
+    assert dataset.candidates[first].images[0].open().getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_an_unknown_task_is_named(golden_v2: Path) -> None:
+    with pytest.raises(DataError, match="split test: no"):
+        load_task(str(golden_v2 / "hub"), "Country211", image_dir=str(golden_v2 / "data"))
