@@ -29,13 +29,11 @@ from sentence_transformers.sentence_transformer.modules import Normalize
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from b3.data.items import Item, as_item
-from b3.data.prompts import PLACEHOLDER
 from b3.errors import InputError
+from b3.integrations.items import as_read
 from b3.model.batch import Batch, Processed, collate
 from b3.model.checkpoint import fetch
 from b3.model.embedder import Embedder
-from b3.model.prompts import Plain
 from b3.train.sampler import BatchPlanSampler as PlanSampler
 
 IMAGE_KINDS: list[Any] = ["text", "image", ("image", "text"), "message"]
@@ -53,9 +51,8 @@ def load(name: str | Path, device: str | None = None, **settings: Any) -> Senten
 class EmbedderModule(InputModule):
     """An `Embedder` as the first module of a `SentenceTransformer`: inputs to vectors that are not normalised yet.
 
-    Inputs are those of `b3.data.items.as_item`, and images. Under the rule `plain` an image without a place in its text
-    goes first, as in scripts/embed.py, and a prompt before the text (behind an image that stands first); under another
-    rule a prompt is the instruction. All parameters are trainable, and batches can be cut, hence cached losses work.
+    Inputs and prompts are read by `b3.integrations.items.as_read`. All parameters are trainable, and batches can be
+    cut, hence cached losses work.
     """
 
     def __init__(self, embedder: Embedder) -> None:
@@ -93,22 +90,7 @@ class EmbedderModule(InputModule):
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
         """Features of (B, L) padded rows, their media end to end. Raises `DataError` as `Embedder.encode`."""
         processor = self.embedder.processor
-        return padded([processor(self.item(one, prompt or "")) for one in inputs])
-
-    def item(self, value: Any, prompt: str = "") -> Item:
-        """An input as the model's prompt rule takes it."""
-        if hasattr(value, "convert") or isinstance(value, (bytes, Path)):  # an image
-            value = {"image": value}
-        item = as_item(value)
-        processor: Any = self.embedder.processor
-        rule = getattr(processor, "rule", None)
-        if rule is not None and type(rule) is not Plain:
-            return Item(item.text, media=item.media, instruction=item.instruction or prompt or None)
-        text, head = item.text or "", f"{PLACEHOLDER}\n"
-        if len(item.media) == 1 and item.images and PLACEHOLDER not in text and processor.image_token not in text:
-            text = head + text
-        start = head if text.startswith(head) else ""
-        return Item(start + prompt + text[len(start) :], media=item.media, instruction=item.instruction)
+        return padded([processor(as_read(self.embedder, one, prompt or "")) for one in inputs])
 
     def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
         """Add "sentence_embedding" (B, D) float32."""

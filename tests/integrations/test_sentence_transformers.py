@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from integrations.close import TOLERANCE, distance
 from PIL import Image
 from processes import run_python
 
@@ -25,14 +26,6 @@ from integrations.train_with_plan import plan  # noqa: E402
 from b3.integrations.sentence_transformers import BatchPlanSampler, EmbedderModule, load  # noqa: E402
 
 TEXTS = [" ".join(["a red disc number"] * (1 + i % 9)) + f" {i}" for i in range(30)]
-TOLERANCE = 1e-4
-
-
-def distance(theirs: np.ndarray, ours: np.ndarray) -> float:
-    """Largest difference; that of vectors which are off by 1 % in one direction is far above the tolerance."""
-    off = ours + 0.01 * np.roll(ours, 1, axis=1)
-    assert np.abs(theirs - off / np.linalg.norm(off, axis=1, keepdims=True)).max() > 10 * TOLERANCE
-    return float(np.abs(theirs - ours).max())
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
