@@ -85,11 +85,15 @@ class AdapterConfig(Section):
     )
 
 
+Format = Literal["mmeb", "triplets", "swift", "tevatron"]
+
+
 class DatasetConfig(Section):
     subset: str = Field(description="name of the subset: hub configuration, folder or file stem")
     family: Family = Field("retrieval", description="decides the rank window's default p")
     source: str | None = Field(None, description="overrides data.source")
     split: str | None = Field(None, description="overrides data.split")
+    format: Format | None = Field(None, description="overrides data.format")
     image_dir: str | None = Field(None, description="overrides data.image_dir")
     max_rows: int | None = Field(None, gt=1, description="use only the first rows")
     p: int | None = Field(None, ge=0, description="overrides mining.p for this data set")
@@ -105,6 +109,9 @@ class DatasetConfig(Section):
 class DataConfig(Section):
     source: str = Field(description="embedded:NAME, hub:OWNER/NAME, parquet:PATH or jsonl:PATH")
     split: str = Field("train", description="'original' or 'diverse_instruction' in MMEB-train")
+    format: Format = Field(
+        "mmeb", description="of the rows: mmeb, triplets (sentence-transformers), swift (ms-swift) or tevatron"
+    )
     image_dir: str | None = Field(None, description="folder (or .parquet) of the images; embedded data brings its own")
     prefix_targets: bool = Field(True, description="put the paper's prefixes before text-only targets")
     bad_images: Literal["fail", "replace"] = Field(

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config, DatasetConfig
+from b3.data.formats import to_pairs
 from b3.data.images import ImageRef, ImageStore
 from b3.data.items import Item
 from b3.data.prompts import PLACEHOLDER, target_prefix
@@ -159,8 +160,9 @@ def load_pairs(
     image_dir: str | None = None,
     prefix_targets: bool = True,
     max_rows: int | None = None,
+    form: str = "mmeb",
 ) -> PairDataset:
-    """Training pairs of one subset (MMEB-train schema).
+    """Training pairs of one subset.
 
     Args:
         source: source line, see `b3.data.tables`.
@@ -169,11 +171,12 @@ def load_pairs(
         image_dir: folder or `.parquet` file of images; not needed for embedded data.
         prefix_targets: put the subset's prefix of `b3.data.prompts` before text-only targets.
         max_rows: keep the first rows only.
+        form: of the rows, one of `b3.data.formats.FORMATS`.
 
     Raises:
         DataError: nothing found, a column is missing, or a row has neither text nor image.
     """
-    table, store = _load(source, subset, split, PAIR_COLUMNS, check_pairs, image_dir, max_rows)
+    table, store = _load(source, subset, split, PAIR_COLUMNS, check_pairs, image_dir, max_rows, form)
     return PairDataset(subset, table, store, family, target_prefix(subset) if prefix_targets else "")
 
 
@@ -199,10 +202,12 @@ def _load(
     check: Callable[[pa.Table, str], None],
     image_dir: str | None,
     max_rows: int | None,
+    form: str = "mmeb",
 ) -> tuple[pa.Table, ImageStore | None]:
     """The first rows of a subset, checked, and the store of their images."""
     where = f"{source} subset {subset} split {split}"
-    table = check_rows(load_table(source, subset, split), columns, where).slice(0, max_rows)
+    rows = to_pairs(load_table(source, subset, split), form, where)
+    table = check_rows(rows, columns, where).slice(0, max_rows)
     check(table, where)
     paths = tuple(name for name in columns if name.endswith("_path"))
     return table, image_store(table, paths, image_dir or default_image_dir(source), where)
@@ -219,6 +224,7 @@ def load_dataset(config: Config, entry: DatasetConfig) -> PairDataset:
         image_dir=entry.image_dir or data.image_dir,
         prefix_targets=data.prefix_targets,
         max_rows=entry.max_rows,
+        form=entry.format or data.format,
     )
 
 

@@ -1,0 +1,124 @@
+"""Rows of other programs as pairs; an error shows what a row looks like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import tiny
+
+from b3.config import load_config
+from b3.config.schema import Format
+from b3.data.datasets import load_datasets, load_pairs
+from b3.data.formats import EXAMPLES, FORMATS
+from b3.errors import DataError
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, colour in (("a.jpg", "red"), ("b.jpg", "blue")):
+        (folder / name).write_bytes(tiny.image(colour, "disc", 1))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"jsonl:{folder / 'rows.jsonl'}"
+
+
+def load(folder: Path, form: str, rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    data = load_pairs(write(folder, rows), "rows", image_dir=str(folder), form=form)
+    shown = []
+    for row in range(len(data)):
+        items = [data.query(row), data.target(row), *data.negatives(row)]
+        for item in items:
+            item.open_image()
+        shown.append(tuple((item.text, item.images[0].name if item.images else None) for item in items))
+    return shown
+
+
+def test_the_recipe_knows_the_formats() -> None:
+    assert get_args(Format) == FORMATS == tuple(EXAMPLES)
+
+
+EXPECTED = {
+    "mmeb": [(("<|image_1|>\nWhat is it?", "a.jpg"), ("a cat", None))],
+    "triplets": [(("a cat", None), ("a small cat", None), ("a dog", None), ("a car", None))],
+    "swift": [(("<|image_1|>\nWhat is it?", "a.jpg"), ("a cat", None), ("<|image_1|>\na dog", "b.jpg"))],
+    "tevatron": [(("a cat", None), ("Cats A small cat.", None), ("Dogs A dog.", None))],
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_row_that_errors_show_is_read(tmp_path: Path, form: str) -> None:
+    assert load(tmp_path, form, EXAMPLES[form]) == EXPECTED[form]
+
+
+def test_negatives_may_be_a_list_or_absent(tmp_path: Path) -> None:
+    rows = [
+        {"question": "q", "answer": "a", "negatives": ["x", "y"]},
+        {"question": "r", "answer": "b", "negatives": []},
+    ]
+    texts = [tuple(text for text, _ in row) for row in load(tmp_path, "triplets", rows)]
+    assert texts == [("q", "a", "x", "y"), ("r", "b")]
+    assert [len(row) for row in load(tmp_path, "triplets", [{"anchor": "q", "positive": "a"}])] == [2]
+
+
+def test_several_positives_are_several_rows(tmp_path: Path) -> None:
+    passages = [{"docid": "1", "text": "a"}, {"docid": "2", "text": "b"}]
+    rows = load(tmp_path, "tevatron", [{"query": "q", "positive_passages": passages, "negative_passages": ["c"]}])
+    assert rows == [(("q", None), (text, None), ("c", None)) for text in "ab"]
+
+
+def test_a_system_message_goes_before_the_users(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Find it."}, {"role": "user", "content": "<image>this"}]
+    row = {"messages": messages, "images": ["a.jpg"], "positive_messages": [[{"role": "user", "content": "b"}]]}
+    assert load(tmp_path, "swift", [row])[0][0] == ("Find it. <|image_1|>\nthis", "a.jpg")
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "message"),
+    [
+        ("triplets", {"anchor": "a", "positive": "b", "label": 0.3}, "a column 'label' makes pairs of any degree"),
+        ("triplets", {"anchor": "a", "positive": 3}, "'positive' is int, a text is needed"),
+        ("triplets", {"anchor": "a"}, "an anchor and a positive are needed"),
+        ("swift", {"query": "a"}, "no key 'messages'"),
+        ("swift", {"messages": user("a")}, "no positive_messages"),
+        (
+            "swift",
+            {"messages": user("<image>"), "positive_messages": [user("b")]},
+            "1 <image> in the text and 0 images",
+        ),
+        ("swift", {"messages": user("a"), "positive_messages": [user("b")], "label": 0}, "label 0 makes no positive"),
+        ("swift", {"messages": user("a"), "positive_messages": [user("b")], "videos": ["v.mp4"]}, "'videos' is not"),
+        ("swift", {"messages": [{"role": "assistant", "content": "a"}], "positive_messages": []}, "role 'assistant'"),
+        ("tevatron", {"query": "a", "positive_document_ids": ["1"]}, "positive_document_ids point into a corpus"),
+        ("tevatron", {"query": "a", "positive_passages": []}, "no positive_passages"),
+        ("tevatron", {"query": "a", "positive_passages": [{"docid": "1"}]}, "no key 'text'"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named_with_one_that_does(
+    tmp_path: Path, form: str, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        load(tmp_path, form, [row])
+    assert f"row 0: {message}" in str(caught.value)
+    assert str(caught.value).endswith(f"a row of format {form}: {json.dumps(EXAMPLES[form][0], ensure_ascii=False)}")
+
+
+def test_a_recipe_reads_them(tmp_path: Path) -> None:
+    source = write(tmp_path / "x", EXAMPLES["triplets"] * 3)
+    data = {"source": source, "format": "triplets", "image_dir": None, "datasets": [{"subset": "rows"}]}
+    (dataset,) = load_datasets(load_config(tiny.write_recipe(tmp_path, data=data)))
+    assert len(dataset) == 3 and dataset.target(0).text == "a small cat" and dataset.has_negatives
+    data |= {"format": "mmeb", "datasets": [{"subset": "rows", "format": "triplets"}]}
+    (other,) = load_datasets(load_config(tiny.write_recipe(tmp_path, data=data)))
+    assert other.fingerprint() == dataset.fingerprint()
+
+
+def test_the_page_shows_the_rows_that_are_read() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    for form, rows in EXAMPLES.items():
+        assert f"`{form}`" in page and json.dumps(rows[0], ensure_ascii=False) in page
