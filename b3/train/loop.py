@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from b3.model.embedder import Embedder
 from b3.model.encode import Encoder
 from b3.model.workers import run_ahead
 from b3.train import checkpoint as checkpoints
+from b3.train import hardness
 from b3.train.bad_rows import BadRows, GuardedCollator, Replaced
 from b3.train.inputs import StepCollator, StepInputs
 from b3.train.losses.loss import Loss
@@ -113,6 +115,7 @@ class Trainer:
         train, evaluation = self.config.train, self.config.eval
         max_norm = train.max_grad_norm or float("inf")
         evaluate_every = evaluation.every if evaluation is not None else None
+        asked_at = hardness.asked_at(self.config)
         for step in range(self.done, train.steps):
             inputs = self.next_batch(batches)
             self.embedder.train()
@@ -130,6 +133,8 @@ class Trainer:
             is_stopped = self.request.agreed() and not is_last
             if self.done % train.log_every == 0:
                 self.log(norm, learning_rate)
+            if self.done == asked_at:
+                self.ask_hardness()
             if evaluate_every is not None and (is_last or self.done % evaluate_every == 0):
                 self.evaluate()
             if is_last or is_stopped or self.done % train.save_every == 0:
@@ -223,6 +228,19 @@ class Trainer:
         self.bar.show(summary)
         self.trackers.log("train", line, self.done)
 
+    def ask_hardness(self) -> None:
+        """Say whether mined batches are too hard for the student as it is; a collective call."""
+        started = time.perf_counter()
+        with undisturbed(self.embedder, self.config.train.bf16):
+            encoder = Encoder(self.embedder, workers=self.config.train.workers, on_error="skip")
+            found = hardness.measure(self.config, self.collator.datasets, self.sampler, self.done, encoder)
+        self.window.started += time.perf_counter() - started  # not the time of steps
+        if self.is_first:
+            line = {"step": self.done, "mined_precision": found.mined, "random_precision": found.random}
+            checkpoints.append_log(self.metrics, line)
+            if found.is_too_hard:
+                self.bar.note(found.advice(self.done))
+
     def evaluate(self) -> None:
         """Score the evaluation subsets with the weights as they are; all ranks share the work."""
         assert self.evaluator is not None
@@ -267,6 +285,15 @@ class Trainer:
         checkpoints.restore_random_state(checkpoint, distributed.rank())
 
 
+@contextmanager
+def undisturbed(embedder: Embedder, autocast: bool) -> Iterator[None]:
+    """Encode in the precision of training, and take nothing from its random state."""
+    device = embedder.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        yield
+
+
 class Evaluator:
     """Scores the recipe's `eval` section with the weights as they are; ranks share the encoding, all get the scores.
 
@@ -297,9 +324,7 @@ class Evaluator:
 
     def __call__(self) -> dict[str, float]:
         """Precision@1 by subset, and their `mean`. A collective call."""
-        device = self.embedder.device.type
         encoder = Encoder(self.embedder, workers=self.workers)
-        devices = [self.embedder.device] if device == "cuda" else []
-        with torch.random.fork_rng(devices), torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+        with undisturbed(self.embedder, self.autocast):
             scores = {d.name: float(evaluate_subset(d, encoder).precision) for d in self.datasets}
         return {**scores, "mean": sum(scores.values()) / len(scores)}

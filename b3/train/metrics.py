@@ -170,6 +170,10 @@ class ProgressBar:
         loss, precision, speed = (summary[k] for k in ("loss", "in_batch_precision", "pairs_per_second"))
         self.bar.set_postfix_str(f"loss={loss:.3f}, p@1={precision:.2f}, pairs/s={speed:.0f}", refresh=False)
 
+    def note(self, text: str) -> None:
+        """Put a line above the bar."""
+        self.bar.write(f"  {text}")
+
     def close(self) -> None:
         self.bar.close()
 
