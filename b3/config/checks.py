@@ -16,6 +16,16 @@ def check(config: Config) -> None:
             f"{train.teacher_keys[0]} needs the teacher's vectors of all targets, and there are none of those that"
             " negatives.source data brings; leave one out"
         )
+    closed = [entry.subset for entry in config.data.datasets if entry.closed]
+    if closed and config.negatives.source != "data":
+        raise ConfigError(
+            f"data set {closed[0]} is closed: its rows' only negatives are those that they bring; set"
+            " negatives.source=data and negatives.per_query"
+        )
+    if isinstance(train.temperature, dict):
+        lacking = sorted({entry.family for entry in config.data.datasets} - set(train.temperature))
+        if lacking:
+            raise ConfigError(f"train.temperature has none for family {lacking[0]}, which a data set has; add it")
     if model.train == "full" and model.shard:
         raise ConfigError("model.shard spreads frozen weights, and model.train full has none; leave one out")
     low, high = model.min_pixels, model.max_pixels

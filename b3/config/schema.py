@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from b3.config.section import Section, entry
-from b3.config.training import TrainConfig
+from b3.config.training import Family, TrainConfig
 
-Family = Literal["retrieval", "classification", "vqa", "grounding"]
 Count = Annotated[int, Field(strict=True, ge=0)]
 Positive = Annotated[int, Field(strict=True, ge=1)]
 
@@ -103,6 +102,11 @@ class DatasetConfig(Section):
         gt=0,
         allow_inf_nan=False,
         description="its rows are seen this many times as often as with 1; at most 1: no row twice in an epoch",
+    )
+    closed: bool = Field(
+        False,
+        description="a row's only negatives are its own (neg_text), as the options of a question; other rows' targets"
+        " are none. Needs negatives.source data",
     )
 
 

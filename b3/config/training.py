@@ -8,6 +8,10 @@ from pydantic import Field, model_validator
 
 from b3.config.section import Section, entry
 
+Family = Literal["retrieval", "classification", "vqa", "grounding"]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Direction = Literal["qt", "qq", "tt", "tq"]
+
 
 class DistillConfig(Section):
     weight: float = Field(
@@ -24,9 +28,16 @@ class TrainConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="not of norms, biases and a learned temperature")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0: none")
     loss: Annotated[str, entry("loss")] = Field("info_nce", description="an entry of b3.registry.LOSSES")
-    temperature: float = Field(0.02, gt=0, description="of InfoNCE")
+    temperature: Temperature | dict[Family, Temperature] = Field(
+        0.02, description="of InfoNCE; a number, or one for each family of the data sets"
+    )
     learn_temperature: bool = Field(False, description="train log(1 / temperature), as CLIP; needs temperature >= 0.01")
     symmetric: bool = Field(False, description="mean of query to target and target to query, as CLIP")
+    directions: list[Direction] = Field(
+        ["qt"],
+        description="what stands in the sum of a query's loss: qt, targets; qq, its cosines with other queries; tt,"
+        " those of its target with other targets; tq, those of its target with queries. GTE: all four",
+    )
     mask_margin: float | None = Field(
         None,
         ge=0,
@@ -92,7 +103,17 @@ class TrainConfig(Section):
     def _consistent(self) -> TrainConfig:
         if self.warmup_steps > self.steps:
             raise ValueError(f"train.warmup_steps {self.warmup_steps} exceeds train.steps {self.steps}")
-        if self.learn_temperature and self.temperature < 0.01:
+        if "qt" not in self.directions or len(set(self.directions)) != len(self.directions):
+            raise ValueError(f"train.directions {self.directions} must hold qt, and each direction once")
+        if self.symmetric and self.directions != ["qt"]:
+            raise ValueError(
+                "train.symmetric takes the mean of two sums and train.directions one sum of all; leave one out"
+            )
+        if self.learn_temperature and not isinstance(self.temperature, float):
+            raise ValueError(
+                "train.learn_temperature learns one number, not one per family; give train.temperature one"
+            )
+        if self.learn_temperature and self.temperature < 0.01:  # type: ignore[operator]
             raise ValueError(
                 f"train.temperature {self.temperature} is below 0.01, the least that train.learn_temperature allows"
             )

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from b3.config import Config, DatasetConfig
 from b3.data.formats import to_pairs
-from b3.data.images import ImageRef, ImageStore
-from b3.data.items import Item
+from b3.data.images import FolderImages, ImageRef, ImageStore
+from b3.data.items import Item, Medium, Still, Video, video_at
 from b3.data.prompts import PLACEHOLDER, target_prefix
 from b3.data.tables import (
     EVAL_COLUMNS,
@@ -25,7 +27,9 @@ from b3.data.tables import (
     default_image_dir,
     image_store,
     load_table,
+    parts_of,
 )
+from b3.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,11 +38,16 @@ if TYPE_CHECKING:
 class PairDataset:
     """Training pairs of one data set: `query(i)`, `target(i)` and `negatives(i)` for row i.
 
+    A row of the table with several positives gives as many pairs, one after the other.
+
     Args:
         name: name of the subset, used in messages, plans and reports.
-        table: columns `qry`, `qry_image_path`, `pos_text`, `pos_image_path` and optionally `neg_text`,
-            `neg_image_path` (a string or a list of strings each), '' meaning none: the MMEB-train schema.
-        images: store of the image paths, or None when no row has an image.
+        table: the MMEB-train schema: columns `qry`, `qry_image_path`, `pos_text`, `pos_image_path` and optionally
+            `neg_text`, `neg_image_path`, '' meaning none. A path may be a list, several images of one item; a list in
+            `pos_text` or `neg_text` is several items, and the paths are lists of as many. Optional beside these:
+            `qry_video_path`, `pos_video_path`, `neg_video_path` (a folder of frames, a file, or a list of frames) and
+            `qry_instruction`, `pos_instruction` (of targets and negatives).
+        images: store of the paths, or None when no row has any.
         family: "classification", "vqa", "retrieval" or "grounding".
         target_prefix: put before text-only targets and negatives.
     """
@@ -57,24 +66,54 @@ class PairDataset:
         self.target_prefix = target_prefix
         self._columns = {column: table.column(column).combine_chunks() for column in table.column_names}
         self._num_rows = table.num_rows
+        self._pairs = _pairs_of(self._columns["pos_text"])
 
     def __len__(self) -> int:
-        return self._num_rows
+        return self._num_rows if self._pairs is None else len(self._pairs)
 
-    def _value(self, column: str, row: int) -> Any:
-        return self._columns[column][row].as_py()
+    def place(self, row: int) -> tuple[int, int]:
+        """(row of the table, which of its positives) of a pair."""
+        return (row, 0) if self._pairs is None else (int(self._pairs[row, 0]), int(self._pairs[row, 1]))
+
+    def where(self, row: int) -> str:
+        """The name of a pair in messages."""
+        number, positive = self.place(row)
+        return f"row {number}" if self._pairs is None else f"row {number}, positive {positive}"
+
+    def _cells(self, row: int, *columns: str) -> list[Any]:
+        """Values of a row of the table; None where there is no such column."""
+        return [self._columns[name][row].as_py() if name in self._columns else None for name in columns]
 
     def column(self, name: str) -> list[Any]:
-        """A column as stored, without prefix."""
+        """A column as stored, without prefix; with several positives in a row, a value for each pair."""
         values: list[Any] = self._columns[name].to_pylist()
-        return values
+        if self._pairs is None:
+            return values
+        own = name.startswith("pos_") and name != "pos_instruction"
+        return [values[r][k] if own and isinstance(values[r], list) else values[r] for r, k in self._pairs.tolist()]
+
+    def _side(self, row: int, side: str, text: str, instruction: str, prefix: str = "") -> list[Item]:
+        """Items of one side of a row of the table. Raises `DataError` naming the row for a video that is not there."""
+        *cells, asked = self._cells(row, text, f"{side}_image_path", f"{side}_video_path", instruction)
+        try:
+            return [_item(self.images, *part, prefix=prefix, instruction=asked) for part in parts_of(*cells)]
+        except DataError as error:
+            raise DataError(f"{self.name} row {row}: {error}") from None
 
     def query(self, row: int) -> Item:
-        return _item(self.images, self._value("qry", row), self._value("qry_image_path", row))
+        return self._side(self.place(row)[0], "qry", "qry", "qry_instruction")[0]
 
     def target(self, row: int) -> Item:
-        text, path = self._value("pos_text", row), self._value("pos_image_path", row)
-        return _item(self.images, text, path, self.target_prefix)
+        return self.positives(row)[self.place(row)[1]]
+
+    def positives(self, row: int) -> list[Item]:
+        """All targets that the data call right for the query of a pair, its own among them."""
+        return self._side(self.place(row)[0], "pos", "pos_text", "pos_instruction", self.target_prefix)
+
+    @property
+    def most_positives(self) -> int:
+        """Positives of the row that has most."""
+        return 1 if self._pairs is None else int(self._pairs[:, 1].max()) + 1
 
     @property
     def has_negatives(self) -> bool:
@@ -85,15 +124,14 @@ class PairDataset:
         """Negatives stored in the data row (not the mined ones); empty texts without image are left out."""
         if not self.has_negatives:
             return []
-        texts, paths = self._value("neg_text", row), self._value("neg_image_path", row)
-        pairs = zip(texts, paths, strict=True) if isinstance(texts, list) else [(texts, paths)]
-        return [_item(self.images, text, path, self.target_prefix) for text, path in pairs if text or path]
+        items = self._side(self.place(row)[0], "neg", "neg_text", "pos_instruction", self.target_prefix)
+        return [item for item in items if item.media or item.text != self.target_prefix]
 
     def __iter__(self) -> Iterator[tuple[Item, Item]]:
         return ((self.query(row), self.target(row)) for row in range(len(self)))
 
     def fingerprint(self) -> str:
-        """SHA-256 over all rows in order (texts and image paths, prefix included); equal data, equal fingerprint."""
+        """SHA-256 over all rows in order (texts and paths, prefix included); equal data, equal fingerprint."""
         return self._fingerprint
 
     @cached_property  # a run asks for it several times, and it reads every row
@@ -102,9 +140,27 @@ class PairDataset:
         for column in sorted(self._columns):
             digest.update(column.encode())
             for value in self._columns[column].to_pylist():
-                text = value if isinstance(value, str) else "\x1e".join(v or "" for v in value or ())
-                digest.update(text.encode() + b"\0")
+                digest.update(_joined(value).encode() + b"\0")
         return digest.hexdigest()
+
+
+def _pairs_of(texts: pa.Array) -> np.ndarray | None:
+    """(pairs, 2) int64, row of the table and number of the positive; None if each row has one."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not (pa.types.is_list(texts.type) or pa.types.is_large_list(texts.type)):
+        return None
+    counts = pc.fill_null(pc.list_value_length(texts), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    return np.stack([rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]], axis=1)
+
+
+def _joined(value: Any) -> str:
+    """A cell as one text: elements of lists, and of lists in them, apart by a character of their own."""
+    if isinstance(value, list):
+        return "\x1e".join("\x1d".join(v or "" for v in one) if isinstance(one, list) else one or "" for one in value)
+    return value or ""
 
 
 class EvalDataset:
@@ -132,7 +188,7 @@ class EvalDataset:
 
     def query(self, row: int) -> Item:
         record = self._rows[row]
-        return _item(self.images, record["qry_text"], record["qry_img_path"])
+        return _item(self.images, record["qry_text"], _named(record["qry_img_path"]))
 
     def raw_candidates(self, row: int) -> list[tuple[str, str]]:
         """(text, image path) of each candidate as stored, without prefix."""
@@ -140,15 +196,42 @@ class EvalDataset:
         return [(t or "", p or "") for t, p in zip(record["tgt_text"], record["tgt_img_path"], strict=True)]
 
     def candidates(self, row: int) -> list[Item]:
-        return [_item(self.images, self.target_prefix + text, path) for text, path in self.raw_candidates(row)]
+        prefixed = [(self.target_prefix + text, path) for text, path in self.raw_candidates(row)]
+        return [_item(self.images, text, _named(path)) for text, path in prefixed]
 
 
-def _item(images: ImageStore | None, text: str | None, path: str | None, prefix: str = "") -> Item:
-    """`prefix` goes before a text without image."""
-    if not path:
-        return Item(prefix + (text or ""))
-    assert images is not None, "rows with image paths have an image store"
-    return Item(text or "", ImageRef(images, path))
+def _named(path: str | None) -> list[str]:
+    return [path] if path else []
+
+
+def _item(
+    images: ImageStore | None,
+    text: str | None,
+    paths: list[str],
+    video: str | list[str] | None = None,
+    prefix: str = "",
+    instruction: str | None = None,
+) -> Item:
+    """`prefix` goes before a text without media. Raises `DataError` for a video that is not there."""
+    if not paths and not video:
+        return Item(prefix + (text or ""), instruction=instruction or None)
+    assert images is not None, "rows with paths have an image store"
+    media: list[Medium] = [Still(ImageRef(images, path)) for path in paths]
+    if isinstance(video, str):
+        media.append(_video(images, video))
+    elif video:
+        media.append(Video(tuple(Still(ImageRef(images, path)) for path in video)))
+    return Item(text or "", media=tuple(media), instruction=instruction or None)
+
+
+def _video(images: ImageStore, path: str) -> Video:
+    """The folder of frames, or the file, at a path of a store."""
+    if not isinstance(images, FolderImages):
+        raise DataError(
+            f"video '{path}' is a folder or a file, and {images.location} holds images alone; list the frames, or give"
+            " a folder as image_dir"
+        )
+    return video_at(images.file(path))
 
 
 def load_pairs(
@@ -209,7 +292,7 @@ def _load(
     rows = to_pairs(load_table(source, subset, split), form, where)
     table = check_rows(rows, columns, where).slice(0, max_rows)
     check(table, where)
-    paths = tuple(name for name in columns if name.endswith("_path"))
+    paths = tuple(name for name in table.column_names if name.endswith("_path"))
     return table, image_store(table, paths, image_dir or default_image_dir(source), where)
 
 

@@ -39,10 +39,15 @@ class FolderImages:
         self.root = Path(root)
         self.location = str(root)
 
-    def read(self, path: str) -> bytes:
+    def file(self, path: str) -> Path:
+        """The whole path. Raises `DataError` if it leaves the folder."""
         full = (self.root / path).resolve()
         if not full.is_relative_to(self.root.resolve()):
             raise DataError(f"image path '{path}' leaves the image directory {self.root}; correct the row")
+        return full
+
+    def read(self, path: str) -> bytes:
+        full = self.file(path)
         try:
             return full.read_bytes()
         except FileNotFoundError:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PAIR_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
+MORE_COLUMNS = ("qry_video_path", "pos_video_path", "neg_video_path", "qry_instruction", "pos_instruction")
 EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 SOURCE_KINDS = ("embedded", "hub", "parquet", "jsonl")
 
@@ -130,9 +131,10 @@ def check_rows(table: pa.Table, columns: tuple[str, ...], where: str) -> pa.Tabl
             f" expected {', '.join(columns)}"
         )
     if columns is PAIR_COLUMNS:
-        columns = columns + tuple(c for c in NEGATIVE_COLUMNS if c in table.column_names)
-        if len(columns) == len(PAIR_COLUMNS) + 1:
-            raise DataError(f"{where}: neg_text and neg_image_path go together; found only {columns[-1]}")
+        present = tuple(c for c in NEGATIVE_COLUMNS if c in table.column_names)
+        if len(present) == 1:
+            raise DataError(f"{where}: neg_text and neg_image_path go together; found only {present[0]}")
+        columns = columns + present + tuple(c for c in MORE_COLUMNS if c in table.column_names)
     table = table.select(columns)
     for index, name in enumerate(table.column_names):
         column = table.column(name)
@@ -149,14 +151,67 @@ def check_rows(table: pa.Table, columns: tuple[str, ...], where: str) -> pa.Tabl
 
 
 def check_pairs(table: pa.Table, where: str) -> None:
-    """Raise `DataError` naming the first row with a query or target that has neither text nor image."""
+    """Raise `DataError` naming the first row with a side that is empty, or whose lists do not fit each other."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    for side, text, path in (("query", "qry", "qry_image_path"), ("target", "pos_text", "pos_image_path")):
-        empty = pc.and_(pc.equal(pc.utf8_trim_whitespace(table[text]), ""), pc.equal(table[path], ""))
-        row = pc.index(empty, True).as_py()
-        if row >= 0:
-            raise DataError(f"{where}: row {row}: the {side} has neither text nor image ({text}, {path}); drop the row")
+    for side, text, path, video in SIDES:
+        if text not in table.column_names:
+            continue
+        if video in table.column_names or not all(pa.types.is_large_string(table[c].type) for c in (text, path)):
+            _check_lists(table, side, where)
+        elif side != "negative":
+            empty = pc.and_(pc.equal(pc.utf8_trim_whitespace(table[text]), ""), pc.equal(table[path], ""))
+            row = pc.index(empty, True).as_py()
+            if row >= 0:
+                raise DataError(
+                    f"{where}: row {row}: the {side} has neither text nor image ({text}, {path}); drop the row"
+                )
+
+
+SIDES = tuple(  # name of each side, and its columns of texts, images and videos
+    (side, *columns, columns[1].replace("image", "video"))
+    for side, columns in (("query", PAIR_COLUMNS[:2]), ("target", PAIR_COLUMNS[2:]), ("negative", NEGATIVE_COLUMNS))
+)
+
+
+def parts_of(text: Any, images: Any, videos: Any = None) -> list[tuple[str, list[str], Any]]:
+    """(text, image paths, video) of each item of a cell: one where the text is a string, else one per text.
+
+    images: of one item a path or a list of paths, '' for none; of several items a list of these. videos: as images,
+    where a list of paths is the frames of one video. Raises `DataError` for lists of different lengths.
+    """
+    if not isinstance(text, list):
+        text, images, videos = [text], [images], [videos]
+    images, videos = (
+        [None] * len(text) if v is None or v == "" else v if isinstance(v, list) else [v] for v in (images, videos)
+    )
+    if not len(text) == len(images) == len(videos):
+        counts = f"{len(text)} texts, {len(images)} image paths" + f", {len(videos)} videos" * (
+            videos != [None] * len(text)
+        )
+        raise DataError(f"{counts}; as many of each are needed")
+    named = [[name for name in (v if isinstance(v, list) else [v]) if name] for v in images]
+    return list(zip([one or "" for one in text], named, [v or None for v in videos], strict=True))
+
+
+def _check_lists(table: pa.Table, side: str, where: str) -> None:
+    """As `check_pairs`, of a side with lists or videos."""
+    names = next(entry[1:] for entry in SIDES if entry[0] == side)
+    if "qry" in names and "list" in str(table["qry"].type):
+        raise DataError(f"{where}: column qry has type {table['qry'].type}; a row has one query, a text")
+    columns = [table[name].to_pylist() if name in table.column_names else [None] * table.num_rows for name in names]
+    for row, cells in enumerate(zip(*columns, strict=True)):
+        try:
+            parts = parts_of(*cells)
+        except DataError as error:
+            raise DataError(f"{where}: row {row}: the {side} has {error} ({', '.join(names[:2])})") from None
+        if side != "negative" and not all(
+            text.strip() or images or video for text, images, video in parts or [("", [], None)]
+        ):
+            raise DataError(
+                f"{where}: row {row}: the {side} has neither text nor image ({names[0]}, {names[1]}); drop the row"
+            )
 
 
 def check_eval(table: pa.Table, where: str) -> None:
@@ -185,8 +240,10 @@ def image_store(table: pa.Table, columns: tuple[str, ...], image_dir: str | None
         return open_store(image_dir)
     for name in columns:
         column = table[name]
-        if not pa.types.is_large_string(column.type):
+        while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
             column = pc.list_flatten(column)
+        if pa.types.is_null(column.type):
+            continue
         if pc.any(pc.not_equal(pc.fill_null(column, ""), "")).as_py():
             raise DataError(f"{where}: rows have image paths ({name}); give image_dir, the folder of the images")
     return None

@@ -66,11 +66,14 @@ class GuardedCollator:
 
     def describe(self, rows: list[StepRow]) -> str:
         """Which rows a batch reads, for errors."""
-        names = [f"{self._name(dataset)} row {row}" for dataset, row in rows[:5]]
+        names = [f"{self._name(dataset)} {self._row(dataset, row)}" for dataset, row in rows[:5]]
         return f"{len(rows)} rows: {', '.join(names)}" + (", ..." if len(rows) > 5 else "")
 
     def _name(self, dataset: int) -> str:
         return self.collator.datasets[dataset].name
+
+    def _row(self, dataset: int, row: int) -> str:
+        return self.collator.datasets[dataset].where(row)
 
     def _problem(self, dataset: int, row: int) -> str | None:
         """Why a row cannot be used, or None. Raises `DataError` if that is not to be replaced."""
@@ -81,9 +84,9 @@ class GuardedCollator:
             try:
                 self.collator.processor(item)
             except DataError as error:
-                if not self.replace or item.image is None:
-                    remedy = "" if item.image is None else ", or set data.bad_images: replace"
-                    raise DataError(f"{self._name(dataset)} row {row}: {error}{remedy}") from None
+                if not self.replace or not item.media:
+                    remedy = ", or set data.bad_images: replace" if item.media else ""
+                    raise DataError(f"{self._name(dataset)} {self._row(dataset, row)}: {error}{remedy}") from None
                 return str(error)
         return None
 

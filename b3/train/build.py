@@ -23,13 +23,32 @@ if TYPE_CHECKING:
 
 
 def check_stored_negatives(config: Config, datasets: list[PairDataset]) -> None:
-    """Raise `RunError` naming a data set whose rows bring no negatives along although the recipe trains with them."""
-    for dataset in datasets:
+    """Raise `RunError` naming a data set whose rows bring no negatives along although the recipe trains with them.
+
+    And one with a closed set of options some of which would be left out.
+    """
+    for entry, dataset in zip(config.data.datasets, datasets, strict=True):
         if config.negatives.source == "data" and not dataset.has_negatives:
             raise RunError(
                 f"negatives.source data: {dataset.name} has no columns neg_text and neg_image_path; add them, or mine"
                 " hard negatives with negatives.source mined"
             )
+        if entry.closed:
+            counts = [len(dataset.negatives(row)) for row in range(len(dataset))]
+            most, least = (
+                max(range(len(counts)), key=counts.__getitem__),
+                min(range(len(counts)), key=counts.__getitem__),
+            )
+            if counts[most] > config.negatives.per_query:
+                raise RunError(
+                    f"{dataset.name} is closed and its {dataset.where(most)} brings {counts[most]} other options;"
+                    f" raise negatives.per_query, which is {config.negatives.per_query}"
+                )
+            if not counts[least]:
+                raise RunError(
+                    f"{dataset.name} is closed and its {dataset.where(least)} brings no other option, so that it would"
+                    " teach nothing; drop the row"
+                )
 
 
 def load_plans(config: Config, datasets: list[PairDataset]) -> list[BatchPlan]:
@@ -128,10 +147,22 @@ def build_trainer(
         h if config.negatives.source == "data" else 0,
         share_duplicates=share == "always" or (share == "auto" and not embedder.has_dropout),
         teachers=teachers,
+        **facts_of_data(config, datasets),
     )
     set_seed(config.seed)
     evaluator = Evaluator(config, embedder) if config.eval and config.eval.every else None
     return Trainer(embedder, loss, config, collator, sampler, request, evaluator)
+
+
+def facts_of_data(config: Config, datasets: list[PairDataset]) -> dict[str, Any]:
+    """What a collator says of each row beside its items: temperature, options, other positives."""
+    entries, temperature = config.data.datasets, config.train.temperature
+    most = max(dataset.most_positives for dataset in datasets)
+    return {
+        "temperatures": [temperature[entry.family] for entry in entries] if isinstance(temperature, dict) else None,
+        "closed": [entry.closed for entry in entries] if any(entry.closed for entry in entries) else None,
+        "num_known": most if most > 1 else 0,
+    }
 
 
 def at_lengths(loss: Loss, config: Config, embedder: Embedder) -> Matryoshka:

@@ -124,7 +124,9 @@ def _stand_ins(config: Config) -> list[dict[str, Any]]:
     if config.batch.policy == "b3_merged":  # merges classification sets, and one is no merger
         subsets["classification"].append(subsets["retrieval"].pop())
     return [
-        _small_entry(entry, subsets[entry.family].pop(0)) for entry in config.data.datasets if subsets[entry.family]
+        _small_entry(entry, subsets[entry.family].pop(0)) | {"closed": False}  # embedded rows bring no options
+        for entry in config.data.datasets
+        if subsets[entry.family]
     ]
 
 

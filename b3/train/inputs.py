@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,6 +76,8 @@ class StepInputs:
     query_ids: (b,) and target_ids: (b (1 + h),) int64, equal for equal items.
     valid: (b (1 + h),) bool, False for padding.
     teacher_queries: (b, D) and teacher_targets: (b (1 + h), D), a teacher's vectors of the same rows, or None.
+    temperatures: (b,) float64 of each row, known: (b, P) int64 ids of all targets that are right for a query, closed:
+        (b,) bool, rows whose only negatives are their own; or None.
     """
 
     input_ids: Tensor
@@ -91,6 +94,9 @@ class StepInputs:
     valid: Tensor
     teacher_queries: Tensor | None = None
     teacher_targets: Tensor | None = None
+    temperatures: Tensor | None = None
+    known: Tensor | None = None
+    closed: Tensor | None = None
 
     @property
     def num_items(self) -> int:
@@ -144,6 +150,9 @@ class StepCollator:
         stored_negatives: so many negatives of each row's own (`PairDataset.negatives`), in place of mined ones.
         share_duplicates: encode equal items of a rank once. With dropout they then share one random mask.
         teachers: per data set a teacher's (queries, targets), each (N, D) floats; None: no mask reads them.
+        temperatures: per data set, in place of the loss's own; None: that.
+        closed: per data set whether a row's only negatives are its own; None: of no data set.
+        num_known: positives of the row that has most, over all data sets; 0: every row has one.
     """
 
     datasets: list[PairDataset]
@@ -153,6 +162,9 @@ class StepCollator:
     stored_negatives: int = 0
     share_duplicates: bool = True
     teachers: list[tuple[np.ndarray, np.ndarray]] | None = None
+    temperatures: list[float] | None = None
+    closed: list[bool] | None = None
+    num_known: int = 0
 
     def __call__(self, rows: list[StepRow]) -> StepInputs:
         queries = [self.datasets[number].query(row) for number, row in rows]
@@ -178,7 +190,21 @@ class StepCollator:
             valid=torch.tensor([is_valid for _, is_valid in columns], dtype=torch.bool),
             teacher_queries=teacher_queries,
             teacher_targets=teacher_targets,
+            temperatures=_of_rows(self.temperatures, rows, torch.float64),
+            known=self._known(rows),
+            closed=_of_rows(self.closed, rows, torch.bool),
         )
+
+    def _known(self, rows: list[StepRow]) -> Tensor | None:
+        """(b, P) ids of the positives of each row, short rows filled up with the row's own target."""
+        if not self.num_known:
+            return None
+        table = []
+        for number, row in rows:
+            ids = [item_id(item) for item in self.datasets[number].positives(row)]
+            own = item_id(self.datasets[number].target(row))
+            table.append(ids + [own] * (self.num_known - len(ids)))
+        return torch.tensor(table, dtype=torch.int64)
 
     def negative_items(self, place: StepRow) -> list[Item | None]:
         """The h hard negatives of a row, None where there are fewer: stored with it, or of its plan."""
@@ -240,3 +266,8 @@ class StepCollator:
         grids = np.asarray([visual.grid for visual in visuals], dtype=np.int64)
         counts = [self.processor.num_features(visual.grid) for visual in visuals]
         return tokens, images_of, Images(torch.from_numpy(patches), grids, counts)
+
+
+def _of_rows(values: list[Any] | None, rows: list[StepRow], dtype: torch.dtype) -> Tensor | None:
+    """(b,) what is given per data set, of each row."""
+    return None if values is None else torch.tensor([values[number] for number, _ in rows], dtype=dtype)

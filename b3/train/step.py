@@ -36,6 +36,7 @@ REDUCE_ELEMENTS = 2**26  # gradients sent in one message
 VISION_CACHE_MIB = 4096
 READ_BY_LOSS = (
     "query_index", "target_index", "query_ids", "target_ids", "valid", "teacher_queries", "teacher_targets",
+    "temperatures", "known", "closed",
 )  # fmt: skip
 
 

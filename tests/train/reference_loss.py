@@ -12,9 +12,15 @@ from b3.train.inputs import StepInputs
 
 
 def reference_loss(queries: Tensor, targets: Tensor, facts: dict[str, Any], tau: Tensor, **options: Any) -> Tensor:
-    """Mean loss of a whole batch. `facts`: target_ids, query_ids, valid, teacher_queries, teacher_targets (lists)."""
+    """Mean loss of a whole batch. `facts`: target_ids, query_ids, valid, teacher_queries, teacher_targets (lists).
+
+    And, if there, known, closed and temperatures.
+    """
     n, stride = len(queries), len(targets) // len(queries)
-    forward = [_row(i, i * stride, queries[i], targets, facts, tau, stride, False, options) for i in range(n)]
+    forward = []
+    for i in range(n):
+        more = _beside(i, queries, targets, facts, tau, stride, options)
+        forward.append(_row(i, i * stride, queries[i], targets, facts, tau, stride, False, options, more))
     loss = sum(forward) / n
     if options.get("symmetric"):
         positives = targets[::stride]
@@ -28,8 +34,49 @@ def _cosine(a: Any, b: Any) -> float:
     return float(a @ b / (a.norm() * b.norm()))
 
 
-def _row(row: int, own: int, anchor: Tensor, columns: Tensor, facts: Any, tau: Tensor, stride: int, back: bool, o: Any):
-    terms, kept = [(anchor @ columns[own] / tau).exp()], [own]
+def _beside(i: int, queries: Tensor, targets: Tensor, facts: Any, tau: Tensor, stride: int, o: Any) -> list[Tensor]:
+    """What the directions qq, tt and tq add to the sum of pair i: exp(cosine / tau) of what is no false negative."""
+    mine, terms, closed, known = targets[i * stride], [], facts.get("closed"), facts.get("known")
+    tau = facts["temperatures"][i] if "temperatures" in facts else tau
+    if closed is not None and closed[i]:
+        return []
+    ids, asked = facts["target_ids"], facts["query_ids"]
+    limit = float((queries[i] @ mine).detach()) + (o["mask_margin"] if o.get("mask_margin") is not None else 9.0)
+    tq, tt = facts["teacher_queries"], facts["teacher_targets"]
+    most = 9.0
+    if o.get("mask_teacher_margin") is not None:
+        most = _cosine(tq[i], tt[i * stride]) - o["mask_teacher_margin"]
+
+    def add(a: Tensor, b: Tensor, teacher: float) -> None:
+        if float((a @ b).detach()) <= limit and teacher <= most:
+            terms.append((a @ b / tau).exp())
+
+    def right(query: int, target: int) -> bool:
+        return known is not None and int(ids[target]) in known[query].tolist()
+
+    directions, masked = o.get("directions", ["qt"]), o.get("mask_duplicates")
+    for j in range(len(queries)):
+        c = j * stride
+        is_equal = bool(asked[i] == asked[j] or ids[i * stride] == ids[c])
+        if "qq" in directions and j != i and not (masked and (is_equal or right(i, c) or right(j, i * stride))):
+            add(queries[i], queries[j], _cosine(tq[i], tq[j]))
+        if "tq" in directions and j == i:
+            terms.append((mine @ queries[i] / tau).exp())
+        elif "tq" in directions and not (masked and (is_equal or right(j, i * stride))):
+            add(mine, queries[j], _cosine(tt[i * stride], tq[j]))
+        for k in range(c, c + stride):
+            is_right = ids[k] == ids[i * stride] or (k == c and asked[i] == asked[j]) or right(i, k)
+            if "tt" in directions and j != i and facts["valid"][k] and not (masked and is_right):
+                add(mine, targets[k], _cosine(tt[i * stride], tt[k]))
+    return terms
+
+
+def _row(
+    row: int, own: int, anchor: Tensor, columns: Tensor, facts: Any, tau: Tensor, stride: int, back: bool, o: Any,
+    more: Any = (),
+) -> Tensor:  # fmt: skip
+    tau = facts["temperatures"][row] if "temperatures" in facts else tau
+    terms, kept = [(anchor @ columns[own] / tau).exp(), *more], [own]
     for c in range(len(columns)):
         if c == own:
             continue
@@ -40,7 +87,12 @@ def _row(row: int, own: int, anchor: Tensor, columns: Tensor, facts: Any, tau: T
         seen, own_seen = float(score.detach()), float((anchor @ columns[own]).detach())
         if not back and not facts["valid"][c]:
             continue
+        if "closed" in facts and facts["closed"][row] and other_row != row:
+            continue
         if o.get("mask_duplicates"):
+            asked, found = (other_row, own_target) if back else (row, target)
+            if "known" in facts and facts["target_ids"][found] in facts["known"][asked]:
+                continue
             if facts["target_ids"][own_target] == facts["target_ids"][target]:
                 continue
             if is_positive and facts["query_ids"][row] == facts["query_ids"][other_row]:
@@ -86,6 +138,16 @@ def random_batch(n: int, h: int, seed: int, dim: int = 5) -> tuple[Tensor, Tenso
         "teacher_targets": torch.randn(n * (1 + h), 4, generator=g).half(),
     }
     return queries, targets, facts
+
+
+def more_facts(n: int, h: int, seed: int) -> dict[str, Any]:
+    """Further right targets of each query, closed rows and a temperature of each row."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "known": torch.randint(0, 2 * n, (n, 2), generator=g),
+        "closed": torch.rand(n, generator=g) < 0.3,
+        "temperatures": torch.rand(n, generator=g, dtype=torch.float64) * 0.3 + 0.1,
+    }
 
 
 def as_inputs(facts: dict[str, Any], rank: int = 0, ranks: int = 1) -> StepInputs:

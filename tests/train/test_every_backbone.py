@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -23,7 +25,23 @@ KINDS = list({place: kind for kind, place in reversed(registry.BACKBONES.items()
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_data(tmp_path_factory.mktemp("data") / "data").parent
+    folder = tiny.write_data(tmp_path_factory.mktemp("data") / "data")
+    (folder / "rich").mkdir()
+    pq.write_table(pa.Table.from_pylist([rich(i) for i in range(24)]), folder / "rich" / "train-0.parquet")
+    return folder.parent
+
+
+def rich(i: int) -> dict[str, Any]:
+    """A row with two images or a video of three frames, an instruction, and one or two positives."""
+    names = [f"{(7 * i + k) % 96:04}.png" for k in range(3)]
+    return {
+        "qry": f"which is number {i}?",
+        "qry_instruction": "find the given image",
+        "qry_image_path": names[:2] if i % 2 else [],
+        "qry_video_path": [] if i % 2 else names,
+        "pos_text": [f"number {i}", f"the other number {i}"][: 1 + i % 3 % 2],
+        "pos_image_path": [[names[2]], []][: 1 + i % 3 % 2],
+    }
 
 
 def start(root: Path, folder: Path, kind: str) -> Path:
@@ -32,7 +50,11 @@ def start(root: Path, folder: Path, kind: str) -> Path:
     tree = tiny.recipe(root, output_dir=str(folder / "run"), train={"steps": 2, "save_merged": True})
     tree["model"] |= {"name": str(folder / "model"), "train": "adapter" if backbone.adapter_targets else "full"}
     tree["batch"]["policy"] = "random_mixed"
-    if not backbone.reads_images:
+    tree["train"]["directions"] = ["qt", "qq", "tt", "tq"]
+    if backbone.reads_images:
+        tree["model"]["prompt"] = "vlm2vec"
+        tree["data"]["datasets"].append({"subset": "rich"})
+    else:
         tree["data"]["datasets"] = [{"subset": "words"}]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(tree))
     backbone.tiny(folder / "model", texts_of(load_datasets(load_config(folder / "recipe.yaml"))))
@@ -81,12 +103,17 @@ def check_vectors(root: Path, folder: Path, reads_images: bool, adapted: bool) -
     """Of the trained model, of its merged weights, and of a saved copy of these: one and the same."""
     items: list[Any] = ["what is a red square number 1?\n", "what is a blue bar number 3?\n"]
     if reads_images:
-        items = [*items, {"text": tiny.QUERY, "image": tiny.image("red", "disc", 1)}]
+        pictures = [tiny.image(colour, "disc", i) for i, colour in enumerate(tiny.COLOURS[:3])]
+        items += [
+            {"text": tiny.QUERY, "image": pictures[0]},
+            {"text": "which?", "images": pictures, "instruction": "find"},
+        ]
+        items += [{"text": "which?", "video": pictures}]
     else:
         items = [item.text for item, _ in load_datasets(load_config(folder / "recipe.yaml"))[0]][:3]
     trained = Embedder.from_pretrained(folder / "alone", dtype="float32")
     vectors = trained.encode(items)
-    bare = Embedder.from_pretrained(folder / "model", dtype="float32").encode(items)
+    bare = Embedder.from_pretrained(folder / "model", dtype="float32", prompt=trained.settings.prompt).encode(items)
     assert np.abs(vectors - bare).max() > 1e-4
     trained.save(folder / "copy")
     copies = [folder / "copy", *([folder / "alone" / "merged"] if adapted else [])]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from golden_data import checkpoint, collator, embedder
-from reference_loss import as_inputs, random_batch
+from reference_loss import as_inputs, more_facts, random_batch
 
 from b3.train.losses.info_nce import InfoNCE
 from b3.train.losses.loss import Loss
@@ -25,6 +25,9 @@ LOSSES: dict[str, dict[str, Any]] = {
     "learned": {"learn_temperature": True},
     "teacher": {"mask_teacher_margin": 0.05, "mask_duplicates": False, "symmetric": True, "learn_temperature": True},
     "distilled": {"symmetric": True, "distill_weight": 0.4, "distill_temperature": 0.1, "mask_margin": 0.1},
+    "directions": {"directions": ["qt", "qq", "tt", "tq"], "mask_teacher_margin": 0.05, "more": True},
+    "options": {"symmetric": True, "more": True},
+    "all": {"directions": ["qt", "qq", "tt", "tq"]},
     "short": {"lengths": {8: 0.5, 16: 2.0}},
     "lengths": {"symmetric": True, "mask_teacher_margin": 0.05, "lengths": {2: 0.5, 4: 2.0}},
 }
@@ -34,19 +37,22 @@ STEPS: dict[str, tuple[str, int, bool, int, str]] = {
     "lora, not shared, no kept features": ("lora", 0, False, 0, "learned"),
     "full, symmetric": ("full", 1, True, 64, "symmetric"),
     "several lengths": ("lora", 1, True, 64, "short"),
+    "all directions": ("dora", 1, True, 64, "all"),
 }
 ROWS = [0, 1, 2, 1, 4, 5]
 
 
 def build(tau: float, name: str) -> Loss:
     options = dict(LOSSES[name])
-    lengths = options.pop("lengths", None)
+    lengths, _ = options.pop("lengths", None), options.pop("more", None)
     loss = InfoNCE(tau, **options)
     return loss if lengths is None else Matryoshka(loss, lengths)
 
 
 def of_the_loss(name: str, h: int, rank: int, ranks: int) -> dict[str, torch.Tensor]:
     queries, targets, facts = random_batch(6, h, 3)
+    if LOSSES[name].get("more"):
+        facts |= more_facts(6, h, 3)
     loss = build(0.1, name).double()
     own = (slice(rank * len(part) // ranks, (rank + 1) * len(part) // ranks) for part in (queries, targets))
     q, t = (part[where] for part, where in zip((queries, targets), own, strict=True))

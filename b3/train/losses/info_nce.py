@@ -8,6 +8,10 @@ One direction, query to target; the mean over queries is the loss (paper, sectio
 known to be right as well may be taken out of a query's sum (`b3.train.losses.masks`). Options, all off in the paper:
 
 * symmetric: the mean of this loss and the one from each positive to all queries (CLIP, arXiv 2103.00020, figure 3).
+* directions: more terms in the same sum over j (GTE, arXiv 2308.03281, section 3.2, has all four; Qwen3-Embedding,
+  arXiv 2506.05176, equation 1, has qt, qq and tt). With P the positives, qq adds q_i . q_j for j != i, tt adds
+  t_y(i) . t_j for all columns that are not of row i, tq adds q_j . t_y(i) for all j, row i's own pair once more
+  (as GTE's formula has it).
 * learned temperature: log(1 / tau) is a parameter, its exponential kept at most 100 (CLIP, section 2.5).
 * distillation of a teacher's similarities over the same columns (`b3.train.losses.distill`).
 """
@@ -15,6 +19,7 @@ known to be right as well may be taken out of a query's sum (`b3.train.losses.ma
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from b3.train.losses.distill import two_way_kl
-from b3.train.losses.loss import Facts, Loss, statistics
+from b3.train.losses.loss import Facts, Loss, Pairs, statistics
 from b3.train.losses.masks import Masks
 
 if TYPE_CHECKING:
@@ -61,6 +66,7 @@ class InfoNCE(Loss):
         symmetric: add the direction from target to query.
         learn_temperature: make log(1 / tau) a parameter.
         distill_weight, distill_temperature: w (0: no distillation) and tau of the two-way KL to a teacher's rows.
+        directions: "qt" and any of "qq", "tq", "tt".
     """
 
     def __init__(
@@ -74,15 +80,18 @@ class InfoNCE(Loss):
         learn_temperature: bool = False,
         distill_weight: float = 0.0,
         distill_temperature: float = 0.02,
+        directions: Sequence[str] = ("qt",),
     ) -> None:
         super().__init__()
+        assert "qt" in directions and not (symmetric and len(directions) > 1), "checked in the recipe"
         assert not learn_temperature or 1 / temperature <= MAX_SCALE + 1e-6, "checked in the recipe"
         self.temperature = temperature
         self.masks = Masks(mask_duplicates, mask_margin, mask_teacher_margin)
         self.symmetric = symmetric
         self.distill_weight, self.distill_temperature = distill_weight, distill_temperature
         self.reads_teacher = mask_teacher_margin is not None or distill_weight > 0
-        self.tables = 2 if distill_weight else 1
+        self.directions = tuple(directions)
+        self.tables = len(directions) + (distill_weight > 0)
         start = torch.tensor(math.log(1 / temperature))
         self.log_scale = nn.Parameter(start) if learn_temperature else None
 
@@ -90,18 +99,22 @@ class InfoNCE(Loss):
     def from_config(cls, config: Config) -> InfoNCE:
         train = config.train
         distill = {} if train.distill is None else {f"distill_{k}": v for k, v in train.distill.model_dump().items()}
+        temperature = train.temperature
         return cls(
-            train.temperature,
+            temperature if isinstance(temperature, float) else 1.0,  # each row has its own
             mask_duplicates=config.mining.preset != "paper",  # the authors' code masks nothing
             mask_margin=train.mask_margin,
             mask_teacher_margin=train.mask_teacher_margin,
             symmetric=train.symmetric,
             learn_temperature=train.learn_temperature,
+            directions=train.directions,
             **distill,
         )
 
-    def scale(self) -> Tensor | float:
-        """1 / tau; differentiable if learned."""
+    def scale(self, temperatures: Tensor | None = None) -> Tensor | float:
+        """1 / tau; differentiable if learned. (B, 1) where each row has a temperature of its own."""
+        if temperatures is not None:
+            return 1 / temperatures[:, None]
         return 1 / self.temperature if self.log_scale is None else self.log_scale.exp()
 
     @torch.no_grad()
@@ -110,12 +123,33 @@ class InfoNCE(Loss):
         if self.log_scale is not None:
             self.log_scale.clamp_(max=math.log(MAX_SCALE))
 
-    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts, pairs: Pairs | None = None
+    ) -> tuple[Tensor, Tensor]:
         scores = at_least_float32(rows) @ at_least_float32(columns).T
         excluded = self.masks.excluded(scores.detach(), positives, facts)
-        logits = (scores * self.scale()).masked_fill(excluded, float("-inf"))
+        table, is_out = scores, excluded
+        if pairs is not None:
+            least = scores.detach().gather(1, positives[:, None])
+            more = self._beside(rows, columns, positives, least, facts, pairs)
+            table, is_out = (torch.cat(parts, dim=1) for parts in zip((scores, excluded), *more, strict=True))
+        logits = (table * self.scale(facts.temperatures)).masked_fill(is_out, float("-inf"))
         loss = cross_entropy(logits, positives, reduction="sum")
         if self.distill_weight:
             distance = two_way_kl(scores, facts.teacher_scores(scores.dtype), self.distill_temperature, excluded)
             loss = (1 - self.distill_weight) * loss + self.distill_weight * distance
         return loss, statistics(scores.detach(), positives, excluded)
+
+    def _beside(
+        self, rows: Tensor, columns: Tensor, positives: Tensor, least: Tensor, facts: Facts, pairs: Pairs
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(cosines, which are left out) of each direction beside qt."""
+        sides = {"q": (rows, pairs.queries), "t": (pairs.positives, columns)}
+        tables = []
+        for direction in self.directions:
+            if direction != "qt":
+                one, other = sides[direction[0]][0], sides[direction[1]][1]
+                scores = at_least_float32(one) @ at_least_float32(other).T
+                excluded = self.masks.beside(direction, scores.detach(), least, positives, facts, pairs.reverse)
+                tables.append((scores, excluded))
+        return tables

@@ -27,7 +27,10 @@ class Facts:
 
     target_ids: (T,) and query_ids: (n,) int64, equal for equal items; T = n (1 + h). valid: (T,) bool, False for
     padding. teacher_rows: (B, D') and teacher_columns: (T, D') a teacher's vectors, of any length; only for a loss that
-    reads them (`Loss.reads_teacher`).
+    reads them (`Loss.reads_teacher`). temperatures: (B,) of each row, in place of the loss's own.
+    known: (n, P) int64 ids of all targets that are right for each query. closed: (n,) bool, queries whose only
+    negatives are their own hard negatives. is_reverse: the rows are positives and the columns queries, so that
+    `target_ids` are those of queries and `query_ids` those of positives; `known` and `closed` stay those of queries.
     """
 
     target_ids: Tensor
@@ -35,15 +38,40 @@ class Facts:
     valid: Tensor | None = None
     teacher_rows: Tensor | None = None
     teacher_columns: Tensor | None = None
+    temperatures: Tensor | None = None
+    known: Tensor | None = None
+    closed: Tensor | None = None
+    is_reverse: bool = False
 
     def teacher_scores(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(B, T) the teacher's cosines of rows and columns."""
-        assert self.teacher_rows is not None and self.teacher_columns is not None, "the teacher's vectors"
-        return normalize(self.teacher_rows.to(dtype), dim=1) @ normalize(self.teacher_columns.to(dtype), dim=1).T
+        return teacher_cosines(self.teacher_rows, self.teacher_columns, dtype)
 
     def block(self, rows: slice) -> Facts:
         """Those of some of the rows."""
-        return self if self.teacher_rows is None else replace(self, teacher_rows=self.teacher_rows[rows])
+        teacher_rows, temperatures = (
+            None if value is None else value[rows] for value in (self.teacher_rows, self.temperatures)
+        )
+        return replace(self, teacher_rows=teacher_rows, temperatures=temperatures)
+
+
+def teacher_cosines(rows: Tensor | None, columns: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, T) cosines of a teacher's vectors."""
+    assert rows is not None and columns is not None, "the teacher's vectors"
+    return normalize(rows.to(dtype), dim=1) @ normalize(columns.to(dtype), dim=1).T
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """What a loss of more directions than from queries to targets reads beside rows and columns.
+
+    positives: (B, D) those of the rows. queries: (n, D) all of the batch. reverse: facts of `positives` as rows and
+    `queries` as columns.
+    """
+
+    positives: Tensor
+    queries: Tensor
+    reverse: Facts
 
 
 class Loss(nn.Module):
@@ -55,6 +83,7 @@ class Loss(nn.Module):
 
     symmetric = False  # whether each positive is a row as well, against all queries
     reads_teacher = False  # whether the facts hold a teacher's vectors
+    directions: tuple[str, ...] = ("qt",)  # more than this one: `forward` is given `Pairs` as well
     tables = 1  # tables of logits that a block of rows holds at once; the blocks are so many times smaller
 
     @classmethod
@@ -65,7 +94,9 @@ class Loss(nn.Module):
     def before_step(self) -> None:
         """Called before each step, to keep parameters in bounds."""
 
-    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts, pairs: Pairs | None = None
+    ) -> tuple[Tensor, Tensor]:
         """(sum of the rows' losses, their `statistics`).
 
         Args:
@@ -73,6 +104,7 @@ class Loss(nn.Module):
             columns: (T, D), L2-normalised.
             positives: (B,) int64, the column of each row's positive.
             facts: what else is known of rows and columns.
+            pairs: for `directions` beside "qt", else None.
         """
         raise NotImplementedError
 

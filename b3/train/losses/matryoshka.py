@@ -9,11 +9,12 @@ The whole length D always counts: with weight 1, unless it is among the listed l
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from b3.train.losses.loss import Facts, Loss
+from b3.train.losses.loss import Facts, Loss, Pairs
 
 
 class Matryoshka(Loss):
@@ -28,19 +29,27 @@ class Matryoshka(Loss):
         super().__init__()
         self.loss = loss
         self.weights = dict(weights)
-        self.symmetric, self.reads_teacher = loss.symmetric, loss.reads_teacher
+        self.symmetric, self.reads_teacher, self.directions = loss.symmetric, loss.reads_teacher, loss.directions
         self.tables = loss.tables * (1 + len(self.weights))
 
     def before_step(self) -> None:
         self.loss.before_step()
 
-    def forward(self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts) -> tuple[Tensor, Tensor]:
-        width = rows.shape[1]
-        loss, statistics = self.loss(rows, columns, positives, facts)
+    def forward(
+        self, rows: Tensor, columns: Tensor, positives: Tensor, facts: Facts, pairs: Pairs | None = None
+    ) -> tuple[Tensor, Tensor]:
+        width, more = rows.shape[1], () if pairs is None else (pairs,)
+        loss, statistics = self.loss(rows, columns, positives, facts, *more)
         loss = loss * self.weights.get(width, 1.0)
         for dim, weight in self.weights.items():
             assert dim <= width, f"{dim} exceeds the vectors' {width} numbers"
             if dim < width:
-                short = (normalize(side[:, :dim], dim=1) for side in (rows, columns))
-                loss = loss + weight * self.loss(*short, positives, facts)[0]
+                if pairs is not None:
+                    more = (replace(pairs, positives=cut(pairs.positives, dim), queries=cut(pairs.queries, dim)),)
+                loss = loss + weight * self.loss(cut(rows, dim), cut(columns, dim), positives, facts, *more)[0]
         return loss, statistics
+
+
+def cut(vectors: Tensor, dim: int) -> Tensor:
+    """The first `dim` numbers of (B, D) vectors, L2-normalised."""
+    return normalize(vectors[:, :dim], dim=1)
