@@ -102,7 +102,9 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--lora_dropout", type=float, help="checked against the adapter")
     add("--lora_target_modules", help="checked against the adapter")
     more = parser.add_argument_group("not in the published program")
-    more.add_argument("--benchmark", help="tasks and published scores: mmeb, mmeb_v2, emoji (default: of the data)")
+    more.add_argument(
+        "--benchmark", help="tasks and published scores: mmeb, mmeb_v2, emoji, emoji_v2 (default: of the data)"
+    )
     more.add_argument(
         "--numerics",
         choices=("clean", "reference"),
@@ -123,7 +125,7 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     more.add_argument("--explain", type=int, default=0, help="write a page with so many wrong predictions per subset")
     more.add_argument("--dim", type=int, help="cut vectors to their first so many numbers (default: the checkpoint's)")
     more.add_argument("--batch_tokens", type=int, help="upper bound on the tokens of one forward pass")
-    newer = parser.add_argument_group("MMEB-V2 (--benchmark mmeb_v2)")
+    newer = parser.add_argument_group("MMEB-V2 (--benchmark mmeb_v2; without downloads: emoji_v2)")
     newer.add_argument(
         "--data_basedir", help="folder of the unpacked archives: image-tasks/, video-tasks/, visdoc-tasks/"
     )
@@ -254,10 +256,10 @@ def spec_of(arguments: argparse.Namespace, adapter: str | None, benchmark: Bench
         on_error=arguments.on_error,
     )
     settings = settings_of(arguments)
-    if benchmark.name != "mmeb_v2":
+    if not benchmark.has_harnesses:
         for name in V2_FLAGS:
             if getattr(arguments, name) is not None:
-                raise InputError(f"--{name} is for --benchmark mmeb_v2, not {benchmark.name}; drop it")
+                raise InputError(f"--{name} is for --benchmark mmeb_v2 or emoji_v2, not {benchmark.name}; drop it")
         return replace(spec, settings=Settings(**settings))
 
     from b3.eval.benchmarks.mmeb_v2.harness import harness_settings

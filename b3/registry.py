@@ -34,6 +34,7 @@ LOSSES = {  # train.loss
 BENCHMARKS = {  # --benchmark of eval_mmeb.py
     "mmeb": "b3.eval.benchmarks.mmeb:MMEB",
     "mmeb_v2": "b3.eval.benchmarks.mmeb_v2.benchmark:MMEB_V2",
+    "emoji_v2": "b3.eval.benchmarks.emoji_v2:EMOJI_V2",
     "emoji": "b3.eval.benchmarks.emoji:EMOJI",
 }
 

@@ -13,14 +13,18 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Threads that wait spin only shortly: on a machine with other work, spinning takes the core from what is waited for.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 from b3.config import Config, load_config
 from b3.errors import RunError, command
+
+if TYPE_CHECKING:
+    from b3.eval.run import EvalSpec
 
 ROOT = Path("runs/demo")
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
@@ -61,13 +65,12 @@ def train(config: Config) -> None:
         raise RunError("stopped as asked; what is done is kept, the same command continues")
 
 
-def evaluate(config: Config, name: str, adapter: str | None) -> dict[str, Any]:
+def spec_of(config: Config, adapter: str | None) -> EvalSpec:
     from b3.eval.run import EvalSpec
-    from b3.eval.run import evaluate as run
     from b3.model.settings import Settings
 
     assert config.eval is not None
-    spec = EvalSpec(
+    return EvalSpec(
         model=config.model.name,
         adapter=adapter,
         source=config.eval.source,
@@ -77,7 +80,23 @@ def evaluate(config: Config, name: str, adapter: str | None) -> dict[str, Any]:
         dtype="float32",
         settings=Settings(**config.model.settings()),
     )
-    return run(spec, config.eval.subsets, ROOT / "eval" / name, progress=True)
+
+
+def evaluate(config: Config, name: str, adapter: str | None) -> dict[str, Any]:
+    from b3.eval.run import evaluate as run
+
+    assert config.eval is not None
+    return run(spec_of(config, adapter), config.eval.subsets, ROOT / "eval" / name, progress=True)
+
+
+def evaluate_modalities(config: Config, name: str, adapter: str | None) -> dict[str, Any]:
+    """Images, films and pages, in the manner of MMEB-V2."""
+    from b3.eval.benchmarks.emoji_v2 import EMOJI_V2
+    from b3.eval.run import evaluate as run
+
+    options = {"harness": "vlm2vec", "prompt": "plain"}
+    spec = replace(spec_of(config, adapter), source=EMOJI_V2.source, options=options)
+    return run(spec, EMOJI_V2.names, ROOT / "eval_v2" / name, benchmark=EMOJI_V2, progress=True)
 
 
 def summarise(
@@ -100,6 +119,16 @@ def summarise(
     plot_losses({arm: read_metrics(Path(c.output_dir)) for arm, c in configs.items()}, ROOT / "loss.png")
     plot_precision(results, ROOT / "precision.png", benchmark)
     return summary
+
+
+def write_modalities(results: dict[str, Any]) -> None:
+    """Add the table of modalities to summary.md."""
+    from b3.eval.benchmarks.emoji_v2 import EMOJI_V2
+    from b3.eval.ranking_report import modality_table
+    from b3.files import write_text
+
+    text = (ROOT / "summary.md").read_text()
+    write_text(ROOT / "summary.md", f"{text}\n{modality_table(results, EMOJI_V2)}\n")
 
 
 def earlier_seconds() -> float:
@@ -130,8 +159,12 @@ def main(argv: list[str] | None = None) -> int:
     results = {"untrained": evaluate(base, "untrained", None)}
     for arm, config in configs.items():
         results[arm] = evaluate(config, arm, config.output_dir)
+    say("evaluate: images, films and pages; training saw images and texts alone")
+    adapters = {"untrained": None, **{arm: config.output_dir for arm, config in configs.items()}}
+    of_v2 = {name: evaluate_modalities(base, name, adapter) for name, adapter in adapters.items()}
     seconds = before if before else time.perf_counter() - started
     summarise(configs, results, mining, seconds)
+    write_modalities(of_v2)
     print((ROOT / "summary.md").read_text())
     took = time.perf_counter() - started
     print(f"{took:.0f} s" + (f" (the first run took {before:.0f} s)" if before else ""))

@@ -22,8 +22,9 @@ import eval_mmeb
 from b3 import Embedder
 from b3.data.items import Item
 from b3.errors import DataError, RunError
+from b3.model.batch import balanced, token_batches
 from b3.model.cache import EmbeddingCache
-from b3.model.encode import Encoder, token_batches
+from b3.model.encode import Encoder
 
 pytestmark = pytest.mark.core
 
@@ -237,3 +238,17 @@ def test_memory_holds_the_vectors_of_one_list(tmp_path: Path) -> None:
             found = np.empty((rows, dim), dtype=np.float32)
             of_this_list, _ = cache.lookup(digests, tag, found)
             assert of_this_list.all() and hashlib.sha256(found).digest() == digest
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_share_tokens_not_batches(ranks: int) -> None:
+    """A few videos of thousands of tokens among many texts: no rank has much more than its share, none is left out."""
+    rng = np.random.default_rng(ranks)
+    lengths = np.concatenate([rng.integers(2000, 6000, size=37), rng.integers(5, 40, size=2000)])
+    batches = token_batches(lengths, 2048)
+    costs = [int(lengths[rows].sum()) for rows in batches]
+    parts = balanced(costs, ranks)
+    assert sorted(position for part in parts for position in part) == list(range(len(batches)))
+    sums = [sum(costs[position] for position in part) for part in parts]
+    assert max(sums) - min(sums) <= max(costs)
+    assert max(sums) < 1.1 * sum(costs) / ranks

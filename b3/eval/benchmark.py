@@ -46,6 +46,8 @@ class Benchmark:
         marks: () -> means over whole modalities that others give, see `b3.eval.ranking_report.marks_table`.
         leaderboard: (summary, metadata) -> the JSON to submit.
         renamed: other names of tasks, each with the one used here.
+        has_harnesses: whether `load` takes a harness and the model's prompt rule, see
+            `b3.eval.benchmarks.mmeb_v2.harness`.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Benchmark:
     marks: Callable[[], list[dict[str, str]]] | None = None
     leaderboard: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
     renamed: tuple[tuple[str, str], ...] = ()
+    has_harnesses: bool = False
 
     @property
     def names(self) -> list[str]:

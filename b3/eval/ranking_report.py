@@ -111,6 +111,17 @@ def ranking_table(summary: dict[str, Any], benchmark: Benchmark) -> str:
     return "\n".join(lines)
 
 
+def modality_table(columns: dict[str, dict[str, Any]], benchmark: Benchmark) -> str:
+    """Means by modality and over all in percent, a column per summary (of the same tasks)."""
+    first = next(iter(columns.values()))
+    groups = {**benchmark.modalities(first["subsets"]), "mean": [n for n in first["subsets"] if n in benchmark.names]}
+    lines = ["| " + " | ".join(["modality", "tasks", *columns]) + " |", "|---|---:" + "|---:" * len(columns) + "|"]
+    for group, names in groups.items():
+        cells = (f"{100 * mean([column['subsets'][name] for name in names]):.1f}" for column in columns.values())
+        lines.append("| " + " | ".join([group, str(len(names)), *cells]) + " |")
+    return "\n".join(lines)
+
+
 def comparison_table(summary: dict[str, Any], benchmark: Benchmark, model: str) -> str:
     """This run beside published models, by modality and over all: means over the tasks that this run scored.
 

@@ -253,3 +253,17 @@ def token_batches(
     if len(order):
         batches.append(order[start:])
     return batches
+
+
+def balanced(costs: Sequence[int], num_parts: int) -> list[list[int]]:
+    """Positions of `costs` for each of `num_parts`: in order, each to the part whose sum is smallest so far.
+
+    With costs in falling order no part exceeds another by more than the largest of what it was given last.
+    """
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    sums = [0] * num_parts
+    for position, cost in enumerate(costs):
+        part = sums.index(min(sums))
+        parts[part].append(position)
+        sums[part] += cost
+    return parts

@@ -22,7 +22,7 @@ from b3 import distributed
 from b3.console import bar
 from b3.data.items import Item
 from b3.errors import DataError
-from b3.model.batch import token_batches
+from b3.model.batch import balanced, token_batches
 from b3.model.workers import run_ahead
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class Encoder:
         rows = np.flatnonzero(is_usable & ~of_other_lists)
         batches = [rows[batch] for batch in token_batches(lengths[rows], self._budget(), self.max_items)]
         todo = [batch for batch in batches if not of_this_list[batch].all()]
-        share = todo[distributed.rank() :: distributed.world_size()]
+        share = [todo[i] for i in balanced(_costs(todo, lengths), distributed.world_size())[distributed.rank()]]
         done, problems = self._encode_batches(vectors, items, digests, tag, share, label, sum(map(len, todo)))
         for rank, (encoded, values) in enumerate(distributed.gather_arrays((done, vectors[done]))):
             self.num_encoded += len(encoded)
@@ -268,6 +268,11 @@ class Encoder:
                     yield rows, vectors, problems
         finally:
             embedder.train(was_training)
+
+
+def _costs(batches: list[np.ndarray], lengths: np.ndarray) -> list[int]:
+    """Tokens of each batch."""
+    return [int(lengths[rows].sum()) for rows in batches]
 
 
 @contextlib.contextmanager

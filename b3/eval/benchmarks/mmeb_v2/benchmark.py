@@ -96,4 +96,5 @@ MMEB_V2 = Benchmark(
     marks=published_marks,
     leaderboard=leaderboard_json,
     renamed=RENAMED,
+    has_harnesses=True,
 )

@@ -1,0 +1,1 @@
+"""Parts of `dev.build_emoji_v2`."""
