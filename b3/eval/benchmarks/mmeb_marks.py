@@ -3,7 +3,8 @@
 Means: Thirukovalluru et al. 2025 (arXiv 2505.11293), tables 1 and 2. They gave no scores by subset. Those of the
 released 2B checkpoint are a third party's: PGA-KD (EMNLP 2026), and Visual7W-Pointing HieRD's. Its classification and
 VQA means lie within 0.1 of the paper's. Its MSCOCO_i2t, 49.7, is 18 points below what VLM2Vec-2B has: probably
-measured without the target prefix, hence doubtful: the in-domain mean with it is 70.7, with 72 in its place 71.9, and the paper's 72.1.
+measured without the target prefix, hence doubtful. The in-domain mean with it is 70.7, with 72 in its place 71.9; the
+paper's is 72.1.
 """
 
 from __future__ import annotations
