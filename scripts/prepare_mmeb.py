@@ -3,11 +3,14 @@
     python scripts/prepare_mmeb.py eval  --out data/mmeb-eval  [--subsets N24News CIRR ...]
     python scripts/prepare_mmeb.py train --out data/mmeb-train [--source FOLDER_LAID_OUT_LIKE_THE_HUB]
 
+    python scripts/prepare_mmeb.py eval-v2 --out data/mmeb-v2 [--tasks MSVD V-QA visdoc ...]
+
 Run it again to continue after an interruption. The folder then serves as --dataset_name (or data.source) and as
 --image_dir (or data.image_dir). The zip archives may be deleted afterwards.
 
 The hub's layout is `<subset>/<split>-*.parquet` and zip archives of images: `images.zip`, or `images_zip/<subset>.zip`.
-Files get their name only when complete, and a marker of each archive in `.extracted/` says that it is done.
+Files get their name only when complete, and a marker of each archive in `.extracted/` says that it is done. MMEB-V2
+(eval-v2) lies in many repositories, see scripts/prepare_mmeb_v2.py: OUT/hub is --dataset_name, OUT/data --data_basedir.
 """
 
 from __future__ import annotations
@@ -30,13 +33,12 @@ from b3.data.archives import (
     targets_of,
     unwritable,
 )
+from b3.data.copies import GROWTH, check_space, download, image_paths, list_hub, list_source
 from b3.errors import DataError, InputError, command
 from b3.files import atomic
 
 REPOSITORIES = {"eval": "TIGER-Lab/MMEB-eval", "train": "TIGER-Lab/MMEB-train"}
 SAMPLE = 500
-# Images are compressed already: an archive that is not here yet grows by little more than its directory.
-GROWTH = 1.05
 
 
 @dataclass
@@ -53,43 +55,6 @@ class Plan:
     @property
     def files(self) -> list[RemoteFile]:
         return self.parquets + self.zips
-
-
-def list_source(source: Path) -> list[RemoteFile]:
-    """Files of a local folder laid out like the hub. Raises `InputError` if it is not a folder."""
-    if not source.is_dir():
-        raise InputError(f"--source {source} is not a folder; give a copy of the data set laid out like the hub's")
-    paths = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
-    return [RemoteFile(p.as_posix(), (source / p).stat().st_size) for p in paths if not p.parts[0].startswith(".")]
-
-
-def list_hub(repository: str, revision: str | None = None) -> list[RemoteFile]:
-    """Files of a data set on the hub with their sizes. Raises `InputError` if it cannot be reached."""
-    from huggingface_hub import HfApi
-
-    try:
-        siblings = HfApi().dataset_info(repository, revision=revision, files_metadata=True).siblings or []
-    except Exception as error:  # the client raises many types: offline, gated, not found
-        raise InputError(f"{repository} cannot be listed ({_first_line(error)}); check the connection") from None
-    return [RemoteFile(s.rfilename, s.size or 0) for s in siblings]
-
-
-def download(repository: str, files: Sequence[RemoteFile], out: Path, revision: str | None = None) -> None:
-    """Fetch `files` below `out`; what is there already is kept, a broken-off file is continued."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        snapshot_download(
-            repository,
-            repo_type="dataset",
-            revision=revision,
-            local_dir=out,
-            allow_patterns=[_literal(f.path) for f in files],
-        )
-    except Exception as error:  # as in `list_hub`
-        raise InputError(
-            f"{repository} cannot be downloaded ({_first_line(error)}); run the same command again to continue"
-        ) from None
 
 
 def select(files: Iterable[RemoteFile], subsets: Sequence[str] | None, where: str) -> Plan:
@@ -144,20 +109,6 @@ def _bytes_left(archive: Path, out: Path, paths: set[str] | None, subsets: Seque
     return sum(info.file_size for info, path in targets if not is_there(out, info, path))
 
 
-def check_space(out: Path, needed: int) -> int:
-    """Free bytes where `out` lies. Raises `InputError` if `needed` do not fit."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise InputError(
-            f"{num_bytes(needed)} are needed but {out} has {num_bytes(free)} free; make room, choose another --out,"
-            " or take fewer --subsets"
-        )
-    return free
-
-
 def copy_parquets(plan: Plan, source: Path, out: Path) -> None:
     """Copy the parquets of a local source below `out`, skipping those there with the right size."""
     for file in plan.parquets:
@@ -169,29 +120,6 @@ def copy_parquets(plan: Plan, source: Path, out: Path) -> None:
                 shutil.copyfileobj(original, stream)
         except OSError as error:
             raise unwritable(target, error) from None
-
-
-def image_paths(files: Iterable[Path]) -> set[str]:
-    """Distinct image paths in the rows of parquet files (columns ending in `image_path` or `img_path`)."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    paths: set[str] = set()
-    for file in files:
-        try:
-            opened = pq.ParquetFile(file)
-            names = [n for n in opened.schema_arrow.names if n.endswith(("image_path", "img_path"))]
-            for group in range(opened.num_row_groups):
-                for column in opened.read_row_group(group, columns=names).columns:
-                    while pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-                        column = pc.list_flatten(column)
-                    paths.update(path for path in pc.unique(column).to_pylist() if path)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{file} cannot be read as parquet ({_first_line(error)}); delete it and run the same command again"
-            ) from None
-    return paths
 
 
 def missing_images(out: Path, parquets: Iterable[RemoteFile]) -> dict[str, tuple[int, list[str]]]:
@@ -207,20 +135,12 @@ def missing_images(out: Path, parquets: Iterable[RemoteFile]) -> dict[str, tuple
     return result
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _literal(path: str) -> str:
-    """A path as a glob pattern that matches only itself."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in path)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=tuple(REPOSITORIES), help="which data set")
+    parser.add_argument("part", choices=(*REPOSITORIES, "eval-v2"), help="which data set")
     parser.add_argument("--out", type=Path, required=True, help="folder to fill")
     parser.add_argument("--subsets", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="of eval-v2: tasks, groups or modalities")
     parser.add_argument("--source", type=Path, help="local folder laid out like the hub's; nothing is downloaded")
     parser.add_argument("--revision", help="branch, tag or commit on the hub (default: main)")
     return parser
@@ -262,6 +182,12 @@ def report_missing(out: Path, plan: Plan) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    if arguments.part == "eval-v2":
+        from scripts.prepare_mmeb_v2 import prepare
+
+        return prepare(arguments)
+    if arguments.tasks:
+        raise InputError(f"--tasks is for eval-v2; of {arguments.part} choose --subsets")
     repository, out = REPOSITORIES[arguments.part], arguments.out
     plan = make_plan(arguments, repository)
     if arguments.source:

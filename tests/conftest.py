@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import tarfile
+from pathlib import Path
+
+import pytest
 
 for name, value in {
     "OMP_NUM_THREADS": "1",
@@ -13,3 +17,12 @@ for name, value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(name, value)
+
+
+@pytest.fixture(scope="session")
+def golden_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What reference programs recorded on a made-up MMEB-V2 folder, unpacked once (tests/golden/mmeb_v2/README.md)."""
+    folder = tmp_path_factory.mktemp("golden_v2")
+    with tarfile.open(Path(__file__).parent / "golden" / "mmeb_v2" / "reference.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
