@@ -40,6 +40,8 @@ class Still:
     @property
     def name(self) -> str:
         """For messages."""
+        if isinstance(self.source, (str, Path)):
+            return str(self.source)
         return self.source.path if isinstance(self.source, ImageRef) else self.key[:80]
 
     def _read(self) -> tuple[bytes, str]:
@@ -255,7 +257,10 @@ def video_at(path: str | Path) -> Video:
     """The video in a folder of frames or a file. Raises `DataError` if there is none."""
     path = Path(path)
     if path.is_dir():
-        return Video(tuple(Still(file) for file in frame_files(path)))
+        frames = frame_files(path)
+        if not frames:
+            raise DataError(f"video {path} has no frames (.jpg, .jpeg, .png); check the folder or drop the row")
+        return Video(tuple(Still(file) for file in frames))
     if not path.is_file():
         raise DataError(f"video {path} does not exist; give a folder of frames, a list of frames, or a file")
     return Video(file=str(path))

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from b3 import registry
 from b3.errors import InputError
-from b3.model.checkpoint import read_json
+from b3.model.checkpoint import model_type, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,8 @@ CONFIG_FILE = "adapter_config.json"
 PAPER_TARGETS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "k_proj", "q_proj", "out_proj", "v_proj")
 # transformers 5 nests the language model; adapters saved before carry the old names.
 _OLD_LANGUAGE = re.compile(r"^base_model\.model\.model\.(layers|norm|embed_tokens)\.")
-_OLD_VISION = re.compile(r"^base_model\.model\.visual\.")
+_OLD_VISION = re.compile(r"^base_model\.model\.(visual|vision_tower|multi_modal_projector)\.")
+_OLD_INTERNVL = re.compile(r"^base_model\.model\.language_model\.model\.")
 _PART = re.compile(r"^base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$")
 
 
@@ -36,10 +38,35 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
+def check_backbone(folder: Path, base: Path) -> None:
+    """Raise `InputError` if the adapter in `folder` says that it was trained on another kind of backbone than `base`.
+
+    It says so by the config.json beside it, or by the name of its base. Backbones of different kinds may have layers of
+    the same names and shapes, so that its weights alone need not tell.
+    """
+    kind, name = model_type(base), str(read_json(folder / CONFIG_FILE).get("base_model_name_or_path") or "")
+    if (folder / "config.json").is_file():
+        trained = model_type(folder)
+    else:
+        letters = _letters(Path(name).name)
+        named = [one for one in registry.BACKBONES if _letters(one) in letters]
+        trained = named[0] if len(named) == 1 else kind
+    if trained != kind:
+        raise InputError(
+            f"the adapter in {folder} was trained on {trained} (base {name or 'not named'}), and {base} is {kind}; take"
+            " the backbone that it belongs to"
+        )
+
+
+def _letters(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
 def new_name(key: str) -> str:
     """The transformers 5 name of an adapter tensor saved under transformers 4 (unchanged if it is already new)."""
     key = _OLD_LANGUAGE.sub(r"base_model.model.model.language_model.\1.", key)
-    return _OLD_VISION.sub("base_model.model.model.visual.", key)
+    key = _OLD_INTERNVL.sub("base_model.model.model.language_model.", key)
+    return _OLD_VISION.sub(r"base_model.model.model.\1.", key)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

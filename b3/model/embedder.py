@@ -139,6 +139,8 @@ class Embedder(nn.Module):
         """
         base, adapter_folder = locate(name, adapter)
         kind = backbone_class(base)
+        if adapter_folder is not None:
+            adapters.check_backbone(adapter_folder, base)
         merged = resolve_settings(adapter if adapter is not None else name, settings, adapter_folder, base)
         kind.check_settings(merged)
         if adapter_folder is not None and not kind.adapter_targets:
@@ -346,6 +348,9 @@ def backbone_class(base: Path) -> type[Embedder]:
     """The backbone for the checkpoint in `base`, by its model_type. Raises `InputError` listing the known ones."""
     kind = model_type(base)
     if kind not in registry.BACKBONES:
-        raise InputError(f"{base}/config.json has model_type '{kind}'; supported: {', '.join(registry.BACKBONES)}")
+        raise InputError(
+            f"{base}/config.json has model_type '{kind}'; supported: {', '.join(registry.BACKBONES)}; another is a file"
+            f" in b3/model/backbones and a line '{kind}': ... in b3/registry.py (docs/backbones.md)"
+        )
     loaded: type[Embedder] = registry.load("backbone", kind)
     return loaded

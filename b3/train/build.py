@@ -65,12 +65,15 @@ def load_plans(config: Config, datasets: list[PairDataset]) -> list[BatchPlan]:
 
 def build_embedder(config: Config) -> Embedder:
     """The backbone with a fresh (or continued) trainable adapter, or with all its weights trainable."""
+    from b3.model.adapter import check_backbone
     from b3.model.checkpoint import fetch, freeze_matching, unfreeze_all
-    from b3.model.embedder import Embedder
+    from b3.model.embedder import Embedder, locate
     from b3.model.settings import read_settings
 
     model = config.model
     adapter = None if model.init_adapter is None else fetch(model.init_adapter)
+    if adapter is not None:
+        check_backbone(adapter, locate(model.name)[0])
     if model.train == "full" and model.dtype == "bfloat16" and distributed.is_first():
         print("note: model.train full keeps its weights in float32; model.dtype bfloat16 changes nothing")
     embedder = Embedder.from_pretrained(

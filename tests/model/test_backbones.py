@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from b3 import Embedder, registry
 from b3.data.items import Item, as_item
@@ -231,6 +233,35 @@ def test_saved_and_loaded_it_is_the_same(folders: dict[str, Path], kind: str, tm
     again = Embedder.from_pretrained(tmp_path / "copy", dtype="float32")
     assert again.settings == model.settings
     assert np.array_equal(again.encode(ITEMS), model.encode(ITEMS))
+
+
+OLD_NAMES = {  # of adapters saved under transformers 4: (now, then)
+    "qwen2_vl": (("model.language_model.", "model."), ("model.visual.", "visual.")),
+    "qwen2_5_vl": (("model.language_model.", "model."), ("model.visual.", "visual.")),
+    "internvl": (("model.language_model.", "language_model.model."), ("model.vision_tower.", "vision_tower.")),
+}
+
+
+@pytest.mark.parametrize("kind", OLD_NAMES)
+def test_adapters_with_old_names_count_in_both_towers(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    model = load(folders, kind)
+    bare = model.encode(ITEMS)
+    targets = r".*(language_model.*q_proj|visual.*(attn\.proj|mlp\.down_proj)|vision_tower.*q_proj)"
+    model.backbone = attach_adapter(model.backbone, AdapterSpec(target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model.eval().save(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    tensors = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    for now, then in OLD_NAMES[kind]:
+        assert any(f"base_model.model.{now}" in key for key in tensors)
+        tensors = {key.replace(f"base_model.model.{now}", f"base_model.model.{then}"): v for key, v in tensors.items()}
+    save_file(tensors, tmp_path / "old" / "adapter_model.safetensors")
+    old = Embedder.from_pretrained(folders[kind], adapter=tmp_path / "old", dtype="float32")
+    assert np.abs(old.encode(ITEMS) - model.encode(ITEMS)).max() < 1e-5
+    assert (np.abs(old.encode(ITEMS) - bare).max(axis=1) > 1e-4).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

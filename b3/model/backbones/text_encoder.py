@@ -96,6 +96,8 @@ class TextEncoder(Embedder):
         super().check_settings(settings)
         if settings.pooling == "last":
             raise InputError("pooling 'last' is not for text encoders; use auto, mean or cls")
+        if settings.prompt != "plain":
+            raise InputError(f"prompt '{settings.prompt}' is not for text encoders, which read the text; leave it out")
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
