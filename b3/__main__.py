@@ -2,6 +2,7 @@
 
     b3 mine CONFIG.yaml        batch plans of a recipe, or of arrays
     b3 train CONFIG.yaml       train a recipe
+    b3 train --pairs FILE      your own pairs: a recipe, mining, training, scores, an index
     b3 eval --model_name ...   score a model on a benchmark
     b3 embed --model ...       vectors of your own rows
     b3 search --index ...      search them
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     sys.argv[0] = f"b3 {name}"  # how the program calls itself in its usage
-    code: int = importlib.import_module(PROGRAMS[name]).main(rest)
+    is_own = name == "train" and any(one.partition("=")[0] == "--pairs" for one in rest)
+    code: int = importlib.import_module("scripts.own_data" if is_own else PROGRAMS[name]).main(rest)
     return code
 
 

@@ -3,6 +3,7 @@
     python scripts/search.py --index my-index --query "a red car" --top 10
     python scripts/search.py --index my-index --query-image car.jpg --html results.html
     python scripts/search.py --index my-index --queries rows.jsonl
+    python scripts/search.py --index my-index --serve                         a page on http://127.0.0.1:8000
 
 The model of the index embeds the query. Scores are inner products (cosines, as vectors have unit length by default).
 """
@@ -12,21 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from b3 import html
 from b3.data.codes import Floats, Hits, nearest
-from b3.data.index import Index, load_index, model_arguments
+from b3.data.index import Index, IndexedImages, load_index, model_arguments
 from b3.data.items import Item
-from b3.data.own import Columns, add_rows_arguments, columns_of, prompt, read_rows
+from b3.data.own import add_rows_arguments, columns_of, prompt, read_rows
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_text
 from b3.html import image_tag, shorten
+
+if TYPE_CHECKING:
+    from b3 import Embedder
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--instruction", "--query-prompt", default="", help="put before the text of each query")
     parser.add_argument("--dim", type=int, help="compare only the first so many numbers of each vector")
     parser.add_argument("--top", type=int, default=10, help="results per query (default 10)")
+    parser.add_argument("--serve", action="store_true", help="open a page on this machine to search with")
+    parser.add_argument("--port", type=int, default=8000, help="of the page (default 8000; 0: any that is free)")
     parser.add_argument("--json", action="store_true", help="print a JSON object per query instead of a table")
     parser.add_argument("--html", type=Path, help="also write a page with thumbnails")
     parser.add_argument("--model", help="where the model is now, if the index was made elsewhere")
@@ -66,8 +71,8 @@ def read_queries(arguments: argparse.Namespace) -> list[tuple[str, Item]]:
     return [(label, Item(prompt(text, image is not None, arguments.instruction), image))]
 
 
-def embed_queries(arguments: argparse.Namespace, items: Sequence[Item], manifest: dict[str, Any]) -> np.ndarray:
-    """(Q, D) vectors by the model of the index. Raises `RunError` if that is not there any more."""
+def model_of(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Embedder:
+    """The model of the index. Raises `RunError` if that is not there any more."""
     from b3 import Embedder
     from b3.model.checkpoint import adapter_key, checkpoint_key
 
@@ -81,10 +86,7 @@ def embed_queries(arguments: argparse.Namespace, items: Sequence[Item], manifest
                 f"{part} {manifest[part]['name']} is not the one that made {arguments.index}; embed the rows again,"
                 f" or give --{part}"
             )
-    vectors: np.ndarray = Embedder.from_pretrained(**model_arguments(manifest)).encode(
-        items, normalize=manifest["options"]["normalize"]
-    )
-    return vectors
+    return Embedder.from_pretrained(**model_arguments(manifest))
 
 
 def cut(vectors: np.ndarray, dim: int, manifest: dict[str, Any]) -> np.ndarray:
@@ -131,41 +133,16 @@ def show(label: str, hits: Hits, rows: list[dict[str, Any]], as_json: bool = Fal
 
 def render(results: list[tuple[str, Item, Hits]], rows: list[dict[str, Any]], manifest: dict[str, Any]) -> str:
     """A page without outside parts: each query, and its results with thumbnails."""
-    images = Images(rows, manifest)
+    images = IndexedImages(rows, manifest)
     parts = ["<h1>Search results</h1>"]
     for label, item, hits in results:
         lines = []
         for rank, (row, score) in enumerate(hits, 1):
             texts = (escape(line_of(str(rows[row][key]), 300)) for key in ("id", "text"))
-            lines.append([str(rank), f"{score:.4f}", images.of(row), *texts])
+            lines.append([str(rank), f"{score:.4f}", image_tag(images.source(row)), *texts])
         head = ["rank", "score", "image", "id", "text"]
         parts += [f"<h2>{escape(line_of(label, 300))}</h2>", image_tag(item.image), html.table(head, lines)]
     return html.page("Search results", parts)
-
-
-class Images:
-    """Images of the indexed rows: from their files, or out of the input file, which is read when first needed."""
-
-    def __init__(self, rows: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
-        self._rows, self._manifest = rows, manifest
-        self._items: list[Item] | None = None
-
-    def of(self, row: int) -> str:
-        if self._rows[row]["image"]:
-            return image_tag(self._rows[row]["image"])
-        items = self._input()
-        return image_tag(items[row].image) if row < len(items) else ""
-
-    def _input(self) -> list[Item]:
-        if self._items is None:
-            names, source = self._manifest["options"], self._manifest["input"]
-            columns = Columns(names["text"], names["image"], names["id"])
-            try:
-                data = read_rows(source["path"], columns, source["path_images"])
-                self._items = data.items if data.shown == self._rows else []
-            except InputError:  # the file has moved or changed since: the page goes without its images
-                self._items = []
-        return self._items
 
 
 @command
@@ -175,8 +152,14 @@ def main(argv: list[str] | None = None) -> int:
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}; give at least 1")
     index = load_index(arguments.index)
+    if arguments.serve:
+        from scripts.serve import serve
+
+        serve(index, model_of(arguments, index.manifest), arguments.port, arguments.instruction)
+        return 0
     queries = read_queries(arguments)
-    query_vectors = embed_queries(arguments, [item for _, item in queries], index.manifest)
+    model = model_of(arguments, index.manifest)
+    query_vectors = model.encode([item for _, item in queries], normalize=index.manifest["options"]["normalize"])
     hits_by_query = search(index, query_vectors, arguments.top, arguments.dim)
     results = [(label, item, hits) for (label, item), hits in zip(queries, hits_by_query, strict=True)]
     for label, _, hits in results:

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from b3.data.codes import Codes, Floats, recall, signs
-from b3.data.own import OwnData, Record
+from b3.data.items import ImageSource, Item
+from b3.data.own import Columns, OwnData, Record, read_rows
 from b3.errors import InputError
 from b3.files import claim, write_array, write_json, write_text
 
@@ -96,3 +97,30 @@ def load_index(folder: Path) -> Index:
         raise InputError(f"{folder}: {first.shape} vectors but {len(rows)} rows; delete it and embed again")
     vectors = Codes(first, np.asarray(others[0])) if others else Floats(first)
     return Index(vectors, np.asarray(others[1]) if len(others) == 2 else None, rows, manifest)
+
+
+class IndexedImages:
+    """Images of the indexed rows: from their files, or out of the input file, which is read when first needed."""
+
+    def __init__(self, rows: list[Record], manifest: Record) -> None:
+        self._rows, self._manifest = rows, manifest
+        self._items: list[Item] | None = None
+
+    def source(self, row: int) -> ImageSource | None:
+        """What `Still` takes, or None: the row has no image, or the input file has moved or changed since."""
+        if self._rows[row]["image"]:
+            path: str = self._rows[row]["image"]
+            return path
+        items = self._input()
+        return items[row].image if row < len(items) else None
+
+    def _input(self) -> list[Item]:
+        if self._items is None:
+            names, source = self._manifest["options"], self._manifest["input"]
+            columns = Columns(names["text"], names["image"], names["id"])
+            try:
+                data = read_rows(source["path"], columns, source["path_images"])
+                self._items = data.items if data.shown == self._rows else []
+            except InputError:
+                self._items = []
+        return self._items
