@@ -31,7 +31,7 @@ def padded(items: list[Processed]) -> dict[str, Any]:
     return {"ids": ids, "mask": mask, "pixels": pixels, "grids": [image and image.grid[1:] for image in images]}
 
 
-def chunks(side: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
+def chunks(side: dict[str, Any], size: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Slices of `size` items as keyword arguments of upstream's model."""
     for start in range(0, len(side["ids"]), size):
         part = slice(start, start + size)
@@ -40,17 +40,17 @@ def chunks(side: dict[str, Any], size: int) -> Iterator[dict[str, Any]]:
             "input_ids": side["ids"][part],
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp_min(0).expand(3, -1, -1),
-            "use_cache": False,
         }
         pixels = [p for p in side["pixels"][part] if p is not None]
         if pixels:
             arguments["pixel_values"] = torch.cat(pixels)
             arguments["image_grid_thw"] = torch.tensor([(1, *g) for g in side["grids"][part] if g is not None])
-        yield arguments
+        yield {name: value.to(device) for name, value in arguments.items()}
 
 
 def embed(model: Any, arguments: dict[str, Any]) -> Tensor:
-    return normalize(model(**arguments).last_hidden_state[:, -1], dim=-1)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        return normalize(model(**arguments, use_cache=False).last_hidden_state[:, -1].float(), dim=-1)
 
 
 def step(model: Any, sides: list[dict[str, Any]], size: int, temperature: float = 0.02) -> float:
@@ -58,18 +58,18 @@ def step(model: Any, sides: list[dict[str, Any]], size: int, temperature: float 
     cached, states = [], []
     for side in sides:
         vectors = []
-        for arguments in chunks(side, size):
+        for arguments in chunks(side, size, model.device):
             states.append(torch.get_rng_state())
             with torch.no_grad():
                 vectors.append(embed(model, arguments))
         cached.append(torch.cat(vectors).requires_grad_(True))
-    loss = cross_entropy(cached[0] @ cached[1].T / temperature, torch.arange(len(cached[0])))
+    loss = cross_entropy(cached[0] @ cached[1].T / temperature, torch.arange(len(cached[0]), device=model.device))
     loss.backward()
     replay = iter(states)
     for side, leaf in zip(sides, cached, strict=True):
         assert leaf.grad is not None
         start = 0
-        for arguments in chunks(side, size):
+        for arguments in chunks(side, size, model.device):
             torch.set_rng_state(next(replay))
             vectors = embed(model, arguments)
             torch.sum(vectors * leaf.grad[start : start + len(vectors)]).backward()

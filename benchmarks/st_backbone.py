@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def load(folder: Path) -> Any:
+def load(folder: Path, device: str = "cpu", dtype: str = "float32") -> Any:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
     from transformers import AutoTokenizer, Qwen2VLProcessor
@@ -30,9 +30,9 @@ def load(folder: Path) -> Any:
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     backbone = modules.Transformer(
         str(folder),
-        model_kwargs={"dtype": "float32"},
+        model_kwargs={"dtype": dtype},
         modality_config={"text": forward, ("image", "text"): forward},
         module_output_name="token_embeddings",
     )
     pooling = modules.Pooling(backbone.get_embedding_dimension(), pooling_mode="lasttoken")
-    return SentenceTransformer(modules=[backbone, pooling], device="cpu")
+    return SentenceTransformer(modules=[backbone, pooling], device=device)

@@ -49,6 +49,9 @@ class ModelConfig(Section):
         None, gt=0, description="cut vectors to their first so many numbers; null: the checkpoint's, which is whole"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    compile: bool | Literal["auto"] = Field(
+        False, description="compile decoder layers and vision blocks (inductor); auto: on a GPU, if it works there"
+    )
     shard: bool = Field(False, description="spread the decoder layers' frozen weights over the ranks (FSDP2)")
     train: Literal["adapter", "full"] = Field("adapter", description="full: all weights, in float32, without adapter")
     freeze: list[str] = Field(
@@ -63,6 +66,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _full(self) -> ModelConfig:
+        if self.shard and self.compile is True:
+            raise ValueError("model.compile true does not go with model.shard: sharded layers run as they are")
         if self.train == "full" and self.init_adapter is not None:
             raise ValueError(
                 "model.init_adapter would not be loaded: model.train full starts from the weights of model.name;"

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from b3 import registry
@@ -228,11 +229,28 @@ def _dora_layers(module: nn.Module) -> list[tuple[Any, str, Any]]:
     return [entry for entry in named if type(entry[2]) is DoraLinearLayer]
 
 
+def dequantized(layer: Any) -> Tensor:
+    """The weight of a frozen linear layer, (out, in)."""
+    weight: Tensor = layer.weight
+    if hasattr(weight, "quant_state"):
+        from peft.utils.integrations import dequantize_module_weight
+
+        weight = dequantize_module_weight(layer)
+    return weight
+
+
+def _whole_weight(layer: Any) -> Tensor:
+    """The frozen weight of an adapted layer; put together first where it is spread over ranks."""
+    weight: Any = dequantized(layer.get_base_layer())
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole
+
+
 def norm_from_factors(layer: Any, name: str) -> Tensor:
     """(out,) float32 row norms of W + s B A: |W|^2 + 2 s <W, B A> + s^2 |B A|^2 by rows, without the matrix B A."""
     import torch
 
-    weight = layer.get_base_layer().weight
+    weight = _whole_weight(layer)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         weight, scale = weight.float(), layer.scaling[name]
         a, b = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
@@ -240,43 +258,52 @@ def norm_from_factors(layer: Any, name: str) -> Tensor:
         return (weight.square().sum(dim=1) + 2 * scale * mixed + scale**2 * ((b @ (a @ a.T)) * b).sum(dim=1)).sqrt()
 
 
-def _remember(layer: Any, name: str, dora: Any, from_factors: bool) -> None:
-    """Let the two methods that make up the norm compute once; they shadow the class's methods until deleted."""
-    norm: list[Tensor] = []
-    lora_weight: Callable[..., Tensor] = dora.get_lora_weight
-    weight_norm: Callable[..., Tensor] = dora.get_weight_norm
+def _norm_of_peft(layer: Any, name: str, dora: Any) -> Tensor:
+    """The same, computed and rounded as peft does in a forward pass."""
+    a, b = layer.lora_A[name], layer.lora_B[name]
+    added = dora.get_lora_weight(lora_A=a, lora_B=b).detach()
+    weight = _whole_weight(layer).to(added.dtype)
+    norm: Tensor = dora.get_weight_norm(weight=weight, lora_weight=added, scaling=layer.scaling[name])
+    return norm.detach()
 
-    def lora_weight_once(lora_A: Any, lora_B: Any, **options: Any) -> Tensor:
-        if from_factors or norm:
-            unread: Tensor = dora.weight  # only the norm reads it
-            return unread
-        return lora_weight(lora_A=lora_A, lora_B=lora_B, **options)
 
-    def weight_norm_once(**options: Any) -> Tensor:
-        if not norm:
-            norm.append(norm_from_factors(layer, name) if from_factors else weight_norm(**options).detach())
-        return norm[0]
+def _forward(
+    self: Any, x: Tensor, *, lora_A: Any, lora_B: Any, scaling: float, base_layer: Any,
+    base_result: Tensor | None = None, adapter_name: str = "default",
+) -> Tensor:  # fmt: skip
+    """What DoRA adds to the frozen layer's output (T, out): as peft's `DoraLinearLayer.forward`, with a known norm."""
+    from torch.nn.functional import linear
 
-    dora.get_lora_weight, dora.get_weight_norm = lora_weight_once, weight_norm_once
+    scale = (self.weight / self.known_norm).view(1, -1)
+    added = lora_B(lora_A(x))
+    if base_result is None:  # dropout has changed the input
+        base_result = linear(x, dequantized(base_layer).to(x.dtype))
+    elif base_layer.bias is not None:
+        base_result = base_result - base_layer.bias
+    total: Tensor = (scale - 1) * base_result + scale * added * scaling
+    return total
 
 
 @contextlib.contextmanager
 def norms_once(module: nn.Module, from_factors: bool = False) -> Iterator[None]:
-    """Within the context, in which no weight may change, each DoRA layer of `module` computes its norm once.
+    """Within the context, in which no weight may change, no DoRA layer of `module` computes its norm.
 
     DoRA divides by the row norms of W + s B A, which its paper takes for constants of the backward pass (arXiv
-    2402.09353, section 4.3). They change only with the weights, that is between steps; peft computes them in every
-    forward pass, with B A as a full matrix. It does not show in long chunks, but in the
+    2402.09353, section 4.3). They change only with the weights, that is between steps, and are computed on entry; peft
+    computes them in every forward pass, with B A as a full matrix. It does not show in long chunks, but in the
     short ones of a cached step it does. from_factors: by `norm_from_factors` instead, whatever autocast is on.
     """
     layers = _dora_layers(module)
-    for entry in layers:
-        _remember(*entry, from_factors)
+    norms = [norm_from_factors(*e[:2]) if from_factors else _norm_of_peft(*e) for e in layers]
+    for (_, _, dora), norm in zip(layers, norms, strict=True):
+        # A method of the instance shadows the class's until deleted. A compiled layer looks at which it is, not at a
+        # step's values: those are an attribute.
+        dora.known_norm, dora.forward = norm, MethodType(_forward, dora)
     try:
         yield
     finally:
         for _, _, dora in layers:
-            del dora.get_lora_weight, dora.get_weight_norm
+            del dora.known_norm, dora.forward
 
 
 @contextlib.contextmanager

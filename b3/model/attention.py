@@ -24,6 +24,13 @@ from torch import Tensor
 from b3.errors import InputError
 from b3.model.batch import upload
 
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # torch before 2.10
+    _OPTIONS: set[str] = set()
+else:  # torch before 2.12 takes fewer heads of keys without being told
+    _OPTIONS = set(inspect.signature(varlen.varlen_attn).parameters)
+
 # transformers hands sequence boundaries to the vision tower's attention only under a name that says flash.
 NAMES = {"sdpa": "b3_packed_flash", "varlen": "b3_varlen_flash"}
 LEAST_CAPABILITY = (8, 0)  # of a card that FlashAttention 2 runs on
@@ -113,16 +120,13 @@ def varlen_attention(
     dtype = _half(query)
     if dtype is None or options.get("dropout", 0.0):
         return packed_attention(module, query, key, value, attention_mask, **options)
-    from torch.nn.attention import varlen
-
     edges, longest = options["cu_seq_lens_q"], int(options["max_length_q"])
     q, k, v = (part.squeeze(0).transpose(0, 1).to(dtype) for part in (query, key, value))
     window = (-1, 0) if module.is_causal else (-1, -1)
-    grouped = query.shape[1] != key.shape[1]  # fewer heads of keys
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _OPTIONS else {}
     mixed: Any = varlen.varlen_attn(
-        q, k, v, edges, edges, longest, longest,
-        scale=options.get("scaling"), window_size=window, enable_gqa=grouped,
-    )  # fmt: skip
+        q, k, v, edges, edges, longest, longest, scale=options.get("scaling"), window_size=window, **grouped
+    )
     return mixed[None], None
 
 
@@ -133,6 +137,7 @@ def _half(query: Tensor) -> torch.dtype | None:
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
+@torch.compiler.disable  # a compiled layer calls it as it is
 def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -198,7 +203,7 @@ def choose_attention(name: str, device: torch.device) -> str:
     fits = device.type == "cuda" and has_varlen() and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
     if name == "varlen" and not fits:
         raise InputError(
-            "attention varlen needs a GPU of compute capability 8.0 or newer and torch 2.13; use auto or sdpa"
+            "attention varlen needs a GPU of compute capability 8.0 or newer and torch 2.11; use auto or sdpa"
         )
     if not fits or name == "sdpa":
         return "sdpa"
@@ -210,12 +215,8 @@ def choose_attention(name: str, device: torch.device) -> str:
 
 
 def has_varlen() -> bool:
-    """Whether torch has the kernel for packed sequences, with grouped heads."""
-    if find_spec("torch.nn.attention.varlen") is None:
-        return False
-    from torch.nn.attention import varlen
-
-    return "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+    """Whether torch has the kernel for packed sequences, with the options that are asked of it."""
+    return {"scale", "window_size"} <= _OPTIONS
 
 
 def use_packed_attention(attention: str, *towers: Any) -> None:

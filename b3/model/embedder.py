@@ -111,6 +111,7 @@ class Embedder(nn.Module):
         self.processor = processor
         self.settings = settings or Settings()
         self.source = source or {}
+        self.execution = "eager"  # how the layers run, for people
 
     @staticmethod
     def from_pretrained(
@@ -249,6 +250,10 @@ class Embedder(nn.Module):
         processor: Any = self.processor
         other.processor = replace(processor, settings=other.settings)
         return other
+
+    def compiled_layers(self) -> list[nn.Module]:
+        """The layers that `model.compile` compiles: the text model's and the vision tower's."""
+        return self.layers()
 
     @property
     def has_dropout(self) -> bool:

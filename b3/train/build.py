@@ -67,6 +67,7 @@ def build_embedder(config: Config) -> Embedder:
     """The backbone with a fresh (or continued) trainable adapter, or with all its weights trainable."""
     from b3.model.adapter import check_backbone
     from b3.model.checkpoint import fetch, freeze_matching, unfreeze_all
+    from b3.model.compiled import compile_layers
     from b3.model.embedder import Embedder, locate
     from b3.model.settings import read_settings
 
@@ -95,6 +96,8 @@ def build_embedder(config: Config) -> Embedder:
     if model.gradient_checkpointing:
         backbone: Any = embedder.backbone
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    choice = False if model.shard else model.compile
+    embedder.execution = compile_layers(embedder.compiled_layers(), choice, embedder.device)
     return embedder
 
 

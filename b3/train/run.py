@@ -128,8 +128,9 @@ def _announce(
     for log in (trainer.metrics, trainer.bad_rows.file):
         rewind_log(log, trainer.sampler.start)
     kernel = trainer.embedder.attention_kernel(config.train.bf16)
-    write_json(folder / "environment.json", {**environment(distributed.world_size()), "attention": kernel})
-    lines = [describe(config, datasets, trainer.sampler, plans), f"  attention: {kernel}"]
+    run_by = {"attention": kernel, "layers": trainer.embedder.execution}
+    write_json(folder / "environment.json", {**environment(distributed.world_size()), **run_by})
+    lines = [describe(config, datasets, trainer.sampler, plans), *(f"  {what}: {how}" for what, how in run_by.items())]
     told = estimate(config, datasets, trainer.sampler, trainer.embedder)
     lines += told.lines()
     if trainer.embedder.device.type == "cuda":

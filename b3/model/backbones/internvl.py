@@ -171,6 +171,9 @@ class InternVL(VisionLanguage):
     def vision(self) -> nn.Module:
         return nn.ModuleList([self.core.vision_tower, self.core.multi_modal_projector])
 
+    def vision_layers(self) -> list[nn.Module]:
+        return list(self.core.vision_tower.encoder.layer)
+
     def vision_cost(self) -> Tower:
         """The projector runs once for four patches."""
         core, config = self.core, self.core.vision_tower.config

@@ -53,6 +53,9 @@ class QwenVL(VisionLanguage):
         tower: nn.Module = self.core.visual
         return tower
 
+    def vision_layers(self) -> list[nn.Module]:
+        return list(self.core.visual.blocks)
+
     def vision_cost(self) -> Tower:
         """The mergers run once for a square of patches."""
         vision = self.core.visual

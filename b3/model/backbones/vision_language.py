@@ -120,6 +120,13 @@ class VisionLanguage(Embedder):
     def layers(self) -> list[nn.Module]:
         return list(self.core.language_model.layers)
 
+    @abstractmethod
+    def vision_layers(self) -> list[nn.Module]:
+        """The equal layers of the vision tower."""
+
+    def compiled_layers(self) -> list[nn.Module]:
+        return [*self.layers(), *self.vision_layers()]
+
     def cost(self) -> Cost:
         text = self.core.language_model.config
         ratio = text.intermediate_size / text.hidden_size

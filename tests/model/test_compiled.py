@@ -1,0 +1,103 @@
+"""Compiled layers: the gradients of uncompiled ones, on a CPU with inductor's C++ in place of its GPU kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shutil import which
+
+import pytest
+import torch
+from golden_data import checkpoint, collator, embedder
+from tiny import gradients, relative
+
+from b3.data.items import Item
+from b3.errors import InputError
+from b3.model import compiled
+from b3.model.adapter import norms_once
+from b3.model.compiled import compile_layers
+from b3.train.inputs import StepCollator
+from b3.train.losses.info_nce import InfoNCE
+from b3.train.step import CachedStep
+from b3.train.vision_cache import VisionCache
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("golden"))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_gradients_are_those_of_the_layers_as_they_were(folder: Path) -> None:
+    """For images and text, and for any number of tokens in a chunk without compiling again."""
+    plain, model = embedder(folder, "dora"), embedder(folder, "dora")
+    assert compile_layers(model.compiled_layers(), True, CPU) == "compiled (inductor, 4 layers)"
+    names = [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in model.named_parameters()] == names
+    for chunk_tokens in (64, 100, 10**6):
+        inputs = collator(plain, chunk_tokens)([(0, row) for row in range(8)])
+        exact = CachedStep(plain, InfoNCE())(inputs, 0)
+        if chunk_tokens == 100:
+            torch._dynamo.config.error_on_recompile = True
+        try:
+            ours = CachedStep(model, InfoNCE())(inputs, 0)
+        finally:
+            torch._dynamo.config.error_on_recompile = False
+        assert ours.loss == pytest.approx(exact.loss, rel=1e-5)
+        expected = gradients(plain)
+        for name, gradient in gradients(model).items():
+            assert relative(gradient, expected[name]) < 1e-5, name
+
+
+class Texts:
+    def __len__(self) -> int:
+        return 8
+
+    def query(self, row: int) -> Item:
+        return Item("a question " * (row % 3 + 1) + str(row), None)
+
+    def target(self, row: int) -> Item:
+        return Item("an answer " * (row % 4 + 1) + str(row), None)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_both_passes_drop_the_same(folder: Path) -> None:
+    """Inductor draws random numbers of its own: the cached gradient is that of one graph, with a chunk's seed."""
+    model = embedder(folder, "dora", dropout=0.3)
+    compile_layers(model.compiled_layers(), True, CPU)
+    inputs = StepCollator([Texts()], model.processor, 40)([(0, row) for row in range(8)])  # type: ignore[list-item]
+    assert inputs.num_chunks > 2
+    step = CachedStep(model, InfoNCE(), seed=3)
+    result = step(inputs, 0)
+    cached = gradients(model)
+    with norms_once(model.backbone):
+        placed, chunks, groups = step._placed(inputs)
+        cache = VisionCache(model, placed.images, 0)
+        vectors = torch.cat([step._embed(chunk, i, 0, cache) for i, chunk in enumerate(chunks)])
+        vectors = torch.zeros_like(vectors).index_copy(0, torch.cat(groups), vectors)
+        means, gradient = step._loss(vectors.detach(), placed)
+        vectors.backward(gradient)
+    assert result.loss == pytest.approx(means[0], rel=1e-6)
+    other = gradients(model)
+    for name, value in cached.items():
+        assert relative(value, other[name]) < 1e-5, name
+    assert step(inputs, 1).loss != result.loss
+
+
+def test_what_cannot_be_compiled_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = embedder(folder, "lora").compiled_layers()
+    assert compile_layers(layers, False, CPU) == "eager"
+    assert compile_layers(layers, "auto", CPU) == "eager (compiled on a GPU)"
+    monkeypatch.setattr(compiled, "which", lambda name: None)
+    with pytest.raises(InputError, match=r"model.compile true: no C compiler was found; leave it at auto"):
+        compile_layers(layers, True, CPU)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda function: lambda numbers: 1 / 0)
+    with pytest.raises(InputError, match="compiling does not work here: division by zero"):
+        compile_layers(layers, True, CPU)
+    monkeypatch.setattr(compiled, "find_spec", lambda name: None)
+    assert compile_layers(layers, "auto", torch.device("cuda")) == "eager (triton is not installed)"
