@@ -150,6 +150,28 @@ def gme(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Embedder]:
     }
 
 
+def test_gme_in_batches_of_texts_and_of_images(gme: dict[int, Embedder]) -> None:
+    """What its script gets right in a batch; mixed batches, which it does not, are one of `test_gme`'s items each."""
+    tree = json.loads((GME / "cases.json").read_text())
+    cases = {case["id"]: case for case in tree["cases"] if case["min_tokens"] == 4}
+    for batch in (one for one in tree["batches"] if one["id"] in ("texts", "pictures")):
+        items = [item_of(cases[name], GME) for name in batch["items"]]
+        for item, name in zip(items, batch["items"], strict=True):
+            if "image" in item:
+                item["image"] = GME / "images" / Path(cases[name]["item"]["image"]).name
+        rows = GME_EXPECTED[f"batch/{batch['id']}"].numpy()
+        assert np.abs(gme[4].encode(items) - rows).max() < 1e-5
+
+
+def test_gme_cuts_the_end_of_long_texts(tmp_path: Path) -> None:
+    case = json.loads((GME / "cases.json").read_text())["max_length_60"]
+    model = Embedder.from_pretrained(checkpoint(tmp_path), prompt="gme", dtype="float32", max_length=60)
+    ids = model.processor(as_item(case["text"])).input_ids
+    assert len(ids) == 60 and ids[-1] != 151643
+    row = GME_EXPECTED["normalized/max_length_60"].reshape(-1).numpy()
+    assert np.abs(model.encode([case["text"]])[0] - row).max() < 1e-5
+
+
 TILES = json.loads((INTERNVL / "tiles.json").read_text())
 PROMPTS = json.loads((INTERNVL / "prompts.json").read_text())
 
@@ -184,6 +206,25 @@ def test_b3_internvl_prompts(internvl_processor: InternVLProcessor, case: dict) 
     image = INTERNVL / "images" / case["image"] if case["image"] else None
     ids = load_file(INTERNVL / "prompts.safetensors")[f"input_ids/{case['id']}"].reshape(-1)
     assert internvl_processor(Item(case["text"], image)).input_ids.tolist() == ids.tolist()
+
+
+def test_internvl_under_the_names_of_later_files(tmp_path: Path) -> None:
+    """Files of 2025 name the towers inside `model`; both give the same weights."""
+    source = shutil.copytree(INTERNVL / "tiny-internvl-hf", tmp_path / "later")
+    weights = load_file(source / "model.safetensors")
+    later = {key.replace("language_model.model.", "language_model.") for key in weights}
+    assert len(later) == len(weights)
+    named = {
+        key.removeprefix("language_model.") if "lm_head" in key
+        else f"model.{key.replace('language_model.model.', 'language_model.')}": value
+        for key, value in weights.items()
+    }  # fmt: skip
+    save_file(named, source / "model.safetensors")
+    one, other = (
+        InternVL.load(folder, torch.float32, torch.device("cpu"), "sdpa").state_dict()
+        for folder in (INTERNVL / "tiny-internvl-hf", source)
+    )
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_internvl_hidden_states() -> None:
