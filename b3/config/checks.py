@@ -28,6 +28,11 @@ def check(config: Config) -> None:
             raise ConfigError(f"train.temperature has none for family {lacking[0]}, which a data set has; add it")
     if model.train == "full" and model.shard:
         raise ConfigError("model.shard spreads frozen weights, and model.train full has none; leave one out")
+    if model.quantize and model.compile is True:
+        raise ConfigError("model.compile true does not go with model.quantize: layers in 4 bit run as they are")
+    if model.quantize and (model.train == "full" or model.shard):
+        other = "model.train full" if model.train == "full" else "model.shard"
+        raise ConfigError(f"model.quantize is for frozen weights that each rank holds, not for {other}; leave one out")
     low, high = model.min_pixels, model.max_pixels
     if low is not None and high is not None and low > high:
         raise ConfigError(f"model.min_pixels {low} exceeds model.max_pixels {high}")

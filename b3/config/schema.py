@@ -48,6 +48,9 @@ class ModelConfig(Section):
     dim: int | None = Field(
         None, gt=0, description="cut vectors to their first so many numbers; null: the checkpoint's, which is whole"
     )
+    quantize: Literal["nf4"] | None = Field(
+        None, description="nf4: the frozen decoder layers in 4 bit (QLoRA); needs a GPU and pip install bitsandbytes"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool | Literal["auto"] = Field(
         False, description="compile decoder layers and vision blocks (inductor); auto: on a GPU, if it works there"

@@ -190,7 +190,7 @@ def attach_adapter(model: nn.Module, spec: AdapterSpec) -> nn.Module:
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
     for layer, _, dora in _dora_layers(wrapped):
-        weight = layer.get_base_layer().weight
+        weight = _whole_weight(layer)
         if weight.dtype != torch.float32:  # peft has rounded the norms, and the student would not start as its backbone
             dora.weight.data = weight.float().norm(dim=1)
     return wrapped

@@ -334,8 +334,9 @@ def linear_weights(module: nn.Module) -> tuple[int, int]:
         weight: Any = getattr(part, "weight", None)
         if isinstance(part, (nn.Linear, nn.Conv3d)) and id(weight) not in seen:
             seen.add(id(weight))
-            weights += weight.numel()
-            trained += weight.numel() if weight.requires_grad else 0
+            size = part.in_features * part.out_features if isinstance(part, nn.Linear) else weight.numel()
+            weights += size  # of one in 4 bit too
+            trained += size if weight.requires_grad else 0
     return weights, trained
 
 

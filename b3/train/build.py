@@ -65,6 +65,8 @@ def load_plans(config: Config, datasets: list[PairDataset]) -> list[BatchPlan]:
 
 def build_embedder(config: Config) -> Embedder:
     """The backbone with a fresh (or continued) trainable adapter, or with all its weights trainable."""
+    import torch
+
     from b3.model.adapter import check_backbone
     from b3.model.checkpoint import fetch, freeze_matching, unfreeze_all
     from b3.model.compiled import compile_layers
@@ -87,6 +89,15 @@ def build_embedder(config: Config) -> Embedder:
         raise RunError(
             f"model.shard spreads decoder layers, and {model.name} has none: every rank would hold all; leave it out"
         )
+    if model.quantize:
+        from b3.model.quantize import quantize_layers
+
+        quantize_layers(embedder, torch.bfloat16 if config.train.bf16 else embedder.dtype)
+        if distributed.is_first():
+            print(
+                "note: model.quantize rounds the frozen weights of this run; its checkpoints hold the adapter, which"
+                f" loads on the whole weights of {model.name}"
+            )
     if model.train == "full":
         unfreeze_all(embedder.backbone)
     else:
@@ -96,7 +107,7 @@ def build_embedder(config: Config) -> Embedder:
     if model.gradient_checkpointing:
         backbone: Any = embedder.backbone
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    choice = False if model.shard else model.compile
+    choice = False if model.shard or model.quantize else model.compile
     embedder.execution = compile_layers(embedder.compiled_layers(), choice, embedder.device)
     return embedder
 

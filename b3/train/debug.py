@@ -62,6 +62,7 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "init_adapter": None,
         "dtype": "float32",
         "attention": "auto",
+        "quantize": None,
         "shard": config.model.shard and ranks > 1,
     }
     tree["mining"] |= {"dir": f"{folder}/mining", "teacher_adapter": None}

@@ -164,6 +164,13 @@ def check_machine(config: Config) -> None:
             "DeepSpeed is not supported: its engine owns backward and step, and the cached step does both in parts."
             " Start with torchrun; model.shard=true spreads the frozen weights over the ranks as ZeRO-3 would"
         )
+    if config.model.quantize:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise RunError("model.quantize nf4 needs a GPU and none is visible; leave it out")
+        if find_spec("bitsandbytes") is None:
+            raise RunError("model.quantize nf4 needs bitsandbytes; pip install bitsandbytes, or leave it out")
     if config.train.bf16 or (config.model.dtype == "bfloat16" and config.model.train != "full"):
         import torch
 
