@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo evidence test test-core lint types format clean
+.PHONY: help venv demo evidence docs test test-core lint types format clean
 help:
 	@echo "make demo      mine, train and evaluate on the embedded data (a few minutes); results in runs/demo"
 	@echo "make evidence  the runs behind docs/evidence.md (hours; finished runs are kept), and that page"
+	@echo "make docs      the site from docs/, strictly; result in site/"
 	@echo "make test      run all tests                     (ARGS='-k name' to choose)"
 	@echo "make test-core run the fifth that protects most (under two minutes)"
 	@echo "make lint      ruff check and format check"
@@ -29,6 +30,10 @@ demo: $(STAMP)
 evidence: $(STAMP)
 	@$(BIN)/python -m benchmarks.evidence $(ARGS)
 
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
@@ -47,4 +52,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
