@@ -140,8 +140,16 @@ def tiles_of(patches: Tensor, side: int, patch: int) -> Tensor:
 
 def pixels_of(tiles: Tensor) -> Tensor:
     """(tiles, 3, side, side) float32 of uint8, on the same device."""
-    mean, std = (torch.tensor(values, device=tiles.device)[:, None, None] for values in (MEAN, STD))
+    mean, std = _statistics_on(tiles.device)
     return (tiles.float() / 255 - mean) / std
+
+
+@lru_cache(maxsize=8)
+def _statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    """`MEAN` and `STD` (3, 1, 1) on a device, copied there once."""
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+        return upload((mean, std), device)
 
 
 class InternVL(VisionLanguage):

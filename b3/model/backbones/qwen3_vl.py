@@ -6,13 +6,14 @@ the tower's output and, beside it, one vector for each of the first decoder laye
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from b3.model.backbones.qwen_vl import QwenVL, grid_weights
 from b3.model.backbones.qwen_vl_images import HALF
@@ -35,6 +36,13 @@ class Qwen3VL(QwenVL):
         vision = {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
         return make_tiny_qwen(folder, texts, "qwen3_vl", text, vision, seed)
 
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
+        model: Any = super().load(folder, dtype, device, attention)
+        add_by_number(model.model.language_model)
+        backbone: nn.Module = model
+        return backbone
+
     def tower_arguments(self, grids: Tensor) -> dict[str, Any]:
         return grid_weights(self.core.visual, grids)
 
@@ -48,8 +56,18 @@ class Qwen3VL(QwenVL):
         arguments = {**super().language_arguments(batch, features), "attention_mask": None}
         if features is None:
             return arguments
-        assert batch.slots is not None
-        is_slot = torch.zeros(len(batch.input_ids), dtype=torch.bool, device=features.device)
-        is_slot[batch.slots] = True
         stacked = features[:, self.width :].to(self.dtype).split(self.width, dim=1)
-        return {**arguments, "visual_pos_masks": is_slot[None], "deepstack_visual_embeds": list(stacked)}
+        return {**arguments, "visual_pos_masks": batch.slots, "deepstack_visual_embeds": list(stacked)}
+
+
+def add_by_number(language: Any) -> None:
+    """Make a loaded text model add what belongs to media at numbered tokens.
+
+    Upstream takes a mask over all tokens, and with it the host would wait for a GPU in each of these layers.
+    """
+    language._deepstack_process = types.MethodType(_added, language)
+
+
+def _added(self: Any, hidden_states: Tensor, slots: Tensor, embeds: Tensor) -> Tensor:
+    """(1, T, D) with (S, D) added at the distinct tokens (S,)."""
+    return hidden_states.index_add(1, slots, embeds.to(hidden_states.dtype)[None])
