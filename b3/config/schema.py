@@ -92,7 +92,10 @@ class AdapterConfig(Section):
     )
 
 
-Format = Literal["mmeb", "triplets", "swift", "tevatron"]
+Format = Literal[
+    "mmeb", "triplets", "swift", "tevatron",
+    "llava_hound_caption", "llava_hound_video", "llava_hound_qa", "vidore", "vidore_qa", "visrag",
+]  # fmt: skip
 
 
 class DatasetConfig(Section):
@@ -122,7 +125,9 @@ class DataConfig(Section):
     source: str = Field(description="embedded:NAME, hub:OWNER/NAME, parquet:PATH or jsonl:PATH")
     split: str = Field("train", description="'original' or 'diverse_instruction' in MMEB-train")
     format: Format = Field(
-        "mmeb", description="of the rows: mmeb, triplets (sentence-transformers), swift (ms-swift) or tevatron"
+        "mmeb",
+        description="of the rows: mmeb, triplets (sentence-transformers), swift (ms-swift), tevatron, or a training set"
+        " of MMEB-V2 (docs/data.md)",
     )
     image_dir: str | None = Field(None, description="folder (or .parquet) of the images; embedded data brings its own")
     prefix_targets: bool = Field(True, description="put the paper's prefixes before text-only targets")

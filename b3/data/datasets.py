@@ -17,6 +17,7 @@ from b3.config import Config, DatasetConfig
 from b3.data.formats import to_pairs
 from b3.data.images import FolderImages, ImageRef, ImageStore
 from b3.data.items import Item, Medium, Still, Video, video_at
+from b3.data.mixes import IMAGE, TableImages, holds_images, numbered
 from b3.data.prompts import PLACEHOLDER, target_prefix
 from b3.data.tables import (
     EVAL_COLUMNS,
@@ -289,9 +290,13 @@ def _load(
 ) -> tuple[pa.Table, ImageStore | None]:
     """The first rows of a subset, checked, and the store of their images."""
     where = f"{source} subset {subset} split {split}"
-    rows = to_pairs(load_table(source, subset, split), form, where)
+    rows = load_table(source, subset, split, IMAGE if holds_images(form) else None)
+    is_inside = holds_images(form) and IMAGE not in rows.column_names
+    rows = to_pairs(numbered(rows) if is_inside else rows, form, where)
     table = check_rows(rows, columns, where).slice(0, max_rows)
     check(table, where)
+    if is_inside:
+        return table, TableImages(source, subset, split)
     paths = tuple(name for name in table.column_names if name.endswith("_path"))
     return table, image_store(table, paths, image_dir or default_image_dir(source), where)
 

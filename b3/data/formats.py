@@ -3,7 +3,8 @@
 mmeb: the columns that the rest of the system reads. triplets: hard negatives as sentence-transformers writes them, by
 the order of the columns (anchor, positive, negatives). swift: ms-swift's rows for embedding models
 (docs/source_en/BestPractices/Embedding.md of modelscope/ms-swift). tevatron: rows with passages inside. A row with
-several positives becomes as many rows; the loss masks targets of an equal query.
+several positives becomes as many rows; the loss masks targets of an equal query. llava_hound_*, vidore, visrag:
+`b3.data.mixes`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from b3.data import mixes
 from b3.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMATS = ("mmeb", "triplets", "swift", "tevatron")
+FORMATS = ("mmeb", "triplets", "swift", "tevatron", *mixes.FORMS)
 EXAMPLES: dict[str, list[dict[str, Any]]] = {  # rows that are read, shown where one is not
     "mmeb": [
         {"qry": "<|image_1|>\nWhat is it?", "qry_image_path": "a.jpg", "pos_text": "a cat", "pos_image_path": ""},
@@ -41,6 +43,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {  # rows that are read, shown where
             "negative_passages": [{"docid": "9", "title": "Dogs", "text": "A dog."}],
         }
     ],
+    **mixes.EXAMPLES,
 }
 LABELS = ("label", "labels", "score", "scores")
 Side = tuple[str, str]  # text and image path, '' for none
@@ -53,14 +56,19 @@ def to_pairs(table: pa.Table, form: str, where: str) -> pa.Table:
         return table
     import pyarrow as pa
 
+    def unfit(row: int, error: Exception) -> DataError:
+        what = f"no key {error}" if isinstance(error, KeyError) else str(error)
+        example = json.dumps(EXAMPLES[form][0], ensure_ascii=False)
+        return DataError(f"{where}: row {row}: {what}; a row of format {form}: {example}")
+
+    if form in mixes.FORMS:
+        return mixes.to_columns(table, form, unfit)
     pairs: list[Pair] = []
     for row, record in enumerate(table.to_pylist()):
         try:
             pairs += READERS[form](record)
         except (_Unfit, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            what = f"no key {error}" if isinstance(error, KeyError) else str(error)
-            example = json.dumps(EXAMPLES[form][0], ensure_ascii=False)
-            raise DataError(f"{where}: row {row}: {what}; a row of format {form}: {example}") from None
+            raise unfit(row, error) from None
     columns: dict[str, list[Any]] = {
         "qry": [query[0] for query, _, _ in pairs],
         "qry_image_path": [query[1] for query, _, _ in pairs],

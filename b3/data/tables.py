@@ -63,17 +63,38 @@ def default_image_dir(source: str) -> str | None:
     return str(embedded_root(rest) / "images.parquet") if kind == "embedded" else None
 
 
-def load_table(source: str, subset: str, split: str) -> pa.Table:
-    """All rows of a subset and split as an Arrow table. Raises `DataError` naming what is missing and what exists."""
+def load_table(source: str, subset: str, split: str, leave_out: str | None = None) -> pa.Table:
+    """All rows of a subset and split as an Arrow table.
+
+    leave_out: a column that is not read where it holds whole images (bytes, or the struct of the `datasets` library).
+    Raises `DataError` naming what is missing and what exists.
+    """
     kind, rest = split_source(source)
-    if kind == "hub":
-        return _load_hub(rest, subset, split)
-    files = _find_files(kind, rest, subset, split)
+    files = files_of(source, subset, split)
+    if files is None:
+        table = _load_hub(rest, subset, split)
+        return table.drop_columns([leave_out]) if _is_whole(table.schema, leave_out) else table
     if not files:
         known = list_subsets(source, split)
         hint = f"; subsets there: {', '.join(known)}" if known else "; check the path and the split"
         raise DataError(f"no rows of subset '{subset}', split '{split}' in {source}{hint}")
-    return _read_files(kind, files)
+    return _read_files(kind, files, leave_out)
+
+
+def files_of(source: str, subset: str, split: str) -> list[Path] | None:
+    """The files that hold a subset and split, in order; None for the hub."""
+    kind, rest = split_source(source)
+    return None if kind == "hub" else _find_files(kind, rest, subset, split)
+
+
+def _is_whole(schema: pa.Schema, column: str | None) -> bool:
+    """Whether a column holds whole images."""
+    import pyarrow as pa
+
+    if column is None or column not in schema.names:
+        return False
+    kind = schema.field(column).type
+    return bool(pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _find_files(kind: str, rest: str, subset: str, split: str) -> list[Path]:
@@ -89,7 +110,7 @@ def _find_files(kind: str, rest: str, subset: str, split: str) -> list[Path]:
     return sorted(Path(p) for p in glob.glob(rest, recursive=True))
 
 
-def _read_files(kind: str, files: list[Path]) -> pa.Table:
+def _read_files(kind: str, files: list[Path], leave_out: str | None = None) -> pa.Table:
     import pyarrow as pa
     import pyarrow.json
     import pyarrow.parquet as pq
@@ -97,7 +118,12 @@ def _read_files(kind: str, files: list[Path]) -> pa.Table:
     tables = []
     for file in files:
         try:
-            tables.append(pq.read_table(file) if kind != "jsonl" else pa.json.read_json(file))
+            if kind == "jsonl":
+                tables.append(pa.json.read_json(file))
+                continue
+            schema = pq.read_schema(file)
+            names = [name for name in schema.names if name != leave_out] if _is_whole(schema, leave_out) else None
+            tables.append(pq.read_table(file, columns=names))
         except (pa.ArrowException, OSError) as error:
             what = str(error).splitlines()[0]
             name = "jsonl" if kind == "jsonl" else "parquet"

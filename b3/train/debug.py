@@ -70,13 +70,14 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
     reads_images = kind.reads_images
     if not reads_images:
         entries = [_small_entry(entry, entry.subset) for entry in config.data.datasets]
-        tree["data"] |= {"source": f"jsonl:{folder}/data", "split": "train", "datasets": entries}
+        tree["data"] |= {"source": f"jsonl:{folder}/data", "split": "train", "format": "mmeb", "datasets": entries}
         tree["mining"] |= {"teacher": f"{folder}/model"}
     else:
         if "max_pixels" in kind.setting_names:
             tree["model"] |= {"min_pixels": 3136, "max_pixels": 12544}
         entries = _stand_ins(config)
-        tree["data"] |= {"source": f"embedded:{DATA}", "split": "train", "image_dir": None, "datasets": entries}
+        rows = {"source": f"embedded:{DATA}", "split": "train", "format": "mmeb", "image_dir": None}
+        tree["data"] |= {**rows, "datasets": entries}
         tree["mining"] |= {"teacher": "embedded"}
         if config.negatives.source == "data":  # which the embedded rows do not bring along
             tree["negatives"] |= {"source": "mined"}
@@ -132,7 +133,7 @@ def _stand_ins(config: Config) -> list[dict[str, Any]]:
 
 
 def _small_entry(entry: DatasetConfig, subset: str) -> dict[str, Any]:
-    replaced = {"source", "split", "image_dir", "p", "m"}
+    replaced = {"source", "split", "format", "image_dir", "p", "m"}
     return entry.model_dump(mode="json", exclude_unset=True, exclude=replaced) | {"subset": subset, "max_rows": ROWS}
 
 

@@ -20,6 +20,9 @@ def write(folder: Path, rows: list[dict[str, Any]]) -> str:
     folder.mkdir(exist_ok=True)
     for name, colour in (("a.jpg", "red"), ("b.jpg", "blue")):
         (folder / name).write_bytes(tiny.image(colour, "disc", 1))
+    (folder / "v1").mkdir(exist_ok=True)  # a video: a folder of frames
+    for number in range(3):
+        (folder / "v1" / f"{number}.jpg").write_bytes(tiny.image("green", "bar", number))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"jsonl:{folder / 'rows.jsonl'}"
 
@@ -44,6 +47,32 @@ EXPECTED = {
     "triplets": [(("a cat", None), ("a small cat", None), ("a dog", None), ("a car", None))],
     "swift": [(("<|image_1|>\nWhat is it?", "a.jpg"), ("a cat", None), ("<|image_1|>\na dog", "b.jpg"))],
     "tevatron": [(("a cat", None), ("Cats A small cat.", None), ("Dogs A dog.", None))],
+    "llava_hound_caption": [(("<|video_1|>\nWhat happens?", None), ("A cat jumps.", None))],
+    "llava_hound_video": [
+        (
+            ("Find a video that contains the following visual content: A cat jumps.", None),
+            ("Understand the content of the provided video: <|video_1|>", None),
+        )
+    ],
+    "llava_hound_qa": [
+        (
+            ("Answer a question based on the content of a video. <|video_1|>\nWhat happens?", None),
+            ("A cat jumps.", None),
+        )
+    ],
+    "vidore": [
+        (
+            ("Find a document image that matches the given query: Who wrote it?", None),
+            ("<|image_1|> Understand the content of the provided document image.", "a.jpg"),
+        )
+    ],
+    "vidore_qa": [(("<|image_1|> Who wrote it?", "a.jpg"), ("A poet", None))],
+    "visrag": [
+        (
+            ("Find a document image that matches the given query: Who wrote it?", None),
+            ("<|image_1|> Understand the content of the provided document image.", "a.jpg"),
+        )
+    ],
 }
 
 
