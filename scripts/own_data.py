@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from b3.config import Config, load_config
-from b3.errors import EXIT_STOPPED, command
+from b3.errors import EXIT_STOPPED, InputError, command
 from b3.files import write_text
 
 
@@ -62,7 +62,11 @@ def index(config: Config, out: Path, model: str, adapter: str | None) -> Path:
     write_text(out / "targets.jsonl", "".join(lines))
     arguments = ["--model", model, "--input", str(out / "targets.jsonl"), "--out", str(out / "index")]
     arguments += ["--adapter", adapter] if adapter else []
-    arguments += ["--image-dir", config.data.image_dir] if config.data.image_dir else []
+    store = config.data.image_dir
+    if store and Path(store).is_dir():
+        arguments += ["--image-dir", store]
+    elif any(path for _, path in rows):
+        raise InputError(f"targets with images inside {store} cannot be indexed here; embed them with scripts/embed.py")
     if embed([*arguments, "--dtype", config.model.dtype]):
         raise SystemExit(2)
     return out / "index"
@@ -73,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="b3 train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=Path, required=True, help="jsonl file of queries and their right answers")
-    parser.add_argument("--images", type=Path, help="folder that image paths are relative to")
+    parser.add_argument("--pairs", type=Path, required=True, help="jsonl or parquet file of queries and right answers")
+    parser.add_argument("--images", type=Path, help="folder that image paths are relative to, or .parquet of images")
     parser.add_argument("--out", type=Path, default=Path("runs/own"), help="folder to write (default runs/own)")
     parser.add_argument(
         "--model", help="to train; default: Qwen2-VL-2B, or a small text encoder if there are no images"

@@ -61,10 +61,15 @@ class Numbers:
 
 
 def form_of(file: Path) -> str:
-    """The format of a jsonl file by the keys of its first row."""
+    """The format of a jsonl or parquet file by the keys of its first row."""
     try:
-        with file.open(encoding="utf-8") as lines:
-            first = json.loads(next(line for line in lines if line.strip()))
+        if file.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            first: Any = pq.read_schema(file).names
+        else:
+            with file.open(encoding="utf-8") as lines:
+                first = json.loads(next(line for line in lines if line.strip()))
     except (OSError, ValueError, StopIteration) as error:
         raise DataError(f"{file} cannot be read as jsonl ({error or 'no rows'}); see docs/data.md") from None
     marks = {"qry": "mmeb", "messages": "swift", "positive_passages": "tevatron", "positive_document_ids": "tevatron"}
@@ -79,12 +84,12 @@ def write(
     Returns (recipe, its numbers, rows held out). Raises `DataError` for data that cannot be used, `RunError` if there
     is a recipe of other pairs.
     """
-    form = form_of(pairs)
-    where = str(pairs)
+    form, where = form_of(pairs), str(pairs)
+    source = f"{'parquet' if pairs.suffix == '.parquet' else 'jsonl'}:{pairs}"
     load_pairs(
-        f"jsonl:{pairs}", pairs.stem, image_dir=None if images is None else str(images), form=form
+        source, pairs.stem, image_dir=None if images is None else str(images), form=form
     )  # its checks and messages
-    table = check_rows(to_pairs(load_table(f"jsonl:{pairs}", pairs.stem, "train"), form, where), PAIR_COLUMNS, where)
+    table = check_rows(to_pairs(load_table(source, pairs.stem, "train"), form, where), PAIR_COLUMNS, where)
     if any("list" in str(table[name].type) for name in PAIR_COLUMNS):
         raise DataError(f"{pairs}: rows with lists of targets or images; write one target and one image a row")
     if table.num_rows < LEAST_ROWS:

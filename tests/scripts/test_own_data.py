@@ -98,6 +98,17 @@ def test_the_format_is_told_by_the_first_row(tmp_path: Path, key: str) -> None:
     assert form_of(write_pairs(tmp_path / "x.jsonl", [{key: []}])) == forms[key]
 
 
+def test_the_readmes_example_on_embedded_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A parquet file of pairs and one of images."""
+    emoji = Path(__file__).parents[2] / "b3" / "data" / "emoji"
+    arguments = ["--pairs", str(emoji / "train" / "emoji_i2t.parquet"), "--images", str(emoji / "images.parquet")]
+    arguments += ["--out", str(tmp_path / "out"), "--model", str(tiny.write_model(tmp_path / "model"))]
+    assert main(["train", *arguments, "--recipe-only"]) == 0
+    config = load_config(tmp_path / "out" / "recipe.yaml")
+    assert config.data.image_dir == str(emoji / "images.parquet") and config.mining.community_size == 32
+    assert "332 rows are held out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_from_pairs_to_search(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     make = tiny.write_text_model if kind == "text" else tiny.write_model
