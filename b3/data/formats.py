@@ -46,7 +46,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {  # rows that are read, shown where
     **mixes.EXAMPLES,
 }
 LABELS = ("label", "labels", "score", "scores")
-Side = tuple[str, str]  # text and image path, '' for none
+Side = tuple[str, tuple[str, ...]]  # text and image paths
 Pair = tuple[Side, Side, list[Side]]  # query, target, negatives
 
 
@@ -71,15 +71,31 @@ def to_pairs(table: pa.Table, form: str, where: str) -> pa.Table:
             raise unfit(row, error) from None
     columns: dict[str, list[Any]] = {
         "qry": [query[0] for query, _, _ in pairs],
-        "qry_image_path": [query[1] for query, _, _ in pairs],
+        "qry_image_path": _paths([query for query, _, _ in pairs]),
         "pos_text": [target[0] for _, target, _ in pairs],
-        "pos_image_path": [target[1] for _, target, _ in pairs],
+        "pos_image_path": _paths([target for _, target, _ in pairs]),
     }
     if any(negatives for _, _, negatives in pairs):
+        every = iter(_paths([one for _, _, negatives in pairs for one in negatives]))
         columns["neg_text"] = [[text for text, _ in negatives] for _, _, negatives in pairs]
-        columns["neg_image_path"] = [[path for _, path in negatives] for _, _, negatives in pairs]
-    kinds = {name: pa.list_(pa.string()) if name.startswith("neg_") else pa.string() for name in columns}
-    return pa.table({name: pa.array(values, kinds[name]) for name, values in columns.items()})
+        columns["neg_image_path"] = [[next(every) for _ in negatives] for _, _, negatives in pairs]
+    return pa.table({name: pa.array(values, _kind(name, values)) for name, values in columns.items()})
+
+
+def _paths(sides: list[Side]) -> list[Any]:
+    """A path or '' for each, or a list of paths for each where one has several."""
+    if all(len(paths) < 2 for _, paths in sides):
+        return [paths[0] if paths else "" for _, paths in sides]
+    return [list(paths) for _, paths in sides]
+
+
+def _kind(name: str, values: list[Any]) -> Any:
+    """The Arrow type of a column: texts, lists of them, or lists of lists."""
+    import pyarrow as pa
+
+    inner = [one for value in values for one in value] if name.startswith("neg_") else values
+    kind = pa.list_(pa.string()) if any(isinstance(value, list) for value in inner) else pa.string()
+    return pa.list_(kind) if name.startswith("neg_") else kind
 
 
 class _Unfit(Exception):
@@ -102,8 +118,8 @@ def _triplets(record: dict[str, Any]) -> Iterator[Pair]:
         raise _Unfit("an anchor and a positive are needed")
     (anchor, query), (positive, target), *others = record.items()
     values = [(name, one) for name, value in others for one in (value if isinstance(value, list) else [value])]
-    negatives = [(_text(value, name), "") for name, value in values if value is not None]
-    yield (_text(query, anchor), ""), (_text(target, positive), ""), negatives
+    negatives: list[Side] = [(_text(value, name), ()) for name, value in values if value is not None]
+    yield (_text(query, anchor), ()), (_text(target, positive), ()), negatives
 
 
 def _swift(record: dict[str, Any]) -> Iterator[Pair]:
@@ -136,15 +152,15 @@ def _messages(messages: list[dict[str, Any]], images: Any) -> Side:
     paths = [image.get("path") if isinstance(image, dict) else image for image in images or []]
     if text.count("<image>") != len(paths):
         raise _Unfit(f"{text.count('<image>')} <image> in the text and {len(paths)} images")
-    if len(paths) > 1:
-        raise _Unfit(f"{len(paths)} images in one item, at most one is read")
-    return text.replace("<image>", "<|image_1|>\n"), _text(paths[0], "images") if paths else ""
+    pieces = text.split("<image>")
+    marked = "".join(f"{piece}<|image_{number}|>\n" for number, piece in enumerate(pieces[:-1], 1)) + pieces[-1]
+    return marked, tuple(_text(path, "images") for path in paths)
 
 
 def _tevatron(record: dict[str, Any]) -> Iterator[Pair]:
     if "positive_document_ids" in record and "positive_passages" not in record:
         raise _Unfit("positive_document_ids point into a corpus that is not here; put the passages into the rows")
-    query = (_text(record["query"], "query"), "")
+    query: Side = (_text(record["query"], "query"), ())
     positives, negatives = (
         [_passage(one) for one in record.get(f"{side}_passages") or []] for side in ("positive", "negative")
     )
@@ -157,9 +173,9 @@ def _tevatron(record: dict[str, Any]) -> Iterator[Pair]:
 def _passage(passage: Any) -> Side:
     """Title and text joined by a space, as Tevatron joins them."""
     if isinstance(passage, str):
-        return passage, ""
+        return passage, ()
     title, text = passage.get("title"), _text(passage["text"], "text")
-    return f"{title} {text}" if title else text, ""
+    return f"{title} {text}" if title else text, ()
 
 
 READERS: dict[str, Callable[[dict[str, Any]], Iterator[Pair]]] = {

@@ -103,6 +103,21 @@ def test_a_system_message_goes_before_the_users(tmp_path: Path) -> None:
     assert load(tmp_path, "swift", [row])[0][0] == ("Find it. <|image_1|>\nthis", "a.jpg")
 
 
+def test_an_item_may_have_several_images(tmp_path: Path) -> None:
+    negatives = [user("<image>x<image>y"), user("z")]
+    row = {
+        "messages": user("<image><image>which?"), "images": ["a.jpg", "b.jpg"], "positive_messages": [user("<image>")],
+        "positive_images": [["b.jpg"]], "negative_messages": negatives, "negative_images": [["b.jpg", "a.jpg"], []],
+    }  # fmt: skip
+    other = {"messages": user("q"), "images": [], "positive_messages": [user("p")]}
+    data = load_pairs(write(tmp_path, [row, other]), "rows", image_dir=str(tmp_path), form="swift")
+    assert data.query(0).text == "<|image_1|>\n<|image_2|>\nwhich?" and data.query(1).text == "q"
+    sides = [data.query(0), data.target(0), *data.negatives(0), data.query(1), data.target(1)]
+    names = [[image.name for image in item.images] for item in sides]
+    assert names == [["a.jpg", "b.jpg"], ["b.jpg"], ["b.jpg", "a.jpg"], [], [], []]
+    assert [item.text for item in data.negatives(0)] == ["<|image_1|>\nx<|image_2|>\ny", "z"]
+
+
 def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
