@@ -24,6 +24,11 @@ CHECKPOINTS = {
     "Qwen/Qwen2-VL-2B-Instruct": "qwen2_vl_2b.json",
     "Qwen/Qwen2-VL-7B-Instruct": "qwen2_vl_7b.json",
     "Qwen/Qwen3.5-9B": "qwen3_5_9b.json",  # upstream's default configuration
+    # as their config.json is quoted in public; of Qwen3-VL's mergers for single layers one runs
+    "Qwen/Qwen3-VL-2B-Instruct": "qwen3_vl_2b.json",
+    "Qwen/Qwen3-VL-8B-Instruct": "qwen3_vl_8b.json",
+    "OpenGVLab/InternVL3-2B-hf": "internvl3_2b.json",
+    "OpenGVLab/InternVL3-8B-hf": "internvl3_8b.json",
     "FacebookAI/roberta-large": "roberta_large.json",
 }
 

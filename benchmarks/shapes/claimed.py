@@ -6,12 +6,13 @@ import json
 import warnings
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
@@ -19,6 +20,8 @@ from torch.utils.flop_counter import flop_registry
 from b3.config import Config, load_config
 from b3.model.adapter import AdapterSpec, attach_adapter, norms_once, under_autocast
 from b3.model.attention import use_packed_attention
+from b3.model.backbones import qwen3_vl as qwen3_vl_file
+from b3.model.backbones.qwen_vl import grid_weights
 from b3.model.batch import Batch
 from b3.model.checkpoint import freeze_matching, unfreeze_all
 from b3.model.embedder import Embedder, Kept, Tower
@@ -32,6 +35,7 @@ DEVICE = torch.device("cuda", 0)
 ROUND = 512  # bytes to which CUDA's allocator rounds
 MATRIX = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 NO_TOWER = Tower(0, 0, 0, 0, Kept(0))
+GRIDS: list[np.ndarray] = []  # (images, 3) of each chunk made so far
 THIN = 240  # operations a byte, below which an H100's memory is slower than its products
 FREE = set(
     "detach alias _unsafe_view view t transpose expand slice unsqueeze select squeeze split split_with_sizes empty"
@@ -139,6 +143,13 @@ def prepare() -> None:
     torch.cuda.is_bf16_supported = lambda *args, **options: True
     nn.functional.silu = lambda x, inplace=False: Silu.apply(x)
     nn.functional.scaled_dot_product_attention = fused_attention
+    qwen3_vl_file.grid_weights = on_host
+
+
+def on_host(visual: Any, grids: Tensor) -> dict[str, Any]:
+    """`grid_weights` by values, of the chunk's images: the sizes of its results depend on them."""
+    with unset_fake_temporarily():
+        return grid_weights(visual, torch.from_numpy(GRIDS[-1]))
 
 
 def to_device(root: nn.Module) -> None:
@@ -195,6 +206,42 @@ def qwen3_5(config: dict[str, Any], layers: int | None, vision_layers: int | Non
     return model, Qwen3_5
 
 
+def qwen3_vl(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
+    import transformers.models.qwen3_vl.modeling_qwen3_vl as upstream
+    from transformers import Qwen3VLConfig
+
+    from b3.model.backbones.qwen3_vl import Qwen3VL, add_by_number
+
+    full = Qwen3VLConfig(**config)
+    if layers is not None:
+        full.text_config.num_hidden_layers = layers
+    if vision_layers is not None:  # all mergers have weights, the first of them runs
+        full.vision_config.deepstack_visual_indexes = [0, *full.vision_config.deepstack_visual_indexes[1:]]
+        full.vision_config.depth = vision_layers
+    full._attn_implementation = "sdpa"
+    model = upstream.Qwen3VLForConditionalGeneration(full)
+    use_packed_attention(attention, model.model.visual, model.model.language_model)
+    add_by_number(model.model.language_model)
+    return model, Qwen3VL
+
+
+def internvl(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    from b3.model.backbones.internvl import InternVL
+
+    full = InternVLConfig(**config)
+    if layers is not None:
+        full.text_config.num_hidden_layers = layers
+        full.text_config.layer_types = full.text_config.layer_types[:layers]
+    if vision_layers is not None:
+        full.vision_config.num_hidden_layers = vision_layers
+    full._attn_implementation = "sdpa"
+    model = InternVLForConditionalGeneration(full)
+    use_packed_attention(attention, model.model.language_model)
+    return model, InternVL
+
+
 def text_encoder(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
     from transformers import AutoConfig, AutoModel
 
@@ -209,7 +256,13 @@ def text_encoder(config: dict[str, Any], layers: int | None, vision_layers: int 
     return model, TextEncoder
 
 
-BACKBONES: dict[str, Callable[..., Any]] = {"qwen2_vl": qwen2_vl, "qwen3_5": qwen3_5, "roberta": text_encoder}
+BACKBONES: dict[str, Callable[..., Any]] = {
+    "qwen2_vl": qwen2_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_5": qwen3_5,
+    "internvl": internvl,
+    "roberta": text_encoder,
+}
 
 
 def build(config: Config, layers: int | None, vision_layers: int | None) -> Embedder:
@@ -232,7 +285,8 @@ def build(config: Config, layers: int | None, vision_layers: int | None) -> Embe
         freeze_matching(backbone, config.model.freeze)
     if config.model.gradient_checkpointing:
         backbone.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    embedder: Embedder = kind(backbone, None)  # type: ignore[arg-type]
+    processor: Any = SimpleNamespace(side=448, patch=14)  # what the tiles of InternVL are told by
+    embedder: Embedder = kind(backbone, processor)
     return embedder.train()
 
 
@@ -245,10 +299,12 @@ def chunk_of(embedder: Embedder, tokens: int, length: int, grid: tuple[int, int]
     if grid is None:
         return Batch(ids, lengths), None, None
     patches = grid[0] * grid[1]
+    GRIDS.append(np.array([(1, *grid)] * count))
     starts = np.cumsum([0, *lengths[:-1]])
     slots = torch.from_numpy((starts[:, None] + np.arange(patches // 4)).reshape(-1)).to(DEVICE)
-    pixels = torch.empty(count * patches, 3, 196, dtype=torch.uint8, device=DEVICE)
-    return Batch(ids, lengths, slots=slots), pixels, np.array([(1, *grid)] * count)
+    size = embedder.pixels.patch if hasattr(embedder, "pixels") else 14
+    pixels = torch.empty(count * patches, 3, size * size, dtype=torch.uint8, device=DEVICE)
+    return Batch(ids, lengths, slots=slots), pixels, GRIDS[-1]
 
 
 def run(

@@ -19,6 +19,7 @@ SHARE = 0.9
 CONTEXT = 2e9  # CUDA's context, NCCL and cuBLAS; not tensors
 VISION = r"adapter.target_modules='.*\.(q_proj|k_proj|v_proj|o_proj|down_proj|attn\.qkv|attn\.proj|fc1|fc2)'"
 TEXT = {"length": 24, "grid": None}
+TILES = {"length": 13 * 256 + 60, "grid": (13 * 32, 32)}  # 12 tiles and the thumbnail, each 32 x 32 patches
 
 # Further kinds of training, at the width of 2B (a text encoder: of RoBERTa-large), of a few layers.
 KINDS: dict[str, tuple[str, list[str]]] = {
@@ -29,6 +30,10 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "full, tower frozen": ("b3_qwen2vl_2b", ["model.train=full", "model.freeze=[visual]"]),
     "full": ("b3_qwen2vl_2b", ["model.train=full"]),
     "full, checkpointing": ("b3_qwen2vl_2b", ["model.train=full", "model.gradient_checkpointing=true"]),
+    "Qwen3-VL, LoRA": ("b3_qwen3vl_2b", ["adapter.use_dora=false", "adapter.dropout=0"]),
+    "Qwen3-VL, full, tower frozen": ("b3_qwen3vl_2b", ["model.train=full", "model.freeze=[visual]"]),
+    "InternVL, LoRA": ("b3_internvl3_2b", ["adapter.use_dora=false", "adapter.dropout=0"]),
+    "InternVL, full, tower frozen": ("b3_internvl3_2b", ["model.train=full", "model.freeze=[vision_tower, projector]"]),
     "text encoder, checkpointing": ("text_nli_roberta_b3", ["model.gradient_checkpointing=true"]),
 }
 # Three layers of linear attention and one of full attention, without images.
@@ -55,12 +60,15 @@ def recipes() -> dict[str, str]:
 
 
 def case(recipe: str, overrides: list[str]) -> dict[str, Any]:
-    return {"recipe": recipe, "overrides": overrides, **(TEXT if "roberta" in recipe else {})}
+    special = TEXT if "roberta" in recipe else TILES if "internvl" in recipe else {}
+    return {"recipe": recipe, "overrides": overrides, **special}
 
 
 def depths(recipe: str) -> tuple[int, int]:
     facts = json.loads((FOLDER / CHECKPOINTS[load_config(recipe, []).model.name]).read_text())
-    return facts["num_hidden_layers"], facts.get("vision_config", {}).get("depth", 0)
+    vision = facts.get("vision_config", {})
+    text = facts.get("text_config", facts)
+    return text["num_hidden_layers"], vision.get("depth", vision.get("num_hidden_layers", 0))
 
 
 @cache
@@ -102,7 +110,7 @@ def test_memory_and_operations_are_linear_in_the_layers() -> None:
 def test_a_recipe_fits_its_card_with_room(file: str) -> None:
     told = measured()[0][file]
     config = load_config(file, [])
-    features = config.train.vision_cache_mib * 2**20 if "Qwen" in config.model.name else 0
+    features = 0 if "roberta" in config.model.name else config.train.vision_cache_mib * 2**20
     peak = told["weights"] + told["states"] + told["activations"] + features + CONTEXT
     print(f"{Path(file).stem}: weights {told['weights'] / 1e9:.1f}, states {told['states'] / 1e9:.1f}, chunk"
           f" {told['activations'] / 1e9:.1f}, features {features / 1e9:.1f}, peak {peak / 1e9:.1f} GB")  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from b3.model.backbones.qwen_vl import QwenVL, grid_weights
 from b3.model.backbones.qwen_vl_images import HALF
 from b3.model.backbones.tiny import make_tiny_qwen
 from b3.model.batch import Batch
+from b3.model.embedder import Cost, Kept
 
 
 class Qwen3VL(QwenVL):
@@ -42,6 +44,17 @@ class Qwen3VL(QwenVL):
         add_by_number(model.model.language_model)
         backbone: nn.Module = model
         return backbone
+
+    def cost(self) -> Cost:
+        """With the norms of q and k, in float32: per unit of width, as the shapes of 2B and 8B tell."""
+        cost, text = super().cost(), self.core.language_model.config
+        ratio = text.intermediate_size / text.hidden_size
+        queries, keys = (
+            heads * text.head_dim / text.hidden_size for heads in (text.num_attention_heads, text.num_key_value_heads)
+        )
+        normed = 4 * (queries + keys)
+        kept = Kept(4.5 + 4.2 * ratio + normed, mixed=9, dora=2 + normed, dropout=4.5 + 0.5 * queries + 0.5 * ratio)
+        return replace(cost, text=replace(cost.text, kept=kept))
 
     def tower_arguments(self, grids: Tensor) -> dict[str, Any]:
         return grid_weights(self.core.visual, grids)
