@@ -177,6 +177,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 def ignored(arguments: argparse.Namespace) -> list[str]:
     """Names of the given flags that have no effect."""
     names = [name for name in (*IGNORED_VALUES, *IGNORED_SWITCHES) if getattr(arguments, name) is not None]
+    if arguments.benchmark == "mmeb_v2":
+        names = [name for name in names if name not in ("model_backbone", "resize_use_processor")]
     return names + arguments.training_flags
 
 
@@ -256,6 +258,8 @@ def spec_of(arguments: argparse.Namespace, adapter: str | None, benchmark: Bench
         on_error=arguments.on_error,
     )
     settings = settings_of(arguments)
+    if benchmark.has_harnesses and arguments.model_backbone == ["gme"]:
+        settings.setdefault("prompt", "gme")
     if not benchmark.has_harnesses:
         for name in V2_FLAGS:
             if getattr(arguments, name) is not None:

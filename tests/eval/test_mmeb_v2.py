@@ -254,16 +254,20 @@ def test_qwen2_5_vl_inside_vlm2vecs_program(golden_v2: Path, tmp_path: Path) -> 
         assert near(encoded_by(model, dataset), recorded, task) < 1e-5, task
 
 
-def test_qwens_program_end_to_end(golden_v2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "flag"), [("Qwen3-VL-Embedding-2B", []), ("model", ["--harness", "qwen3_vl_embedding"])]
+)
+def test_qwens_program_end_to_end(golden_v2: Path, tmp_path: Path, name: str, flag: list[str]) -> None:
+    """Harness and prompt follow from the published model's name, or from the flag."""
     source = GOLDEN / "qwen3_vl_embedding" / "tiny-qwen3vl"
-    folder = whole_table(source, tmp_path / "Qwen3-VL-Embedding-2B", "model.language_model.embed_tokens.weight")
+    folder = whole_table(source, tmp_path / name, "model.language_model.embed_tokens.weight")
     results = golden_v2 / "qwen_harness" / "results"
     tasks = sorted(file.name.removesuffix("_score.json") for file in results.glob("*_score.json"))
-    command = flags(golden_v2, folder, tmp_path / "out", "--ndcg", "reference", subsets=tasks)
-    assert eval_mmeb.main(command) == 0  # harness and prompt follow from the model's name
+    command = flags(golden_v2, folder, tmp_path / "out", "--ndcg", "reference", *flag, subsets=tasks)
+    assert eval_mmeb.main(command) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["settings"]["harness"] == "qwen3_vl_embedding"
-    harness, prompt, settings = harness_settings(None, str(folder), {}, folder)
+    harness, prompt, settings = harness_settings(flag[-1] if flag else None, str(folder), {}, folder)
     model = Embedder.from_pretrained(folder, dtype="float32", **fields(settings))
     recorded = load_file(results / "embeddings.safetensors")
     for task in tasks:

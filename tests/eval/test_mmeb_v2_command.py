@@ -346,7 +346,7 @@ def test_bad_data_is_one_line(
         ([], ["Nothing"], "MMEB-V2 has no task 'Nothing'; choose names, groups, image, video, visdoc or all"),
         (["--data_basedir", "/nowhere"], ["MSVD"], "--data_basedir /nowhere does not exist"),
         (["--dataset_name", "/nowhere"], ["MSVD"], "--dataset_name /nowhere is no folder"),
-        (["--harness", "qwen3_vl_embedding"], ["MSVD"], "use --harness vlm2vec, or give --prompt"),
+        (["--harness", "qwen3_vl_embedding", "--prompt", "plain"], ["MSVD"], "use --harness vlm2vec, or give --prompt"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -356,6 +356,13 @@ def test_mistakes_are_one_line(
     assert eval_mmeb.main(command(golden_v2, folder, tmp_path / "out", *more, subsets=subsets)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_the_published_flag_of_gme(golden_v2: Path, folder: Path, tmp_path: Path) -> None:
+    scores = read_scores(golden_v2, folder, tmp_path / "gme", ["WebQA", "NIGHTS"], "--model_backbone", "gme")
+    for task, score in scores.items():
+        assert score == pytest.approx(read(golden_v2 / "gme" / f"{task}_score.json"), abs=1e-9)
+    assert read(tmp_path / "gme" / "summary.json")["settings"]["prompt"] == "gme"
 
 
 def test_flags_of_v2_are_refused_elsewhere(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,14 +90,17 @@ def harness_settings(
     budget on models that say nothing of theirs, writes plain texts out itself, and chooses the frames.
 
     Args:
-        harness: None: Qwen's for models with its prompt rule, else VLM2Vec's.
+        harness: None: Qwen's for models with its prompt rule, else VLM2Vec's. Qwen's gives a model that says nothing
+            of its prompt its rule.
         name, given, folders: as in `resolve_settings`.
     """
+    known = {**read_settings(*folders), **given}
+    if harness == "qwen3_vl_embedding" and "prompt" not in known:
+        given = {**given, "prompt": harness}  # that program knows one model, and calls its script
     own = resolve_settings(name, given, *folders)
     chosen = harness or ("qwen3_vl_embedding" if own.prompt == "qwen3_vl_embedding" else "vlm2vec")
     if chosen == "qwen3_vl_embedding":
         return chosen, own.prompt, own
-    known = {**read_settings(*folders), **given}
     budget = {key: known.get(key, getattr(Settings(), key)) for key in ("min_pixels", "max_pixels")}
     prompt = "plain" if own.prompt == "vlm2vec" else own.prompt
     return chosen, own.prompt, replace(own, prompt=prompt, max_frames=None, **budget)
