@@ -103,7 +103,12 @@ def ours(model: Path, options: Any, compiled: bool = True, paper: bool = False) 
     how = compile_layers(embedder.compiled_layers(), "auto" if compiled else False, torch.device(options.device))
     kernel = embedder.attention_kernel(options.device == "cuda")
     print(f"layers: {how}; attention: {kernel}", file=sys.stderr)
-    step = CachedStep(embedder, InfoNCE(mask_duplicates=False), autocast=options.device == "cuda")
+    step = CachedStep(
+        embedder,
+        InfoNCE(mask_duplicates=False),
+        autocast=options.device == "cuda",
+        kept_chunks=options.kept_chunks,
+    )
 
     def prepare(batch: Batch) -> Callable[[], float]:
         collator = StepCollator([Pairs(batch)], embedder.processor, options.chunk_tokens)  # type: ignore[list-item]
@@ -222,7 +227,7 @@ def collect(arguments: argparse.Namespace, folder: Path) -> dict[tuple[int, str]
     """Results by (|B|, arm), one a round."""
     results: dict[tuple[int, str], list[dict[str, Any]]] = {}
     budget = ["--chunk-tokens", str(arguments.chunk_tokens), "--chunk-items", str(arguments.chunk_items)]
-    budget += ["--clock", arguments.clock, "--device", arguments.device]
+    budget += ["--kept-chunks", str(arguments.kept_chunks), "--clock", arguments.clock, "--device", arguments.device]
     images = PHOTOS if arguments.size in SHAPES else IMAGES
     for size in map(int, arguments.sizes.split(",")):
         (folder / str(size)).mkdir()
@@ -247,6 +252,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", default="ours,st,recipe")
     parser.add_argument("--chunk-tokens", type=int, default=1024, help="a GPU: 8192")
+    parser.add_argument("--kept-chunks", type=int, default=1, help="of ours: those that are embedded once")
     parser.add_argument("--chunk-items", type=int, default=8)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine, one thread")
     parser.add_argument("--measure", nargs=3, metavar=("ARM", "B", "FOLDER"), help=argparse.SUPPRESS)

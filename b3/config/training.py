@@ -57,6 +57,9 @@ class TrainConfig(Section):
         None, description="also draw the student's scores of a batch to those of mining.teacher, both ways"
     )
     chunk_tokens: int = Field(8192, gt=0, description="tokens of one forward pass; bounds memory at any batch size")
+    kept_chunks: int = Field(
+        1, gt=0, description="chunks of a step that are embedded once, not twice; each needs the memory of a chunk"
+    )
     vision_cache_mib: int = Field(
         4096, ge=0, description="image features kept between the two passes if the vision tower is frozen; 0: none"
     )

@@ -114,13 +114,14 @@ def estimate(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
             config.train.vision_cache_mib * 2**20, per_rank * embedder.cost().text.width * embedder.dtype.itemsize
         )
     trainable = [p for p in embedder.parameters() if p.requires_grad]
+    chunks = max(1, math.ceil(per_rank / config.train.chunk_tokens))
     return Estimate(
         tokens=tokens,
         longest=longest,
-        chunks=max(1, math.ceil(per_rank / config.train.chunk_tokens)),
+        chunks=chunks,
         weights=sum(_local(p).numel() * p.element_size() for p in embedder.parameters()),
         states=sum(p.numel() * (p.element_size() + 8) for p in trainable),  # a gradient, and Adam's two moments
-        activations=activation_bytes(config, embedder, chunk),
+        activations=activation_bytes(config, embedder, chunk) * min(config.train.kept_chunks, chunks),
         features=features,
         trainable=sum(p.numel() for p in trainable),
         parameters=sum(p.numel() for p in embedder.parameters()),

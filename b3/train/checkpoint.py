@@ -50,6 +50,7 @@ _FREE_SECTIONS = ("eval",)
 # Keys that leave the gradient what it is up to rounding (and draw dropout anew): allowed, and said.
 _ROUNDING_KEYS = {
     "train.chunk_tokens", "model.attention", "model.gradient_checkpointing", "model.shard", "train.vision_cache_mib",
+    "train.kept_chunks",
     "model.compile",
 }  # fmt: skip
 

@@ -72,7 +72,12 @@ class Trainer:
         self.metrics = self.folder / checkpoints.METRICS
         self.is_first = distributed.rank() == 0
         self.cached_step = CachedStep(
-            embedder, loss, seed=config.seed, autocast=train.bf16, vision_cache_mib=train.vision_cache_mib
+            embedder,
+            loss,
+            seed=config.seed,
+            autocast=train.bf16,
+            vision_cache_mib=train.vision_cache_mib,
+            kept_chunks=train.kept_chunks,
         )
         self.parameters = trained_parameters(embedder, loss)
         self.optimizer = build_optimizer(self.parameters, embedder, train.lr, train.weight_decay)

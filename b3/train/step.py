@@ -2,10 +2,10 @@
 
 1. Every chunk is embedded without a graph. 2. The loss of the whole batch, over all ranks, gives the gradient with
 respect to each vector. 3. Every chunk is embedded again with a graph, and its vectors pull their cached gradient back
-into the parameters. The random state of a chunk is a function of (seed, step, rank, chunk), so dropout is the same in
-both passes and after a resume. (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
-Setup"; the step is the authors' `grad_cache`, the distribution is ours.) A batch that fits into one chunk takes one
-ordinary pass.
+into the parameters. The first chunks keep their graph from 1 on and are embedded once: one of them costs no memory,
+since it is gone before the next graph is built. The random state of a chunk is a function of (seed, step, rank, chunk),
+so dropout is the same in both passes and after a resume. (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch
+Size under Memory Limited Setup"; the step is the authors' `grad_cache`, the distribution is ours.)
 
 Each rank computes its own rows of the logits against all gathered targets. Parameter gradients are summed over ranks
 once per step, after the last chunk, so ranks may hold different numbers of chunks and chunks may touch different
@@ -70,6 +70,7 @@ class CachedStep:
         seed: of dropout.
         autocast: run the backbone under bfloat16 autocast.
         vision_cache_mib: memory for image features kept between the passes (frozen vision tower only); 0: none.
+        kept_chunks: chunks whose graphs are kept from the first pass; the memory of so many chunks.
         block_logits: logits held at once.
     """
 
@@ -81,6 +82,7 @@ class CachedStep:
         seed: int = 0,
         autocast: bool = False,
         vision_cache_mib: int = VISION_CACHE_MIB,
+        kept_chunks: int = 1,
         block_logits: int = BLOCK_LOGITS,
     ) -> None:
         self.embedder = embedder
@@ -88,12 +90,13 @@ class CachedStep:
         self.seed = seed
         self.autocast = autocast
         self.vision_cache_mib = vision_cache_mib
+        self.kept_chunks = kept_chunks
         self.block_logits = block_logits
 
     def __call__(self, inputs: StepInputs, step: int) -> StepResult:
         """Run one step. `step` only decides the random state of dropout."""
         self.loss.before_step()
-        limit = 0 if inputs.num_chunks == 1 else self.vision_cache_mib * 2**20
+        limit = 0 if inputs.num_chunks <= self.kept_chunks else self.vision_cache_mib * 2**20
         cache = VisionCache(self.embedder, inputs.images, limit)
         with (under_autocast if self.autocast else norms_once)(self.embedder.backbone):
             loss, precision, positive, hardest, masked = self._passes(inputs, step, cache)
@@ -103,13 +106,14 @@ class CachedStep:
     def _passes(self, inputs: StepInputs, step: int, cache: VisionCache) -> list[float]:
         """Fill `.grad` of the parameters with this rank's share; returns the means of `_loss`."""
         inputs, chunks, groups = self._placed(inputs)
-        is_single = len(chunks) == 1  # takes one ordinary pass
-        with torch.set_grad_enabled(is_single):
-            parts = [self._embed(chunk, position, step, cache) for position, chunk in enumerate(chunks)]
+        parts: list[Tensor] = []
+        for position, chunk in enumerate(chunks):
+            with torch.set_grad_enabled(position < self.kept_chunks):
+                parts.append(self._embed(chunk, position, step, cache))
         vectors = torch.cat([part.detach() for part in parts])
         means, gradient = self._loss(torch.empty_like(vectors).index_copy_(0, torch.cat(groups), vectors), inputs)
         for position, (chunk, group) in enumerate(zip(chunks, groups, strict=True)):
-            part = parts[0] if is_single else self._embed(chunk, position, step, cache)
+            part = parts[position] if position < self.kept_chunks else self._embed(chunk, position, step, cache)
             if part.requires_grad:  # a text-only chunk does not touch an adapter that sits in the vision tower
                 torch.autograd.backward(part, gradient.index_select(0, group))
         return means

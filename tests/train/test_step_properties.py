@@ -119,12 +119,13 @@ def gradients(model: Embedder) -> dict[str, torch.Tensor]:
     chunk_tokens=st.sampled_from([1, 12, 40, 10**6]),
     share=st.booleans(),
     mib=st.sampled_from([0, 16]),
+    kept=st.integers(1, 3),
     mask=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_cached_equals_plain(
-    folder: Path, batch: Any, kind: str, dropout: float, h: int, chunk_tokens: int, share: bool, mib: int, mask: bool,
-    seed: int,
+    folder: Path, batch: Any, kind: str, dropout: float, h: int, chunk_tokens: int, share: bool, mib: int, kept: int,
+    mask: bool, seed: int,
 ) -> None:  # fmt: skip
     model = model_of(folder, kind, 0.0 if kind == "full" else dropout)
     rows = [(0, r) for r in range(len(batch))]
@@ -132,7 +133,7 @@ def test_cached_equals_plain(
     collator = StepCollator([Pairs(batch)], model.processor, chunk_tokens, hard, share_duplicates=share)  # type: ignore
     inputs = collator(rows)
     loss = InfoNCE(0.1, mask_duplicates=mask)
-    result = CachedStep(model, loss, seed=seed, vision_cache_mib=mib)(inputs, 3)
+    result = CachedStep(model, loss, seed=seed, vision_cache_mib=mib, kept_chunks=kept)(inputs, 3)
     cached = gradients(model)
     expected = whole_pass(model, inputs, collator, rows, seed, {"mask_duplicates": mask})
     plain = gradients(model)

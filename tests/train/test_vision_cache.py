@@ -48,9 +48,10 @@ def counted(model: Embedder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def in_chunks(inputs: StepInputs) -> int:
-    """Images that differ within a chunk, over all chunks."""
-    return sum(len(set(inputs.chunk(i).images)) for i in range(inputs.num_chunks))
+def in_passes(inputs: StepInputs, kept: int = 1) -> int:
+    """Images that differ within a chunk, over all chunks and passes: chunks whose graph is kept have one."""
+    seen = [len(set(inputs.chunk(i).images)) for i in range(inputs.num_chunks)]
+    return 2 * sum(seen) - sum(seen[:kept])
 
 
 def plain(model: Embedder) -> dict[str, torch.Tensor]:
@@ -83,7 +84,24 @@ def test_each_image_is_seen_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sum(calls) == 3
     calls.clear()
     CachedStep(model, vision_cache_mib=0)(inputs, 0)
-    assert sum(calls) == 2 * in_chunks(inputs)  # once per chunk and pass
+    assert sum(calls) == in_passes(inputs)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 99])
+def test_kept_chunks_are_embedded_once(folder: Path, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = embedder(folder, "dora")
+    inputs, calls = inputs_of(model, 20), []
+    monkeypatch.setattr(
+        model, "forward", lambda *a, f=model.forward, **k: calls.append(torch.is_grad_enabled()) or f(*a, **k)
+    )
+    result = CachedStep(model, kept_chunks=kept)(inputs, 0)
+    once = min(kept, inputs.num_chunks)
+    assert calls == [True] * once + [False] * (inputs.num_chunks - once) + [True] * (inputs.num_chunks - once)
+    assert (result.vision_bytes > 0) == (kept < inputs.num_chunks)
+    kept_gradients = gradients(model)
+    CachedStep(model)(inputs, 0)
+    for name, value in gradients(model).items():
+        assert torch.equal(value, kept_gradients[name]), name
 
 
 def test_what_does_not_fit_is_seen_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +114,7 @@ def test_what_does_not_fit_is_seen_again(folder: Path, monkeypatch: pytest.Monke
     step.vision_cache_mib = room / 2**20  # type: ignore[assignment]
     result = step(inputs, 0)
     assert 0 < result.vision_bytes <= room
-    assert 3 < sum(calls) < 2 * in_chunks(inputs)
+    assert 3 < sum(calls) < in_passes(inputs)
     for name, value in gradients(model).items():
         assert relative(value, expected[name]) < 1e-4, name
 
@@ -107,7 +125,7 @@ def test_a_trained_tower_is_never_cached(folder: Path, monkeypatch: pytest.Monke
     expected = plain(model)
     calls = counted(model, monkeypatch)
     result = CachedStep(model)(inputs_of(model, 20), 0)
-    assert result.vision_bytes == 0 and sum(calls) == 2 * in_chunks(inputs_of(model, 20))
+    assert result.vision_bytes == 0 and sum(calls) == in_passes(inputs_of(model, 20))
     found = gradients(model)
     assert any("visual.merger" in name for name in found)
     for name, value in found.items():
