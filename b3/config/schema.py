@@ -224,6 +224,9 @@ class MiningConfig(MiningKeys):
         " SUBSET_targets.npy"
     )
     teacher_adapter: str | None = Field(None, description="adapter of a teacher checkpoint")
+    teacher_prompt: str | None = Field(
+        None, description="how a teacher checkpoint's items are written, as model.prompt; null: as its settings say"
+    )
     teacher_dim: Positive | None = Field(None, description="cut the teacher's vectors to their first so many numbers")
     batch_tokens: Positive | None = Field(
         None, description="tokens of one forward pass of a teacher checkpoint; null: 16384 on a GPU, 2048 on a CPU"

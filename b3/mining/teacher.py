@@ -29,6 +29,7 @@ Encode = Callable[[list[Item], str], np.ndarray]  # (items, what the bar says) -
 def teacher_name(config: Config) -> str:
     mining = config.mining
     name = mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
+    name = name if mining.teacher_prompt is None else f"{name}, prompt {mining.teacher_prompt}"
     return name if mining.teacher_dim is None else f"{name}, the first {mining.teacher_dim} numbers"
 
 
@@ -52,12 +53,15 @@ def load_teacher(config: Config) -> Encode | None:
                 f"mining.teacher_adapter would not be loaded: mining.teacher {mining.teacher} encodes with its own"
                 " weights; leave it out"
             )
+        if mining.teacher_prompt is not None:
+            raise RunError(f"mining.teacher_prompt is not read by mining.teacher {mining.teacher}; leave it out")
         from b3.mining.sentence_transformer import SentenceTransformerTeacher
 
         return SentenceTransformerTeacher(mining.teacher.removeprefix(SENTENCE_TRANSFORMER)).encode
     if not is_model(config):
-        if mining.teacher_adapter is not None:
-            raise RunError("mining.teacher_adapter needs mining.teacher to be a checkpoint")
+        for key in ("teacher_adapter", "teacher_prompt"):
+            if getattr(mining, key) is not None:
+                raise RunError(f"mining.{key} needs mining.teacher to be a checkpoint")
         return None
     return _load_checkpoint(config)
 
@@ -72,6 +76,8 @@ def _load_checkpoint(config: Config) -> Encode:
     kind = backbone_class(locate(mining.teacher)[0])
     budget = ("min_pixels", "max_pixels")  # the student's, where the teacher reads images
     asked = {k: v for k, v in config.model.settings().items() if k in budget and k in kind.setting_names}
+    if mining.teacher_prompt is not None:
+        asked["prompt"] = mining.teacher_prompt
     model = Embedder.from_pretrained(mining.teacher, adapter=mining.teacher_adapter, dtype=config.model.dtype, **asked)
     facts: dict[str, Any] = {
         "model": checkpoint_key(mining.teacher),
@@ -185,9 +191,19 @@ def _stored_vectors(config: Config, entry: DatasetConfig, dataset: PairDataset) 
 
 
 def _encode(dataset: PairDataset, teacher: Encode) -> tuple[np.ndarray, np.ndarray]:
-    queries = teacher([dataset.query(i) for i in range(len(dataset))], f"{dataset.name} queries")
-    targets = teacher([dataset.target(i) for i in range(len(dataset))], f"{dataset.name} targets")
-    return queries, targets
+    """Raises `DataError` naming the row of an item that the teacher cannot read."""
+    from b3.model.encode import ItemError
+
+    sides = {"queries": dataset.query, "targets": dataset.target}
+    try:
+        arrays = [
+            teacher([item_of(i) for i in range(len(dataset))], f"{dataset.name} {side}")
+            for side, item_of in sides.items()
+        ]
+    except ItemError as error:
+        rows = (i for i in range(len(dataset)) for item_of in sides.values() if item_of(i).key == error.item.key)
+        raise DataError(f"{dataset.name} {dataset.where(next(rows))}: teacher: {error}") from None
+    return arrays[0], arrays[1]
 
 
 def load_matrix(file: Path) -> np.ndarray:

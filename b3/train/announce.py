@@ -44,6 +44,8 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
             parts.append(f"weight {entry.weight:g}")
         if index in batches and len(datasets) > 1:
             parts.append(f"{batches[index]} batches per epoch")
+        if entry.closed:
+            parts.append("closed: its own options are its only negatives")
         if plans:
             plan = plans[index]
             hits = f"{plan.report['mined_negatives_per_query']:.2f}" if plan.measured else "imported"
@@ -56,6 +58,10 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
         f"  {sampler.batches_per_epoch} batches per epoch, {size * (1 + h) - 1:,} negatives per query"
         + (f" ({h} hard negatives per row)" if h else "")
     )
+    more = {"qq": size - 1, "tt": (size - 1) * (1 + h), "tq": size - 1}
+    beside = [f"{more[name]:,} by {name}" for name in config.train.directions if name != "qt"]
+    if beside:
+        lines[-1] += f", and {', '.join(beside)}"
     if sampler.random_steps:
         lines.append(f"  steps 1 to {sampler.random_steps}: random batches of one data set")
     if sampler.start:

@@ -65,7 +65,7 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "quantize": None,
         "shard": config.model.shard and ranks > 1,
     }
-    tree["mining"] |= {"dir": f"{folder}/mining", "teacher_adapter": None}
+    tree["mining"] |= {"dir": f"{folder}/mining", "teacher_adapter": None, "teacher_prompt": None}
     kind = stand_in(config)
     reads_images = kind.reads_images
     if not reads_images:
