@@ -136,7 +136,7 @@ def _load_hub(name: str, subset: str, split: str) -> pa.Table:
 
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_dataset(name, subset, split=split).data.table
+        table = datasets.load_dataset(name, subset or None, split=split).data.table
     except Exception as error:  # the library raises many types, some from its own dependencies
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

@@ -454,3 +454,37 @@ def test_of_two_pages_with_one_name_the_first_counts(data: Path, tmp_path: Path)
 def test_an_unknown_task_is_named(golden_v2: Path) -> None:
     with pytest.raises(DataError, match="split test: no"):
         load_task(str(golden_v2 / "hub"), "Country211", image_dir=str(golden_v2 / "data"))
+
+
+def test_tables_of_the_hub(golden_v2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the `datasets` library, with and without configurations; pages stay in its files."""
+    configs = {"VLM2Vec/MSVD": [], "VLM2Vec/MSR-VTT": ["test_1k"], "VLM2Vec/ViDoSeek": ["queries", "corpus", "qrels"]}
+    for repository, names in configs.items():
+        place = shutil.copytree(golden_v2 / "hub" / repository, tmp_path / repository)
+        entries = [
+            {"config_name": name, "data_files": [{"split": "test", "path": f"{name}/test.parquet"}]} for name in names
+        ]
+        if names:
+            (place / "README.md").write_text(f"---\n{json.dumps({'configs': entries})}\n---\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for task in ("MSVD", "MSR-VTT", "ViDoSeek-doc"):
+        ours = load_task("hub", task, image_dir=str(golden_v2 / "data"))
+        theirs = load_task(str(golden_v2 / "hub"), task, image_dir=str(golden_v2 / "data"))
+        assert [query.info for query in ours.queries] == [query.info for query in theirs.queries]
+        assert list(ours.candidates) == list(theirs.candidates)
+    pages = zip(ours.candidates.values(), theirs.candidates.values(), strict=True)
+    assert all(a.images[0].peek() == b.images[0].peek() for a, b in pages)
+
+
+def test_nulls_where_a_value_is_not_needed(data: Path) -> None:
+    file = data / "hub/ziyjiang/MMEB_Test_Instruct/ImageNet-1K/test.parquet"
+    rows = pq.read_table(file).to_pylist()
+    before = load_task(str(data / "hub"), "ImageNet-1K", image_dir=str(data / "data"))
+    for row in rows:
+        row.update({name: row[name] or None for name in ("qry_text", "tgt_inst")})
+        row["tgt_img_path"] = [path or None for path in row["tgt_img_path"]]
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    after = load_task(str(data / "hub"), "ImageNet-1K", image_dir=str(data / "data"))
+    assert [query.item.key for query in after.queries] == [query.item.key for query in before.queries]
+    assert after.candidates == before.candidates

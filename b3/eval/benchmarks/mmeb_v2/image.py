@@ -24,20 +24,23 @@ Row = dict[str, Any]
 
 def images(task: V2Task, source: Source, harness: Harness, load: Load) -> RankedSet:
     """Any of the image tasks; `task.schema` says which. Raises `DataError` naming a row that does not fit."""
-    rows = source.rows(task.hub, task.config, task.split, COLUMNS)
+    texts, lists = COLUMNS[:4], COLUMNS[4:]
+    rows = source.rows(task.hub, task.config, task.split, lists, texts)
     root = FolderImages(source.folder(task.folder))
     queries: list[RankedQuery] = []
     candidates: dict[Name, Item] = {}
     for number, row in enumerate(rows):
-        texts, paths = row["tgt_text"], row["tgt_img_path"]
-        if not texts or len(texts) != len(paths):
+        row.update({name: row[name] or "" for name in texts})
+        row["tgt_text"] = [text or "" for text in row["tgt_text"]]
+        captions, paths = row["tgt_text"], row["tgt_img_path"]
+        if not captions or len(captions) != len(paths):
             raise DataError(
                 f"{task.name} row {number}: tgt_text and tgt_img_path must be equally long lists, not empty"
             )
         names: list[Name] = []
-        for text, path in zip(texts, paths, strict=True):
+        for text, path in zip(captions, paths, strict=True):
             image = Still(ImageRef(root, path)) if path else None
-            name = _name(task.schema, text, path, load.captions)
+            name = _name(task.schema, text, path or "", load.captions)
             if name not in candidates:
                 candidates[name] = _candidate(task, harness, row, text, image, load.prefix_targets)
             names.append(name)

@@ -25,12 +25,12 @@ def pages(task: V2Task, source: Source, harness: Harness, load: Load) -> RankedS
     """Any of the document tasks; `task.schema` says whether pages are files by name (VisRAG), or only English queries
     count. Raises `DataError` for a query without a page, or a grade that is not a number.
     """
-    records = source.rows(task.hub, "queries", task.split, ("query-id", "query"))
+    records = source.rows(task.hub, "queries", task.split, ("query-id", "query"), ("language",))
     if task.schema == "pages_english":
-        records = [row for row in records if row.get("language") == "english"]
+        records = [row for row in records if row["language"] == "english"]
     judgements = _judgements(task, source)
     store = page_store(task, source)
-    corpus = [row["corpus-id"] for row in source.rows(task.hub, "corpus", task.split, ("corpus-id",), ["corpus-id"])]
+    corpus = [row["corpus-id"] for row in source.rows(task.hub, "corpus", task.split, ("corpus-id",))]
     repeated = len(corpus) - len(set(corpus))
     if repeated:
         source.counts[f"pages of {task.name} whose name occurred before; the first counts"] += repeated

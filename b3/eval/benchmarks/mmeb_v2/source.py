@@ -36,27 +36,29 @@ class Source:
         """A source line of `b3.data.tables`."""
         return f"hub:{repository}" if self.tables is None else f"parquet:{self.tables / repository}"
 
-    def rows(
-        self, repository: str, config: str, split: str, needed: Iterable[str], columns: list[str] | None = None
-    ) -> Rows:
-        """A table as dictionaries. Raises `DataError` naming what is missing: the table, or one of `needed` columns."""
+    def rows(self, repository: str, config: str, split: str, needed: Iterable[str], more: Iterable[str] = ()) -> Rows:
+        """A table as dictionaries, whole images left out; `more` columns may be missing or hold nulls (None).
+
+        Raises `DataError` naming what is missing: the table, one of the `needed` columns, or a value in one.
+        """
         where = f"{repository}{'/' + config if config else ''} split {split}"
         if self.tables is not None and not any((self.tables / repository / config).glob(f"{split}*.parquet")):
             raise DataError(
                 f"{where}: no {split}*.parquet in {self.tables / repository / config}; check --dataset_name, a folder"
                 " laid out as OWNER/NAME/[CONFIG/]SPLIT*.parquet, or leave it out to read from the hub"
             )
-        table = load_table(self.location(repository), config or ("." if self.tables else ""), split)
+        table = load_table(self.location(repository), config or ("." if self.tables else ""), split, "image")
         missing = [name for name in needed if name not in table.column_names]
         if missing:
             raise DataError(f"{where}: column(s) {', '.join(missing)} missing; found {', '.join(table.column_names)}")
         if table.num_rows == 0:
             raise DataError(f"{where}: no rows")
-        rows: Rows = table.select(columns or [n for n in table.column_names if n != "image"]).to_pylist()
+        rows: Rows = table.select([n for n in table.column_names if n in {*needed, *more}]).to_pylist()
         for row, record in enumerate(rows):
             for name in needed:
-                if name in record and record[name] is None:
+                if record[name] is None:
                     raise DataError(f"{where}: row {row}: {name} is empty; correct or drop the row")
+            record.update({name: record.get(name) for name in more})
         return rows
 
     def folder(self, choices: str) -> Path:

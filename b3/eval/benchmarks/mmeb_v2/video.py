@@ -112,8 +112,8 @@ def moments(task: V2Task, source: Source, harness: Harness, load: Load) -> Ranke
 
 def moment_seeker(task: V2Task, source: Source, harness: Harness, load: Load) -> RankedSet:
     """The clips that fit a text, with an image, a video or alone; all positives are right, all stored frames count."""
-    columns = ("query", "positive_frames", "negative_frames", "input_frames")
-    rows = source.rows(task.hub, task.config, task.split, columns)
+    columns = ("query", "positive_frames", "negative_frames")
+    rows = source.rows(task.hub, task.config, task.split, columns, ("input_frames",))
     root = source.folder(task.folder)
     queries, candidates = [], dict[Name, Item]()
     for number, row in enumerate(rows):
@@ -139,7 +139,7 @@ def _flat(path: str) -> str:
 
 
 def _seeking(row: dict[str, str], source: Source, root: Path, harness: Harness, where: str) -> Item:
-    given = row["input_frames"]
+    given = row["input_frames"] or ""
     if given.endswith(".mp4"):
         video: Video = source.video(root / "video_frames" / _flat(given), None, where, may_be_empty=True)
         return harness.query(SENTENCE.format("sentence and video segment"), row["query"], video)

@@ -26,8 +26,8 @@ MVBENCH = (  # configurations, in the reference's order
 def video_mme(task: V2Task, source: Source, harness: Harness, load: Load) -> RankedSet:
     """An answer is the letter of its option. An option without ". " becomes its last character ("vlm2vec")."""
     answers = _Answers(task, source, harness)
-    columns = ("question", "videoID", "options", "answer", "question_id", "domain", "sub_category")
-    for number, row in enumerate(source.rows(task.hub, task.config, task.split, columns)):
+    columns, more = ("question", "videoID", "options", "answer"), ("question_id", "domain", "sub_category")
+    for number, row in enumerate(source.rows(task.hub, task.config, task.split, columns, more)):
         options = row["options"]
         right = ord(row["answer"][:1] or " ") - ord("A")
         answers.check(number, row["answer"], right, options)
@@ -43,8 +43,8 @@ def video_mme(task: V2Task, source: Source, harness: Harness, load: Load) -> Ran
 def nextqa(task: V2Task, source: Source, harness: Harness, load: Load) -> RankedSet:
     """Five answers; equal ones have one vector, and either copy counts."""
     answers = _Answers(task, source, harness)
-    columns = ("video", "question", "answer", "qid", "type", *(f"a{i}" for i in range(5)))
-    for number, row in enumerate(source.rows(task.hub, task.config, task.split, columns)):
+    columns = ("video", "question", "answer", *(f"a{i}" for i in range(5)))
+    for number, row in enumerate(source.rows(task.hub, task.config, task.split, columns, ("qid", "type"))):
         options = [row[f"a{i}"] for i in range(5)]
         answers.check(number, row["answer"], row["answer"], options)
         names = [f"({chr(65 + i)}) {option}" for i, option in enumerate(options)] if harness.is_chat else options
@@ -58,8 +58,8 @@ def nextqa(task: V2Task, source: Source, harness: Harness, load: Load) -> Ranked
 def egoschema(task: V2Task, source: Source, harness: Harness, load: Load) -> RankedSet:
     """As Video-MME; options follow the question without a space ("vlm2vec")."""
     answers = _Answers(task, source, harness)
-    columns = ("video_idx", "question", "answer", "question_idx", "option")
-    for number, row in enumerate(source.rows(task.hub, task.config, task.split, columns)):
+    columns = ("video_idx", "question", "answer", "option")
+    for number, row in enumerate(source.rows(task.hub, task.config, task.split, columns, ("question_idx",))):
         options, answer = row["option"], str(row["answer"])
         right = int(answer) if answer.isdigit() else -1
         answers.check(number, answer, right, options)
@@ -73,9 +73,9 @@ def egoschema(task: V2Task, source: Source, harness: Harness, load: Load) -> Ran
 def activitynetqa(task: V2Task, source: Source, harness: Harness, load: Load) -> RankedSet:
     """Yes or no."""
     answers = _Answers(task, source, harness)
-    columns = ("video_name", "question", "answer", "question_id")
+    columns = ("video_name", "question", "answer")
     options = ["yes", "no"]
-    for number, row in enumerate(source.rows(task.hub, task.config, task.split, columns)):
+    for number, row in enumerate(source.rows(task.hub, task.config, task.split, columns, ("question_id",))):
         right = options.index(row["answer"]) if row["answer"] in options else -1
         answers.check(number, row["answer"], right, options)
         info = {"answer": row["answer"], "label_name": row["answer"], "answer_idx": right}
