@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from b3.data.images import RowGroups
 from b3.data.prompts import PLACEHOLDER, VIDEO_PLACEHOLDER
-from b3.data.tables import files_of
+from b3.data.tables import at_revision, files_of
 from b3.errors import DataError
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ class TableImages:
             import datasets
 
             source, subset, split = self._arguments
-            table = datasets.load_dataset(source.removeprefix("hub:"), subset, split=split)
+            name, revision = at_revision(source.removeprefix("hub:"))
+            table = datasets.load_dataset(name, subset, split=split, revision=revision)
             self._hub = table.cast_column(IMAGE, datasets.Image(decode=False))
         return self._hub[row][IMAGE]

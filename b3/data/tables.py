@@ -1,8 +1,9 @@
 """One loader for every place that rows can come from.
 
-A source line is ``embedded:NAME`` (travels with the package), ``hub:OWNER/NAME`` or ``hub:FOLDER`` (read by the
-`datasets` library), ``parquet:PATH`` or ``jsonl:PATH``. A PATH is a file, a glob, or a folder laid out like the hub's
-(``<folder>/<subset>/<split>*.parquet``). All of them end as the same Arrow table, checked row by row.
+A source line is ``embedded:NAME`` (travels with the package), ``hub:OWNER/NAME``, ``hub:OWNER/NAME@REVISION`` or
+``hub:FOLDER`` (read by the `datasets` library), ``parquet:PATH`` or ``jsonl:PATH``. A PATH is a file, a glob, or a
+folder laid out like the hub's (``<folder>/<subset>/<split>*.parquet``). All of them end as the same Arrow table,
+checked row by row.
 """
 
 from __future__ import annotations
@@ -131,12 +132,19 @@ def _read_files(kind: str, files: list[Path], leave_out: str | None = None) -> p
     return pa.concat_tables(tables, promote_options="default")
 
 
+def at_revision(name: str) -> tuple[str, str | None]:
+    """("OWNER/NAME", revision or None) of a hub name that may pin one: OWNER/NAME@REVISION."""
+    base, _, revision = name.partition("@")
+    return base, revision or None
+
+
 def _load_hub(name: str, subset: str, split: str) -> pa.Table:
     import datasets
 
     datasets.disable_progress_bars()
+    base, revision = at_revision(name)
     try:
-        table = datasets.load_dataset(name, subset or None, split=split).data.table
+        table = datasets.load_dataset(base, subset or None, split=split, revision=revision).data.table
     except Exception as error:  # the library raises many types, some from its own dependencies
         what = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(

@@ -148,15 +148,18 @@ def results_of(folder: Path) -> list[Any]:
     from huggingface_hub import EvalResult
 
     from b3 import registry
+    from b3.data.tables import at_revision
     from b3.eval.benchmark import OTHER
 
     summary, manifest = read_json(folder / "summary.json"), read_json(folder / "manifest.json")
     benchmark = registry.load("benchmark", manifest["benchmark"])
+    source, revision = at_revision(str(manifest["source"]).removeprefix("hub:"))
 
     def result(name: str, metric: str, score: float, config: str | None) -> Any:
         return EvalResult(
             task_type="retrieval",
-            dataset_type=str(manifest["source"]).removeprefix("hub:"),
+            dataset_type=source,
+            dataset_revision=revision,
             dataset_name=name,
             dataset_config=config,
             dataset_split=manifest["split"],

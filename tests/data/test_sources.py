@@ -143,3 +143,19 @@ def test_embedded_data_is_the_same_code() -> None:
     assert image is not None and image.size == (64, 64)
     assert load_pairs("embedded:emoji", "emoji_cls").target(0).text.startswith("Represent the class label: ")
     assert not load_pairs("embedded:emoji", "emoji_cls", prefix_targets=False).target(0).text.startswith("Represent")
+
+
+def test_a_revision_pins_data_of_the_hub(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    import datasets
+
+    asked = []
+    original = datasets.load_dataset
+
+    def load(name: str, subset: str, **options: object) -> object:
+        asked.append((name, options.pop("revision")))
+        return original("parquet", data_files=str(data / subset / "train-*.parquet"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for source in ("hub:some/data@a1b2c3", "some/data@a1b2c3", "hub:some/data"):
+        assert len(load_pairs(source, "words")) == 24
+    assert asked == [("some/data", "a1b2c3"), ("some/data", "a1b2c3"), ("some/data", None)]
