@@ -114,11 +114,14 @@ def plot_families(
     columns = {model: benchmark.family_means(published[model]) for model in models} | {name: ours}
     figure, axes = new_figure(max(5.0, 2.0 + len(groups) * (0.5 + 0.22 * len(columns))), 3.8)
     width = 0.84 / len(columns)
+    highest = 0.0
     for index, (label, means) in enumerate(columns.items()):
         last = index == len(columns) - 1
         values = [100 * means[group] for group in groups]
         places = [i + (index - (len(columns) - 1) / 2) * width for i in range(len(groups))]
         errors = _errors(summary.get("interval"), {group: means[group] for group in groups}) if last else None
+        above = [0.0] * len(values) if errors is None else errors[1]
+        highest = max([highest, *(value + up for value, up in zip(values, above, strict=True))])
         colour = COLOURS["b3"] if last else GREYS[index % len(GREYS)]
         bars = axes.bar(
             places, values, width, label=label, color=colour, yerr=errors, ecolor="#333333", error_kw={"elinewidth": 1}
@@ -126,8 +129,8 @@ def plot_families(
         axes.bar_label(bars, fmt="%.0f" if not last else "%.1f", fontsize=7 if last else 6, padding=1)
     axes.set_xticks(range(len(groups)), [g[0].upper() + g[1:] for g in groups], fontsize=9)
     metrics = sorted({task.metric for task in benchmark.tasks})
-    axes.set_ylabel(f"{' or '.join(metrics)}, percent")
-    axes.set_ylim(0, 1.08 * max(100 * means[group] for means in columns.values() for group in groups))
+    axes.set_ylabel(f"{' or '.join(metrics)}, percent", fontsize=9)
+    axes.set_ylim(0, max(1.08 * highest, 1.0))
     figure.legend(loc="outside lower center", frameon=False, ncols=3, fontsize=8)
     save_figure(figure, axes, path)
     return True

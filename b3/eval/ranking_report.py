@@ -171,5 +171,5 @@ def write_ranking_summary(folder: Path, summary: dict[str, Any], model: str, ben
     write_text(folder / "summary.md", "\n\n".join(parts) + "\n")
     if benchmark.leaderboard:
         write_json(folder / "leaderboard.json", benchmark.leaderboard(summary, {"model_name": model}))
-    if benchmark.published:
+    if benchmark.family_means(summary["subsets"]):
         plot_families(summary, folder / "families.png", benchmark, name=name)

@@ -87,6 +87,7 @@ def test_an_evaluation_of_all_prints_three_modalities(tmp_path: Path, capsys: py
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary["subsets"]) == {task.name for task in EMOJI_V2.tasks}
     assert not (tmp_path / "out" / "leaderboard.json").exists()
+    assert (tmp_path / "out" / "families.png").stat().st_size > 10_000
     assert (tmp_path / "out" / "video" / "film_moment_errors.html").read_text().count("<img") > 20
     assert (tmp_path / "out" / "visdoc" / "chart_errors.html").read_text().count("<img") >= 6
 
