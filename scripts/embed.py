@@ -22,7 +22,7 @@ from typing import Any
 
 from b3.data.codes import PRECISIONS
 from b3.data.index import KIND, is_done, model_arguments, save_index
-from b3.data.own import OwnData, add_rows_arguments, columns_of, read_rows
+from b3.data.own import OwnData, add_rows_arguments, columns_of, instructed, read_rows
 from b3.errors import InputError, command
 from b3.files import sha256
 
@@ -33,7 +33,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--adapter", help="folder or hub name of an adapter to merge")
     parser.add_argument("--input", type=Path, required=True, help=".jsonl or .parquet file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--instruction", "--query-prompt", default="", help="put before each text")
+    parser.add_argument(
+        "--instruction",
+        "--query-prompt",
+        default="",
+        help="put before each text, or where the prompt rule has its place",
+    )
     add_rows_arguments(parser)
     model = parser.add_argument_group("model")
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
@@ -91,6 +96,7 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
 
     import b3
     from b3 import Embedder
+    from b3.integrations.items import has_place_for_instructions
     from b3.model.cache import EmbeddingCache
     from b3.model.encode import Encoder, unit
 
@@ -100,7 +106,9 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
     facts = {part: identity[part] for part in ("model", "adapter", "options")}
     facts["numerics"] = f"{embedder.dtype} on {embedder.device.type}"
     encoder = Encoder(embedder, arguments.batch_tokens, workers=arguments.workers, cache=EmbeddingCache(folder, facts))
-    vectors = encoder.encode(data.items, progress="embed")
+    has_place = has_place_for_instructions(embedder)
+    items = [instructed(item, arguments.instruction, has_place) for item in data.items]
+    vectors = encoder.encode(items, progress="embed")
     vectors = np.ascontiguousarray(unit(vectors) if arguments.normalize else vectors, dtype=np.float32)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     manifest = {
@@ -123,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.batch_tokens is not None and arguments.batch_tokens < 1:
         raise InputError(f"--batch-tokens is {arguments.batch_tokens}; give at least 1")
-    data = read_rows(arguments.input, columns_of(arguments), arguments.image_dir, arguments.instruction)
+    data = read_rows(arguments.input, columns_of(arguments), arguments.image_dir)
     identity = identity_of(arguments, data)
     if is_done(arguments.out, identity):
         print(f"{arguments.out} holds these {len(data.ids):,} embeddings already; nothing to do")

@@ -23,7 +23,7 @@ from b3 import html
 from b3.data.codes import Floats, Hits, nearest
 from b3.data.index import Index, IndexedImages, load_index, model_arguments
 from b3.data.items import Item
-from b3.data.own import add_rows_arguments, columns_of, prompt, read_rows
+from b3.data.own import add_rows_arguments, columns_of, instructed, prompt, read_rows
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_text
 from b3.html import image_tag, shorten
@@ -40,7 +40,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--queries", type=Path, help=".jsonl or .parquet file of queries, read as scripts/embed.py does"
     )
-    parser.add_argument("--instruction", "--query-prompt", default="", help="put before the text of each query")
+    parser.add_argument(
+        "--instruction",
+        "--query-prompt",
+        default="",
+        help="of each query; put before its text, or where the prompt rule has its place",
+    )
     parser.add_argument("--dim", type=int, help="compare only the first so many numbers of each vector")
     parser.add_argument("--top", type=int, default=10, help="results per query (default 10)")
     parser.add_argument("--serve", action="store_true", help="open a page on this machine to search with")
@@ -59,7 +64,7 @@ def read_queries(arguments: argparse.Namespace) -> list[tuple[str, Item]]:
     if single == (arguments.queries is not None):
         raise InputError("give either --query and/or --query-image, or --queries")
     if arguments.queries is not None:
-        data = read_rows(arguments.queries, columns_of(arguments), arguments.image_dir, arguments.instruction)
+        data = read_rows(arguments.queries, columns_of(arguments), arguments.image_dir)
         labels = [f"{row['id']}: {line_of(row['text'] or row['image'] or '(image)')}" for row in data.shown]
         return list(zip(labels, data.items, strict=True))
     text, image = arguments.query or "", arguments.query_image
@@ -68,7 +73,7 @@ def read_queries(arguments: argparse.Namespace) -> list[tuple[str, Item]]:
     if image is not None and not image.is_file():
         raise DataError(f"--query-image {image} does not exist")
     label = " + ".join(part for part in (text, image and str(image)) if part)
-    return [(label, Item(prompt(text, image is not None, arguments.instruction), image))]
+    return [(label, Item(prompt(text, image is not None), image))]
 
 
 def model_of(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Embedder:
@@ -157,8 +162,12 @@ def main(argv: list[str] | None = None) -> int:
 
         serve(index, model_of(arguments, index.manifest), arguments.port, arguments.instruction)
         return 0
+    from b3.integrations.items import has_place_for_instructions
+
     queries = read_queries(arguments)
     model = model_of(arguments, index.manifest)
+    has_place = has_place_for_instructions(model)
+    queries = [(label, instructed(item, arguments.instruction, has_place)) for label, item in queries]
     query_vectors = model.encode([item for _, item in queries], normalize=index.manifest["options"]["normalize"])
     hits_by_query = search(index, query_vectors, arguments.top, arguments.dim)
     results = [(label, item, hits) for (label, item), hits in zip(queries, hits_by_query, strict=True)]

@@ -21,7 +21,7 @@ import numpy as np
 from b3.data.codes import Floats, Hits, nearest
 from b3.data.index import Index, IndexedImages
 from b3.data.items import Item, Still
-from b3.data.own import prompt
+from b3.data.own import instructed, prompt
 from b3.errors import DataError, InputError
 from b3.html import thumbnail
 
@@ -78,12 +78,17 @@ class Searcher:
         if not image:
             if not text.strip():
                 raise InputError("give a text, an image, or both")
-            return Item(prompt(text, False, self.instruction)), top
+            return self._instructed(Item(prompt(text, False))), top
         try:
             content = base64.b64decode(image, validate=True)
         except (ValueError, TypeError) as error:
             raise InputError(f"the image is not base64 ({error})") from None
-        return Item(prompt(text, True, self.instruction), content), top
+        return self._instructed(Item(prompt(text, True), content)), top
+
+    def _instructed(self, item: Item) -> Item:
+        from b3.integrations.items import has_place_for_instructions
+
+        return instructed(item, self.instruction, has_place_for_instructions(self.model))
 
     def has_image(self, row: int) -> bool:
         return self.images.source(row) is not None

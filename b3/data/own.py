@@ -222,6 +222,13 @@ def prompt(text: str, has_image: bool, instruction: str = "") -> str:
     return text
 
 
+def instructed(item: Item, instruction: str, has_place: bool) -> Item:
+    """A row's item with an instruction: as such where the model's prompt rule has a place for one, else in its text."""
+    if has_place:
+        return Item(item.text, media=item.media, instruction=instruction or None)
+    return Item(prompt(item.text or "", bool(item.media), instruction), media=item.media)
+
+
 def _id_of(value: Any, where: str, columns: Columns, row_of_id: dict[str | int, str], number: int) -> str | int:
     """A row's id, or its number where no row has one; `row_of_id` names the row of each id so far."""
     if number and (value is None) != (not row_of_id):

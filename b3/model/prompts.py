@@ -112,6 +112,14 @@ class VLM2Vec(Plain):
         return [*(parts if words else parts[:-1]), " ".join(words)]
 
 
+_MARKS = re.compile(r"<\|(?:image|video)_\d+\|>\n?")
+
+
+def _unmarked(item: Item) -> str:
+    """The text for a rule that places media itself: without the marks of where they go, which MMEB's rows have."""
+    return _MARKS.sub("", item.text or "") if item.media else item.text or ""
+
+
 def _chat(system: str, *user: str | Medium) -> Parts:
     head = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
     return [head, *user, "<|im_end|>\n<|im_start|>assistant\n"]
@@ -137,7 +145,7 @@ class Qwen3VLEmbedding(PromptRule):
         if not unicodedata.category(system[-1]).startswith("P"):
             system += "."
         media: list[Medium] = [*item.videos, *item.images]
-        text = "NULL" if item.text is None and not media else item.text or ""
+        text = "NULL" if item.text is None and not media else _unmarked(item)
         return _chat(system, *(one for one in media if isinstance(one, Still) or one.key != "video:"), text)
 
 
@@ -153,7 +161,7 @@ class GME(PromptRule):
         if item.videos:
             raise DataError(f"{item.describe()}: prompt rule 'gme' reads no videos; give an image, as the middle frame")
         system = item.instruction or "You are a helpful assistant."
-        parts = _chat(system, *item.images, item.text or "")
+        parts = _chat(system, *item.images, _unmarked(item))
         return [*parts, "<|endoftext|>"]
 
 

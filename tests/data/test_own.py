@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 
-from b3.data.own import Columns, prompt, read_rows
+from b3.data.items import Item
+from b3.data.own import Columns, instructed, prompt, read_rows
 from b3.errors import DataError
 from scripts import embed, search
 
@@ -287,3 +288,13 @@ def test_fewer_bits_state_their_recall_and_find_the_same(
     code = search.main(["--index", str(out), "--query", "a red disc", "--dim", "16"])
     assert code == (2 if precision == "binary" else 0)
     assert precision == "int8" or "embed the rows with --dim 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "has_image"), [("a cat", False), ("a cat", True), ("", True)])
+def test_an_instruction_stands_where_the_prompt_rule_has_a_place(text: str, has_image: bool) -> None:
+    read = Item(prompt(text, has_image), b"image" if has_image else None)
+    placed = instructed(read, "Find it:", has_place=True)
+    assert (placed.text, placed.media, placed.instruction) == (read.text, read.media, "Find it:")
+    joined = instructed(read, "Find it:", has_place=False)
+    assert joined.text == prompt(text, has_image, "Find it:") and joined.instruction is None
+    assert instructed(read, "", has_place=True) == instructed(read, "", has_place=False) == read

@@ -260,6 +260,19 @@ def test_the_name_of_a_published_model_brings_its_rule(
     assert (plain.settings.prompt, plain.settings.positions) == ("plain", "1d")
 
 
+@pytest.mark.parametrize("prompt", ["qwen3_vl_embedding", "gme"])
+def test_a_chat_rule_leaves_out_marks_of_media(qwen3_folder: Path, prompt: str) -> None:
+    """Rows of MMEB and of a user's own file say where an image goes; a text without media stays as it is."""
+    model = Embedder.from_pretrained(qwen3_folder, dtype="float32", prompt=prompt)
+    image = QWEN3 / "media" / "wide.png"
+    marked, plain = (
+        model.processor(Item(text, image, instruction="Find it.")) for text in ("<|image_1|>\na cat", "a cat")
+    )
+    assert marked.input_ids.tolist() == plain.input_ids.tolist()
+    text = model.processor(Item("<|image_1|>\na cat")).input_ids
+    assert len(text) > len(model.processor(Item("a cat")).input_ids)
+
+
 def test_a_rule_of_another_backbone_is_refused(qwen3_folder: Path) -> None:
     with pytest.raises(InputError, match="prompt 'b3_internvl' is not for Qwen3-VL; use one of plain"):
         Embedder.from_pretrained(qwen3_folder, prompt="b3_internvl")
