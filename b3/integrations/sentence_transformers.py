@@ -145,11 +145,13 @@ class BatchPlanSampler(DefaultBatchSampler):
     A mined batch is what all ranks have together: `per_device_train_batch_size` times the ranks, a multiple of K. It
     comes as one batch per rank, one after the other, which is how the trainer hands batches out. Several ranks share
     negatives only under a loss with `gather_across_devices=True`. Each epoch draws anew, as `b3.train.BatchPlanSampler`
-    does, from the seed of the training arguments. A last batch that would be short is left
+    does. A last batch that would be short is left
     out; its rows come in later epochs.
 
     Args:
         plans: a `BatchPlan`, or a list of them for `concatenate_datasets` of their rows in that order.
+        plan_seed: of the draw; None: what the trainer passes, which is the seed of the training arguments, or 0 in
+            sentence-transformers 6.0.
         world_size: number of ranks; None: as torch.distributed says.
         others: what to do with a data set that has not the plan's number of rows, as an `eval_dataset` has not:
             "refuse", or "in_order" for batches of consecutive rows.
@@ -168,6 +170,7 @@ class BatchPlanSampler(DefaultBatchSampler):
         seed: int = 0,
         *,
         plans: Any,
+        plan_seed: int | None = None,
         world_size: int | None = None,
         others: str = "refuse",
     ) -> None:
@@ -186,7 +189,11 @@ class BatchPlanSampler(DefaultBatchSampler):
                 " for an eval_dataset BatchPlanSampler.of(plan, others='in_order')"
             )
         self.world_size = _world_size() if world_size is None else world_size
-        self.plan = PlanSampler(list(plans) if several else [plans], batch_size * self.world_size, seed=seed)
+        self.plan = PlanSampler(
+            list(plans) if several else [plans],
+            batch_size * self.world_size,
+            seed=seed if plan_seed is None else plan_seed,
+        )
 
     @classmethod
     def of(cls, plans: Any, **options: Any) -> Callable[..., BatchPlanSampler]:

@@ -48,8 +48,8 @@ def main(out: Path, rows: int, per_rank: int, size: int) -> None:
     texts = [f"a red disc {row}" for row in range(rows)]
     data = Dataset.from_dict({"anchor": texts, "positive": [f"number {row}" for row in range(rows)]})
     arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(out / "run"), num_train_epochs=2, per_device_train_batch_size=per_rank, seed=7, use_cpu=True,
-        batch_sampler=BatchPlanSampler.of(plan(rows, size)), report_to="none", save_strategy="no",
+        output_dir=str(out / "run"), num_train_epochs=2, per_device_train_batch_size=per_rank, seed=3, use_cpu=True,
+        batch_sampler=BatchPlanSampler.of(plan(rows, size), plan_seed=7), report_to="none", save_strategy="no",
     )  # fmt: skip
     loss = Watched(model, mini_batch_size=4, gather_across_devices=True)
     loss.out = out
