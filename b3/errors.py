@@ -32,6 +32,12 @@ class RunError(InputError):
     """A run directory, checkpoint or plan belongs to something else, or a run cannot go on."""
 
 
+def gist(error: object) -> str:
+    """The first line of an exception's message, or its type if it has none; for a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 EXIT_BUG = 1
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130

@@ -52,7 +52,7 @@ def members(archive: Path) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(archive) as opened:
             infos = opened.infolist()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except Exception as error:  # a damaged directory of members raises what reading it does
         raise _broken(archive, error) from None
     for info in infos:
         _check_member(archive, info)
@@ -65,7 +65,9 @@ def _check_member(archive: Path, info: zipfile.ZipInfo) -> None:
     path = PurePosixPath(name)
     kind = stat.S_IFMT(info.external_attr >> 16)
     reason = ""
-    if path.is_absolute() or "\\" in name or name[1:2] == ":":
+    if not name:
+        reason = "has no name"
+    elif path.is_absolute() or "\\" in name or name[1:2] == ":":
         reason = "is an absolute path or not a POSIX path"
     elif ".." in path.parts:
         reason = "leaves the folder"

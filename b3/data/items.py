@@ -188,7 +188,7 @@ class Item:
 
 def item_id(item: Item) -> int:
     """64-bit id, equal for equal items on every rank."""
-    digest = hashlib.sha256("\0".join(item.key).encode()).digest()
+    digest = hashlib.sha256("\0".join(item.key).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
@@ -207,17 +207,25 @@ def as_item(value: Item | dict[str, Any] | str) -> Item:
     if isinstance(value, Item):
         return value
     if isinstance(value, str):
-        return Item(value)
+        value = {"text": value}
     unknown = [key for key in value if key not in KEYS]
     if unknown:
         raise DataError(f"an item has the key '{unknown[0]}'; known: {', '.join(KEYS)}")
-    text = value.get("text")
+    text, instruction = value.get("text"), value.get("instruction")
+    words = [instruction, *(text if isinstance(text, (list, tuple)) else [text])]
+    odd = next((word for word in words if not (word is None or isinstance(word, str))), None)
+    if odd is not None or (isinstance(text, (list, tuple)) and None in text):
+        raise DataError(f"an item has the text or instruction {str(odd)[:60]!r}; it has to be a string")
+    try:
+        "".join(word or "" for word in words).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"an item has a text that is not valid Unicode ({error.reason}); correct it") from None
     media = (*_videos(value.get("video")), *_videos(value.get("videos")))
     images = (*_images(value.get("image")), *_images(value.get("images")))
     return Item(
         "".join(text) if isinstance(text, (list, tuple)) else text,
         media=(*images, *media),
-        instruction=value.get("instruction"),
+        instruction=instruction,
     )
 
 
@@ -228,7 +236,9 @@ def _images(value: Any) -> Iterator[Still]:
         for one in value:
             yield from _images(one)
         return
-    yield Still(value)
+    if not isinstance(value, (str, Path, bytes, Still, ImageRef)) and not hasattr(value, "getpalette"):
+        raise DataError(f"an item has the image {str(value)[:60]!r}; give a path, encoded bytes or a PIL image")
+    yield value if isinstance(value, Still) else Still(value)
 
 
 def _videos(value: Any) -> Iterator[Video]:
@@ -238,6 +248,8 @@ def _videos(value: Any) -> Iterator[Video]:
         yield value
     elif isinstance(value, (str, Path)):
         yield video_at(value)
+    elif not isinstance(value, (list, tuple)):
+        raise DataError(f"an item has the video {str(value)[:60]!r}; give a folder, a file or a list of frames")
     elif value and (isinstance(value[0], (list, tuple, Video)) or _is_video(value[0])):
         for one in value:
             yield Video() if isinstance(one, (list, tuple)) and not one else next(_videos(one))

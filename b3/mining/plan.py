@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from b3 import files
-from b3.errors import InputError
+from b3.errors import InputError, gist
 
 FORMAT_VERSION = 2
 ARRAYS = ("communities", "remainder", "hard_negatives")
@@ -128,7 +128,12 @@ def _read_array(folder: Path, name: str, checksums: Mapping[str, str]) -> np.nda
         raise InputError(f"{file} is missing; mine the plan again")
     if files.sha256(file) != checksums[name]:
         raise InputError(f"{file} differs from its checksum in manifest.json (torn or edited); mine the plan again")
-    array: np.ndarray = np.load(file, allow_pickle=False)
+    try:
+        array: np.ndarray = np.load(file, allow_pickle=False)
+    except Exception as error:  # a damaged header is read as Python and may raise anything
+        raise InputError(f"{file} is no array ({gist(error)}); mine the plan again") from None
+    if array.ndim != 1 + (name != "remainder.npy") or array.dtype.kind != "i":
+        raise InputError(f"{file} has shape {array.shape} and type {array.dtype}, not a plan's; mine it again")
     return array
 
 

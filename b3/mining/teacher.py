@@ -212,7 +212,7 @@ def load_matrix(file: Path) -> np.ndarray:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{file} does not exist; write the teacher's embeddings there as a (N, D) .npy file") from None
-    except (ValueError, OSError, EOFError):
+    except Exception:  # a damaged header is read as Python and may raise anything
         raise DataError(
             f"{file} is not an .npy file of numbers; write the teacher's embeddings with numpy.save"
         ) from None

@@ -80,6 +80,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]
     from safetensors.torch import load_file
 
     config = read_json(folder / CONFIG_FILE)
+    for key in ("r", "lora_alpha"):
+        if isinstance(config.get(key), bool) or not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+            raise InputError(f"{folder / CONFIG_FILE}: {key} is {str(config.get(key))[:60]}, not a positive number")
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication"):
         if config.get(key):
             raise InputError(f"{folder / CONFIG_FILE}: {key} is set, which is not supported; merge it with peft first")

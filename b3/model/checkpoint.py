@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.console import no_bars
-from b3.errors import InputError
+from b3.errors import InputError, gist
 from b3.files import sha256, write_json
 
 if TYPE_CHECKING:
@@ -47,11 +47,14 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file as a dictionary. Raises `InputError` naming the file if it is missing or broken."""
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file.parent} holds no {file.name}; give the folder of a complete checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no JSON object; take the file of a complete checkpoint")
+    return content
 
 
 def write_modules(folder: Path, *modules: tuple[str, str]) -> None:
@@ -131,13 +134,17 @@ def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype, device
 
     Raises `InputError` if it cannot be loaded or lacks weights.
     """
+    import torch
+
     try:
         with _silence():
             model, info = model_class.from_pretrained(
                 folder, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **options
             )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"backbone in {folder} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files raise whatever their readers do
+        raise InputError(f"backbone in {folder} cannot be loaded: {gist(error)}") from None
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"backbone in {folder} lacks {len(missing)} weights, first: '{missing[0]}'")
@@ -151,10 +158,9 @@ def load_tokenizer(folder: str | Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        what = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file raises whatever its reader does
         raise InputError(
-            f"no tokenizer in checkpoint {folder} ({what}); copy the backbone's tokenizer files there"
+            f"no tokenizer in checkpoint {folder} ({gist(error)}); copy the backbone's tokenizer files there"
         ) from None
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer in {folder} is not a fast one; add its tokenizer.json")

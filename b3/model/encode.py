@@ -79,7 +79,7 @@ def measure(processor: Processor, items: Sequence[Item]) -> Measured:
         try:
             return *processor.measure(item), None
         except DataError as error:
-            return hashlib.sha256("\0".join(item.key).encode()).digest(), 0, str(error)
+            return hashlib.sha256("\0".join(item.key).encode("utf-8", "surrogatepass")).digest(), 0, str(error)
 
     digests = np.zeros((len(items), 32), dtype=np.uint8)  # a shorter one is followed by zeros
     num_tokens, problems = np.empty(len(items), dtype=np.int64), {}

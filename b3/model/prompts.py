@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from b3.data.items import Item, Medium, Still
 from b3.data.prompts import PLACEHOLDER, VIDEO_PLACEHOLDER
-from b3.errors import DataError, InputError
+from b3.errors import DataError, InputError, gist
 
 Parts: TypeAlias = list[str | Medium]
 
@@ -192,19 +192,23 @@ class Template(PromptRule):
     @cached_property
     def _compiled(self) -> Any:
         import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+        class Environment(ImmutableSandboxedEnvironment):
+            intercepted_binops = frozenset(["*", "**"])  # a short template could fill the memory with them
+
+            def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+                raise SecurityError(f"operator {operator} is not for prompts")
 
         try:
-            return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise InputError(f"the prompt template is not valid jinja ({error})") from None
+            return Environment(undefined=jinja2.StrictUndefined).from_string(self.source)
+        except Exception as error:  # jinja computes what is constant while it compiles
+            raise InputError(f"the prompt template is not valid jinja ({gist(error)})") from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source}
 
     def parts(self, item: Item, image_token: str, video_token: str) -> Parts:
-        import jinja2
-
         places = {f"\ue000{i}\ue001": medium for i, medium in enumerate(item.media)}
         images = [mark for mark, medium in places.items() if isinstance(medium, Still)]
         videos = [mark for mark, medium in places.items() if not isinstance(medium, Still)]
@@ -212,8 +216,8 @@ class Template(PromptRule):
             text = self._compiled.render(
                 text=item.text or "", instruction=item.instruction or "", images=images, videos=videos
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{item.describe()}: the prompt template cannot be filled ({error})") from None
+        except Exception as error:  # what a template computes may raise anything
+            raise DataError(f"{item.describe()}: the prompt template cannot be filled ({gist(error)})") from None
         pieces = re.split("(\ue000\\d+\ue001)", text)
         parts: Parts = [places.get(piece, piece) for piece in pieces if piece]
         if sorted(part for part in pieces if part in places) != sorted(places):
@@ -245,7 +249,7 @@ def read_prompt(prompt: str | Path) -> str:
     """What `Settings.prompt` stores: a name as it is, a file's text. Raises `InputError` if the file is missing."""
     if str(prompt).endswith(".jinja"):
         try:
-            return Path(prompt).read_text()
-        except OSError as error:
-            raise InputError(f"prompt template {prompt} cannot be read ({error.strerror})") from None
+            return Path(prompt).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"prompt template {prompt} cannot be read ({gist(error)})") from None
     return str(prompt)

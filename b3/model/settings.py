@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from b3.distributed import is_first
@@ -14,6 +15,9 @@ from b3.model.checkpoint import SETTINGS_FILE, read_json
 from b3.model.prompts import prompt_rule, read_prompt
 
 FORMAT = 1
+
+
+TYPES = {"int": (int,), "int | None": (int, NoneType), "str": (str,), "float": (int, float)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class Settings:
     dim: int | None = None
 
     def __post_init__(self) -> None:
+        check_types({field.name: getattr(self, field.name) for field in fields(self)})
         for value, known in (
             (self.positions, ("1d", "mrope")),
             (self.numerics, ("clean", "reference")),
@@ -71,6 +76,14 @@ class Settings:
         write_json(folder / SETTINGS_FILE, {"format": FORMAT, **values})
 
 
+def check_types(values: dict[str, Any]) -> None:
+    """Raise `InputError` naming a setting whose value has another type than its field of `Settings`."""
+    for name, value in values.items():
+        kind = str(Settings.__dataclass_fields__[name].type)
+        if isinstance(value, bool) or not isinstance(value, TYPES[kind]):
+            raise InputError(f"{name} {str(value)[:60]!r} is not of type {kind}; correct the setting")
+
+
 def read_settings(*folders: Path | None) -> dict[str, Any]:
     """What the b3_settings.json files of `folders` say, the first one that names a setting counts.
 
@@ -88,6 +101,7 @@ def read_settings(*folders: Path | None) -> dict[str, Any]:
         unknown = sorted(set(tree) - known)
         if unknown:
             raise InputError(f"{folder / SETTINGS_FILE}: setting '{unknown[0]}' is not known; update b3")
+        check_types(tree)
         result = {**tree, **result}
     return result
 
