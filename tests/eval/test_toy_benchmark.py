@@ -58,4 +58,4 @@ def test_an_unknown_benchmark_lists_the_known_ones(tmp_path: Path, capsys: pytes
     model = checkpoint(tmp_path / "model")
     command = f"--benchmark toy --model_name {model} --subset_name all --encode_output_path {tmp_path / 'out'}"
     assert eval_mmeb.main(command.split()) == 2
-    assert "there is no benchmark 'toy'; choose from emoji, mmeb" in capsys.readouterr().err
+    assert "there is no benchmark 'toy'; choose from emoji, emoji_v2, mmeb, mmeb_v2" in capsys.readouterr().err
