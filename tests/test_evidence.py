@@ -106,6 +106,11 @@ def test_the_grid_from_data_to_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert execute_missing(runs, 2, said.append) == [] and said[-1].startswith("4 runs, 0 missing")
     assert collect(root, questions, tmp_path / "results.json", "here") == 0
     results = Results(tmp_path / "results.json")
+    recorded = (tmp_path / "results.json").read_bytes()
+    (root / "results").rename(root / "elsewhere")
+    assert collect(root, questions, tmp_path / "results.json", "here") == 0  # what is recorded stays
+    assert (tmp_path / "results.json").read_bytes() == recorded
+    assert collect(root, questions, tmp_path / "new.json", "here") == len(runs)
     cell = results.cell("both", arm="b3")
     assert cell is not None and len(cell.records) == 2 and 0 < cell.mean < 1
     assert cell.fact("in_community") > 0

@@ -9,7 +9,7 @@ from b3.errors import InputError
 from b3.eval.benchmark import Benchmark
 from b3.html import running_mean
 
-COLOURS = {"untrained": "#9aa0a6", "random": "#4c78a8", "b3": "#e4572e"}
+COLOURS = {"pretrained": "#9aa0a6", "random": "#4c78a8", "b3": "#e4572e", "b3x": "#8c1d40"}
 DEFAULT_BASELINES = (
     "gme-Qwen2-VL-2B-Instruct",
     "VLM2Vec-V1-Qwen2VL-2B",

@@ -2,8 +2,8 @@
 
 The student picks each query's target among those of its batch: in the next mined batches, and in as many batches of
 random rows from the same data sets, which is what the control would see. Mining has helped students that had 0.47 to
-0.62 in random batches by then, and 0.33 to 0.43 in mined ones; it has harmed one that had 0.12 in both
-(docs/recipes.md).
+0.62 in random batches by then, and 0.33 to 0.43 in mined ones; it has harmed those that had 0.12 and 0.20 in random
+ones, and as much in mined ones (docs/recipes.md).
 """
 
 from __future__ import annotations

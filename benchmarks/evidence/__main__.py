@@ -19,7 +19,7 @@ from benchmarks.evidence.page import write_page
 from benchmarks.evidence.results import Results, collect
 from benchmarks.evidence.run import execute_missing
 
-GRIDS = ("grid", "grid_lora", "grid_emoji")
+GRIDS = ("grid", "grid_lora", "grid_emoji", "grid_recipe", "grid_student")
 COMMITTED = HERE.parent / "results" / "evidence.json"
 
 
@@ -42,7 +42,7 @@ def main() -> int:
         questions: dict[str, list[Run]] = {}
         for name in GRIDS:
             questions |= expand(read_grid(HERE / f"{name}.yaml"), ROOT)
-        from benchmarks.evidence.students import make_shallow, make_students, make_tiny
+        from benchmarks.evidence.students import make_shallow, make_students, make_tiny, place_pretrained
         from benchmarks.evidence.wordnet import prepare
         from benchmarks.wordnet import fetch
 
@@ -50,6 +50,7 @@ def main() -> int:
         prepare(data)
         make_students(Path(ROOT))
         make_shallow(fetch(data / "download")[1], Path(ROOT) / "students" / "minilm-2")
+        place_pretrained(Path(ROOT) / "students" / "pretrained")
         make_tiny(HERE / "base_emoji.yaml", Path(ROOT) / "students" / "tiny-qwen2vl")
         chosen = arguments.questions or list(questions)
         failed = execute_missing([run for name in chosen for run in questions[name]], arguments.workers)

@@ -65,7 +65,7 @@ def emoji_ranks(config: Config) -> dict[str, np.ndarray]:
     from b3.model.encode import Encoder
 
     assert config.eval is not None
-    model = Embedder.from_pretrained(config.model.name, adapter=config.output_dir, dtype="float32")
+    model = Embedder.from_pretrained(config.output_dir, dtype="float32")
     encoder, found = Encoder(model), {}
     for name in config.eval.subsets:
         data = load_eval(config.eval.source, name, config.eval.split, prefix_targets=config.eval.prefix_targets)

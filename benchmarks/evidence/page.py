@@ -40,7 +40,7 @@ def write_page(results: Results, docs: Path) -> None:
 
 
 def _listed(given: dict[str, Any]) -> dict[str, Any]:
-    several = ("axes", "controls", "facts")
+    several = ("axes", "controls", "facts", "shared")
     return {key: [value] if key in several and isinstance(value, str) else value for key, value in given.items()}
 
 

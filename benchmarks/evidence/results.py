@@ -110,8 +110,10 @@ class Results:
 def collect(root: Path, questions: Mapping[str, list[Run]], file: Path, machine: str) -> int:
     """Write the two files from the results below `root`; returns how many runs of the grid have none.
 
-    Rows that an existing file has of settings that the grid no longer has (options that are gone) stay in it.
+    A run without result below `root` that an existing file has stays as it is there, and so do its rows of settings
+    that the grid no longer has (options that are gone).
     """
+    before = Results(file) if file.exists() else None
     runs: dict[str, Any] = {}
     ranks: dict[str, np.ndarray] = {}
     places: dict[str, list[Any]] = {}
@@ -122,15 +124,17 @@ def collect(root: Path, questions: Mapping[str, list[Run]], file: Path, machine:
             key = run.key
             found = root / "results" / f"{key}.json"
             if not found.exists():
-                missing += 1
-                continue
-            if key not in runs:
+                if before is None or key not in before.runs:
+                    missing += 1
+                    continue
+                runs[key], ranks[key] = before.runs[key], before.ranks[key]
+            elif key not in runs:
                 arrays = np.load(found.with_suffix(".npz"))
                 ranks[key] = np.concatenate([arrays[part] for part in arrays.files])
                 runs[key] = {**_rounded(json.loads(found.read_text())), "queries": {p: len(arrays[p]) for p in arrays}}
             places[name].append([dict(run.labels), run.seed, key])
-    if file.exists():
-        _keep_recorded(file, questions, runs, ranks, places)
+    if before is not None:
+        _keep_recorded(before, questions, runs, ranks, places)
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"  {json.dumps(key)}: {json.dumps(runs[key])}" for key in sorted(runs)]
     listing = [
@@ -149,22 +153,20 @@ def collect(root: Path, questions: Mapping[str, list[Run]], file: Path, machine:
 
 
 def _keep_recorded(
-    file: Path,
+    before: Results,
     questions: Mapping[str, list[Run]],
     runs: dict[str, Any],
     ranks: dict[str, np.ndarray],
     places: dict[str, list[Any]],
 ) -> None:
-    """Add to runs, ranks and places what `file` has of settings that are not in the grid."""
-    recorded = json.loads(file.read_text())
-    arrays = np.load(file.with_suffix(".npz"))
-    for name, rows in recorded["questions"].items():
+    """Add to runs, ranks and places what is recorded of settings that are not in the grid."""
+    for name, rows in before.questions.items():
         present = [(dict(run.labels), run.seed) for run in questions.get(name, [])]
         for labels, seed, key in rows:
             if name in places and (labels, seed) not in present:
                 places[name].append([labels, seed, key])
-                runs.setdefault(key, recorded["runs"][key])
-                ranks.setdefault(key, arrays[key])
+                runs.setdefault(key, before.runs[key])
+                ranks.setdefault(key, before.ranks[key])
 
 
 def _rounded(record: dict[str, Any]) -> dict[str, Any]:

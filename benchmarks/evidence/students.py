@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import b3
 from benchmarks.evidence.wordnet import LAYERS
 
 HIDDEN, BLOCKS = 1024, 2
@@ -47,3 +48,9 @@ def make_tiny(recipe: Path, folder: Path) -> None:
 
     if not (folder / "model.safetensors").exists() and main([str(recipe), "--out", str(folder)]):
         raise RuntimeError("the tiny model could not be made")
+
+
+def place_pretrained(folder: Path) -> None:
+    """The student that comes with the package."""
+    if not (folder / "model.safetensors").exists():
+        shutil.copytree(Path(b3.__file__).parent / "data" / "student", folder, dirs_exist_ok=True)

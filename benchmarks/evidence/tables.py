@@ -76,9 +76,10 @@ def listing(
     facts: Sequence[str] = (),
     precision: bool = False,
     control_question: str | None = None,
+    shared: Sequence[str] = ("size", "student", "examples"),
 ) -> str:
-    """One line a setting: labels, recorded facts, score, and differences from each of the arms `controls` of the same
-    size, student and number of pairs (in `control_question`, if it is another one).
+    """One line a setting: labels, recorded facts, score, and differences from each of the arms `controls` with the same
+    value of the axes `shared` (in `control_question`, if it is another one).
     """
     seen: list[dict[str, Any]] = []
     for labels, _, _ in results.questions[question]:
@@ -93,15 +94,12 @@ def listing(
         known = [cell.fact(fact) for fact in facts]
         line = [*values, *("" if x != x else f"{x:.2f}" for x in known), _shown(cell)]
         for arm in controls:
-            other = results.cell(control_question or question, precision, **{**_shared(labels), "arm": arm})
+            same = {axis: labels[axis] for axis in shared if axis in labels}
+            other = results.cell(control_question or question, precision, **{**same, "arm": arm})
             line.append("" if other is not None and other.records == cell.records else _gap(cell, other))
         body.append(line)
     heads = [*axes, *(f.replace("_", " ") for f in facts), "score", *(f"− {arm}" for arm in controls)]
     return _markdown(heads, body)
-
-
-def _shared(labels: dict[str, Any]) -> dict[str, Any]:
-    return {axis: labels[axis] for axis in ("size", "student", "examples") if axis in labels}
 
 
 def plot_lines(
