@@ -1,6 +1,6 @@
-"""Write the tiny random Qwen2-VL of the demo: a checkpoint folder with a tokenizer trained on a recipe's texts.
+"""Write a tiny random Qwen2-VL: a checkpoint folder with a tokenizer trained on a recipe's texts.
 
-python scripts/make_tiny_model.py configs/demo.yaml --out runs/demo/model
+python scripts/make_tiny_model.py configs/demo.yaml --out runs/tiny
 """
 
 from __future__ import annotations
