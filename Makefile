@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo evidence docs test test-core lint types format clean
+.PHONY: help venv demo evidence docs test test-core harden lint types format clean
 help:
 	@echo "make demo      mine, train and evaluate on the embedded data (a few minutes); results in runs/demo"
 	@echo "make evidence  the runs behind docs/evidence.md (hours; finished runs are kept), and that page"
 	@echo "make docs      the site from docs/, strictly; result in site/"
 	@echo "make test      run all tests                     (ARGS='-k name' to choose)"
 	@echo "make test-core run the fifth that protects most (under two minutes)"
+	@echo "make harden    damaged inputs and starts under load, for MINUTES=10"
 	@echo "make lint      ruff check and format check"
 	@echo "make types     mypy"
 	@echo "make format    let ruff rewrite the code"
@@ -39,6 +40,11 @@ test: $(STAMP)
 
 test-core: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m core $(ARGS)
+
+MINUTES ?= 10
+harden: $(STAMP)
+	$(BIN)/python tests/hardening/mutate_inputs.py --cases 1000000 --minutes $$(($(MINUTES) / 2)) --seed $$$$
+	$(BIN)/python tests/hardening/stress_workers.py --starts 1000000 --minutes $$(($(MINUTES) / 2))
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from golden_data import GOLDEN, checkpoint
 
 from b3 import Embedder
 from b3.data.archives import members
+from b3.data.datasets import load_pairs
 from b3.data.items import Item, as_item
 from b3.errors import DataError, InputError
 from b3.files import sha256
@@ -145,3 +146,20 @@ def test_a_checkpoint(tmp_path: Path, name: str, damage: Callable[[bytes], bytes
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
     with pytest.raises(InputError, match=problem):
         Embedder.from_pretrained(folder, dtype="float32", device="cpu")
+
+
+def test_rows_that_are_not_utf_8(tmp_path: Path) -> None:
+    row = {"qry": "q", "qry_image_path": "", "pos_text": "t", "pos_image_path": ""}
+    (tmp_path / "pairs.jsonl").write_bytes(json.dumps(row).encode().replace(b'"q"', b'"\xff"'))
+    with pytest.raises(DataError, match=r"pairs.jsonl cannot be read as jsonl .*[Ii]nvalid UTF8"):
+        load_pairs(f"jsonl:{tmp_path / 'pairs.jsonl'}", "pairs")
+
+
+@pytest.mark.parametrize("line", ["null", "3", "[]", '"a"', "{broken"])
+def test_a_line_that_is_no_object(tmp_path: Path, line: str) -> None:
+    """A line `null` ends pyarrow, and the process with it."""
+    row = {"qry": "q", "qry_image_path": "", "pos_text": "t", "pos_image_path": ""}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(row)}\n\n{line}\n{json.dumps(row)}\n")
+    problem = "cannot be read as jsonl" if line == "{broken" else "line 3 is no JSON object"
+    with pytest.raises(DataError, match=problem):
+        load_pairs(f"jsonl:{tmp_path / 'pairs.jsonl'}", "pairs")

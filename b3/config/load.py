@@ -51,7 +51,10 @@ def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    parent = (path.parent / str(base)).resolve()
+    try:
+        parent = (path.parent / str(base)).resolve()
+    except ValueError:  # UnicodeEncodeError included
+        raise ConfigError(f"{path}: base {str(base)!r} is not the name of a file") from None
     if parent in children:
         raise ConfigError(f"{path}: base files form a circle")
     return merge(read_yaml(parent, (*children, path.resolve())), tree)

@@ -208,6 +208,8 @@ def as_item(value: Item | dict[str, Any] | str) -> Item:
         return value
     if isinstance(value, str):
         value = {"text": value}
+    if not isinstance(value, dict):
+        raise DataError(f"an item is {str(value)[:60]!r}; give a text, a dictionary or an Item")
     unknown = [key for key in value if key not in KEYS]
     if unknown:
         raise DataError(f"an item has the key '{unknown[0]}'; known: {', '.join(KEYS)}")

@@ -111,6 +111,15 @@ def _find_files(kind: str, rest: str, subset: str, split: str) -> list[Path]:
     return sorted(Path(p) for p in glob.glob(rest, recursive=True))
 
 
+def _check_lines(file: Path) -> None:
+    """Raise `DataError` for a line that is no JSON object: pyarrow crashes on some of them (null)."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.lstrip()[:1] not in (b"{", b""):
+                start = line[:40].decode("utf-8", "replace").strip()
+                raise DataError(f"{file} line {number} is no JSON object ({start}); correct it or drop it")
+
+
 def _read_files(kind: str, files: list[Path], leave_out: str | None = None) -> pa.Table:
     import pyarrow as pa
     import pyarrow.json
@@ -120,12 +129,15 @@ def _read_files(kind: str, files: list[Path], leave_out: str | None = None) -> p
     for file in files:
         try:
             if kind == "jsonl":
-                tables.append(pa.json.read_json(file))
-                continue
-            schema = pq.read_schema(file)
-            names = [name for name in schema.names if name != leave_out] if _is_whole(schema, leave_out) else None
-            tables.append(pq.read_table(file, columns=names))
-        except (pa.ArrowException, OSError) as error:
+                _check_lines(file)
+                table = pa.json.read_json(file)
+            else:
+                schema = pq.read_schema(file)
+                names = [name for name in schema.names if name != leave_out] if _is_whole(schema, leave_out) else None
+                table = pq.read_table(file, columns=names)
+            table.validate(full=True)  # neither reader looks whether texts are UTF-8
+            tables.append(table)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             what = str(error).splitlines()[0]
             name = "jsonl" if kind == "jsonl" else "parquet"
             raise DataError(f"{file} cannot be read as {name} ({what}); correct or replace the file") from None

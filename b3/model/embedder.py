@@ -141,13 +141,13 @@ class Embedder(nn.Module):
         base, adapter_folder = locate(name, adapter)
         kind = backbone_class(base)
         if adapter_folder is not None:
+            if not kind.adapter_targets:
+                raise InputError(
+                    f"the model in {base} takes no adapter, {adapter_folder} would count for nothing; leave it out"
+                )
             adapters.check_backbone(adapter_folder, base)
         merged = resolve_settings(adapter if adapter is not None else name, settings, adapter_folder, base)
         kind.check_settings(merged)
-        if adapter_folder is not None and not kind.adapter_targets:
-            raise InputError(
-                f"the model in {base} takes no adapter, {adapter_folder} would count for nothing; leave it out"
-            )
         target = choose_device(device)
         torch_dtype = choose_dtype(dtype, target)
         backbone = kind.load(base, torch_dtype, target, choose_attention(attention, target))

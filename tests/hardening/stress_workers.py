@@ -81,6 +81,7 @@ def leave(number: int, frame: Any) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many")
     parser.add_argument("--busy", type=int, default=2, help="processes that do nothing but keep a core busy")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a start has hung")
     parser.add_argument("--light", action="store_true", help="pools without a model, ten to a process")
@@ -99,6 +100,8 @@ def main() -> int:
             (folder / "light.py").write_text(LIGHT)
             each = 10 if options.light else 1
             for number in range(0, options.starts, each):
+                if time.monotonic() - started > 60 * options.minutes:
+                    break
                 arguments = [folder / "light.py", str(each)] if options.light else evaluation(folder, number)
                 counts[outcome(arguments, 1 if options.light else 2, options.limit)] += each
                 seconds = time.monotonic() - started
