@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 # Threads that wait spin only shortly: on a machine with other work, spinning takes the core from what is waited for.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the programs beside it
 
 from b3.config import Config, load_config
 from b3.errors import RunError, command

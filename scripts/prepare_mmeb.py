@@ -22,6 +22,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the programs beside it
+
 from b3.console import num_bytes
 from b3.data.archives import (
     MARKERS,

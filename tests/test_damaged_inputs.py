@@ -16,6 +16,7 @@ from golden_data import GOLDEN, checkpoint
 from b3 import Embedder
 from b3.data.archives import members
 from b3.data.datasets import load_pairs
+from b3.data.images import FolderImages
 from b3.data.items import Item, as_item
 from b3.errors import DataError, InputError
 from b3.files import sha256
@@ -163,3 +164,9 @@ def test_a_line_that_is_no_object(tmp_path: Path, line: str) -> None:
     problem = "cannot be read as jsonl" if line == "{broken" else "line 3 is no JSON object"
     with pytest.raises(DataError, match=problem):
         load_pairs(f"jsonl:{tmp_path / 'pairs.jsonl'}", "pairs")
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png"])
+def test_the_name_of_an_image(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="is not a path; correct the row"):
+        FolderImages(tmp_path).read(name)

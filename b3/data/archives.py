@@ -132,10 +132,10 @@ def _extract_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path
             shutil.copyfileobj(member, file, _CHUNK)  # the CRC is tested at the end of the member
             if file.tell() != info.file_size:
                 raise _broken(archive, f"'{info.filename}' has {file.tell()} bytes, its header says {info.file_size}")
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise _broken(archive, error) from None
     except OSError as error:
         raise unwritable(target, error) from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise _broken(archive, error) from None
 
 
 def unwritable(target: Path, error: OSError) -> InputError:

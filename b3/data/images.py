@@ -41,9 +41,10 @@ class FolderImages:
 
     def file(self, path: str) -> Path:
         """The whole path. Raises `DataError` if it leaves the folder."""
-        if "\0" in path:
-            raise DataError(f"image path {path!r} is not a path; correct the row")
-        full = (self.root / path).resolve()
+        try:
+            full = (self.root / path).resolve()
+        except ValueError:  # a null byte, half of a character
+            raise DataError(f"image path {path!r} is not a path; correct the row") from None
         if not full.is_relative_to(self.root.resolve()):
             raise DataError(f"image path '{path}' leaves the image directory {self.root}; correct the row")
         return full

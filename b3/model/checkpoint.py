@@ -45,16 +45,29 @@ def fetch(name: str | Path, revision: str | None = None) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file as a dictionary. Raises `InputError` naming the file if it is missing or broken."""
+    """A JSON file as a dictionary. Raises `InputError` naming the file if it is missing, broken or something else."""
+    content = _json(file)
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no JSON object; take the file of a complete checkpoint")
+    return content
+
+
+def read_modules(folder: Path) -> list[dict[str, Any]]:
+    """The modules of a folder of sentence-transformers, none where it is not one. Errors as `read_json`."""
+    file = folder / MODULES_FILE
+    content = _json(file) if file.is_file() else []
+    if not isinstance(content, list) or not all(isinstance(module, dict) for module in content):
+        raise InputError(f"{file} holds no list of modules; take the file of a complete checkpoint")
+    return content
+
+
+def _json(file: Path) -> Any:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file.parent} holds no {file.name}; give the folder of a complete checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds no JSON object; take the file of a complete checkpoint")
-    return content
 
 
 def write_modules(folder: Path, *modules: tuple[str, str]) -> None:

@@ -242,7 +242,7 @@ def prompt_rule(prompt: str) -> PromptRule:
         return RULES[prompt]
     if "{" in prompt:
         return Template(prompt)
-    raise InputError(f"prompt '{prompt}' is not known; use one of {', '.join(RULES)}, or a .jinja file")
+    raise InputError(f"prompt {prompt[:60]!r} is not known; use one of {', '.join(RULES)}, or a .jinja file")
 
 
 def read_prompt(prompt: str | Path) -> str:

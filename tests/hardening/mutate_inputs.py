@@ -41,7 +41,7 @@ from golden_data import GOLDEN, checkpoint  # noqa: E402
 
 from b3.errors import InputError  # noqa: E402
 
-SECONDS, GROWTH = 20, 2**31
+SECONDS, GROWTH = 60, 3 * 2**30  # an image just below the 179 million pixels that Pillow allows takes 2.4 GiB
 KINDS = "image frames item_dict rows parquet yaml adapter model_folder npy plan settings template archive".split()
 Case = Callable[[np.random.Generator, Path], Callable[[], object]]  # writes the damaged input; what reads it
 

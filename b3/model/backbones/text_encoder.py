@@ -31,6 +31,7 @@ from b3.model.checkpoint import (
     load_tokenizer,
     load_transformers,
     read_json,
+    read_modules,
     write_modules,
     write_our_modules,
 )
@@ -234,17 +235,15 @@ def saved_pooling(folders: list[Path]) -> str | None:
     Raises `InputError` if they ask for what this class does not do.
     """
     for folder in folders:
-        if (folder / MODULES_FILE).is_file():
-            modules: Any = read_json(folder / MODULES_FILE)
-            known = {"Transformer", "Pooling", "Normalize", "EmbedderModule"}
-            if (folder / SETTINGS_FILE).is_file() and "dim" in read_json(folder / SETTINGS_FILE):
-                known.add("Dense")  # ours, which cuts
-            other = sorted({str(m.get("type")).rpartition(".")[2] for m in modules} - known)
-            if other:
-                raise InputError(
-                    f"{folder / MODULES_FILE}: the module {other[0]} behind the encoder is not supported; as a teacher"
-                    f" take st:{folder}, to train without it give pooling mean or cls"
-                )
+        known = {"Transformer", "Pooling", "Normalize", "EmbedderModule"}
+        if (folder / SETTINGS_FILE).is_file() and "dim" in read_json(folder / SETTINGS_FILE):
+            known.add("Dense")  # ours, which cuts
+        other = sorted({str(m.get("type")).rpartition(".")[2] for m in read_modules(folder)} - known)
+        if other:
+            raise InputError(
+                f"{folder / MODULES_FILE}: the module {other[0]} behind the encoder is not supported; as a teacher"
+                f" take st:{folder}, to train without it give pooling mean or cls"
+            )
         file = folder / POOLING_FILE
         if file.is_file():
             facts = read_json(file)
