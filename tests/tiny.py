@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from b3 import Embedder
+    from b3.train.inputs import StepInputs
+    from b3.train.step import CachedStep
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white", "orange", "purple"]
 SHAPES = ["square", "disc", "bar", "frame"]
@@ -135,6 +137,21 @@ def gradients(model: Embedder) -> dict[str, torch.Tensor]:
     found = {n: p.grad.clone() for n, p in model.backbone.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
+
+
+def in_one_graph(step: CachedStep, inputs: StepInputs) -> float:
+    """Loss and gradients of step 0 by one graph over all chunks, each under its own random state."""
+    import torch
+
+    from b3.train.vision_cache import VisionCache
+
+    placed, chunks, groups = step._placed(inputs)
+    cache = VisionCache(step.embedder, placed.images, 0)
+    vectors = torch.cat([step._embed(chunk, i, 0, cache) for i, chunk in enumerate(chunks)])
+    vectors = torch.zeros_like(vectors).index_copy(0, torch.cat(groups), vectors)
+    means, gradient = step._loss(vectors.detach(), placed)
+    vectors.backward(gradient)
+    return means[0]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -112,12 +112,13 @@ class TrainConfig(Section):
             raise ValueError(
                 "train.symmetric takes the mean of two sums and train.directions one sum of all; leave one out"
             )
-        if self.learn_temperature and not isinstance(self.temperature, float):
-            raise ValueError(
-                "train.learn_temperature learns one number, not one per family; give train.temperature one"
-            )
-        if self.learn_temperature and self.temperature < 0.01:  # type: ignore[operator]
-            raise ValueError(
-                f"train.temperature {self.temperature} is below 0.01, the least that train.learn_temperature allows"
-            )
+        if self.learn_temperature:
+            if isinstance(self.temperature, dict):
+                raise ValueError(
+                    "train.learn_temperature learns one number, not one per family; give train.temperature one"
+                )
+            if self.temperature < 0.01:
+                raise ValueError(
+                    f"train.temperature {self.temperature} is below 0.01, the least that train.learn_temperature allows"
+                )
         return self

@@ -11,9 +11,9 @@ images, which attend in both directions and come in few sizes, are grouped by eq
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,13 +23,6 @@ from torch import Tensor
 
 from b3.errors import InputError
 from b3.model.batch import upload
-
-try:
-    from torch.nn.attention import varlen
-except ImportError:  # torch before 2.10
-    _OPTIONS: set[str] = set()
-else:  # torch before 2.12 takes fewer heads of keys without being told
-    _OPTIONS = set(inspect.signature(varlen.varlen_attn).parameters)
 
 # transformers hands sequence boundaries to the vision tower's attention only under a name that says flash.
 NAMES = {"sdpa": "b3_packed_flash", "varlen": "b3_varlen_flash"}
@@ -114,16 +107,30 @@ def _buckets(sizes: np.ndarray, columns: np.ndarray, causal: bool, equal: bool) 
 
 
 def varlen_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *,
+    otherwise: Callable[..., tuple[Tensor, None]] | None = None,
+    says_groups: bool = True,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """As `packed_attention`, by torch's kernel for packed sequences; by `packed_attention` where that cannot run."""
+    """As `packed_attention`, by torch's kernel for packed sequences; by `otherwise` where that cannot run.
+
+    otherwise: `packed_attention` unless given. says_groups: whether the kernel is told that keys have fewer heads;
+    before torch 2.12 it sees that by itself.
+    """
     dtype = _half(query)
     if dtype is None or options.get("dropout", 0.0):
-        return packed_attention(module, query, key, value, attention_mask, **options)
+        return (otherwise or packed_attention)(module, query, key, value, attention_mask, **options)
+    from torch.nn.attention import varlen
+
     edges, longest = options["cu_seq_lens_q"], int(options["max_length_q"])
     q, k, v = (part.squeeze(0).transpose(0, 1).to(dtype) for part in (query, key, value))
     window = (-1, 0) if module.is_causal else (-1, -1)
-    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _OPTIONS else {}
+    grouped: dict[str, Any] = {"enable_gqa": query.shape[1] != key.shape[1]} if says_groups else {}
     mixed: Any = varlen.varlen_attn(
         q, k, v, edges, edges, longest, longest, scale=options.get("scaling"), window_size=window, **grouped
     )
@@ -137,7 +144,6 @@ def _half(query: Tensor) -> torch.dtype | None:
     return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
 
-@torch.compiler.disable  # a compiled layer calls it as it is
 def packed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -214,16 +220,27 @@ def choose_attention(name: str, device: torch.device) -> str:
     return "varlen"
 
 
+def varlen_options() -> set[str]:
+    """Names of the kernel's parameters; none where torch has no such kernel."""
+    if find_spec("torch.nn.attention.varlen") is None:
+        return set()
+    from torch.nn.attention import varlen  # here, since it brings the compiler: a second of every start
+
+    return set(inspect.signature(varlen.varlen_attn).parameters)
+
+
 def has_varlen() -> bool:
     """Whether torch has the kernel for packed sequences, with the options that are asked of it."""
-    return {"scale", "window_size"} <= _OPTIONS
+    return {"scale", "window_size"} <= varlen_options()
 
 
 def use_packed_attention(attention: str, *towers: Any) -> None:
     """Make loaded `transformers` models run the attention that `choose_attention` gave."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    function = varlen_attention if attention == "varlen" else packed_attention
+    function: Callable[..., Any] = torch.compiler.disable(packed_attention)  # compiled layers call it as it is
+    if attention == "varlen":
+        function = partial(varlen_attention, otherwise=function, says_groups="enable_gqa" in varlen_options())
     ALL_ATTENTION_FUNCTIONS.register(NAMES[attention], function)
     for tower in towers:
         tower.config._attn_implementation = NAMES[attention]

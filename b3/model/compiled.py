@@ -37,7 +37,7 @@ def compile_layers(layers: list[nn.Module], choice: bool | str, device: torch.de
     problem = why_not(device)
     if problem is not None:
         if choice is True:
-            raise InputError(f"model.compile true: {problem}; leave it at auto or set it to false")
+            raise InputError(f"model.compile true: {problem}; set it to auto or false")
         return f"eager ({problem})"
     dynamo: Any = torch._dynamo
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, VARIANTS)

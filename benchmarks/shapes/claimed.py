@@ -168,6 +168,18 @@ def to_device(root: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=DEVICE)
 
 
+def fewer(full: Any, layers: int | None, vision_layers: int | None, depth: str) -> None:
+    """Take layers from a configuration; depth: what its tower calls their number."""
+    text = full.text_config
+    if layers is not None:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = text.layer_types[:layers]
+    if vision_layers is not None:
+        setattr(full.vision_config, depth, vision_layers)
+    full._attn_implementation = "sdpa"
+
+
 def qwen2_vl(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
     """(backbone on meta, a class around it)."""
     import transformers.models.qwen2_vl.modeling_qwen2_vl as upstream
@@ -176,12 +188,7 @@ def qwen2_vl(config: dict[str, Any], layers: int | None, vision_layers: int | No
     from b3.model.backbones.qwen2_vl import Qwen2VL
 
     full = Qwen2VLConfig(**config)
-    if layers is not None:
-        full.text_config.num_hidden_layers = layers
-        full.text_config.layer_types = full.text_config.layer_types[:layers]
-    if vision_layers is not None:
-        full.vision_config.depth = vision_layers
-    full._attn_implementation = "sdpa"
+    fewer(full, layers, vision_layers, "depth")
     model = upstream.Qwen2VLForConditionalGeneration(full)
     use_packed_attention(attention, model.model.visual, model.model.language_model)
     return model, Qwen2VL
@@ -194,12 +201,7 @@ def qwen3_5(config: dict[str, Any], layers: int | None, vision_layers: int | Non
     from b3.model.backbones.qwen3_5 import Qwen3_5, keep_items_apart
 
     full = Qwen3_5Config(**config)
-    if layers is not None:
-        full.text_config.num_hidden_layers = layers
-        full.text_config.layer_types = full.text_config.layer_types[:layers]
-    if vision_layers is not None:
-        full.vision_config.depth = vision_layers
-    full._attn_implementation = "sdpa"
+    fewer(full, layers, vision_layers, "depth")
     model = upstream.Qwen3_5ForConditionalGeneration(full)
     use_packed_attention(attention, model.model.visual, model.model.language_model)
     keep_items_apart(model.model.language_model)
@@ -213,12 +215,9 @@ def qwen3_vl(config: dict[str, Any], layers: int | None, vision_layers: int | No
     from b3.model.backbones.qwen3_vl import Qwen3VL, add_by_number
 
     full = Qwen3VLConfig(**config)
-    if layers is not None:
-        full.text_config.num_hidden_layers = layers
     if vision_layers is not None:  # all mergers have weights, the first of them runs
         full.vision_config.deepstack_visual_indexes = [0, *full.vision_config.deepstack_visual_indexes[1:]]
-        full.vision_config.depth = vision_layers
-    full._attn_implementation = "sdpa"
+    fewer(full, layers, vision_layers, "depth")
     model = upstream.Qwen3VLForConditionalGeneration(full)
     use_packed_attention(attention, model.model.visual, model.model.language_model)
     add_by_number(model.model.language_model)
@@ -231,12 +230,7 @@ def internvl(config: dict[str, Any], layers: int | None, vision_layers: int | No
     from b3.model.backbones.internvl import InternVL
 
     full = InternVLConfig(**config)
-    if layers is not None:
-        full.text_config.num_hidden_layers = layers
-        full.text_config.layer_types = full.text_config.layer_types[:layers]
-    if vision_layers is not None:
-        full.vision_config.num_hidden_layers = vision_layers
-    full._attn_implementation = "sdpa"
+    fewer(full, layers, vision_layers, "num_hidden_layers")
     model = InternVLForConditionalGeneration(full)
     use_packed_attention(attention, model.model.language_model)
     return model, InternVL

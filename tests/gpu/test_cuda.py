@@ -15,16 +15,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from golden_data import cases, checkpoint, collator, embedder, item
+from golden_data import GOLDEN, cases, checkpoint, collator, embedder, item
 from processes import ROOT, run_python
-from tiny import gradients, relative
+from tiny import gradients, in_one_graph, relative
 
 from b3 import Embedder
-from b3.model.adapter import AdapterSpec, attach_adapter, norms_once
+from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable, under_autocast
 from b3.model.compiled import compile_layers
 from b3.train.losses.info_nce import InfoNCE
 from b3.train.step import CachedStep
-from b3.train.vision_cache import VisionCache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
@@ -42,10 +41,6 @@ def on_cpu(folder: Path, kind: str, dropout: float = 0.0) -> Embedder:
 
 def half(folder: Path, attention: str, kind: str = "dora", dropout: float = 0.0) -> Embedder:
     """The golden model as a GPU trains it: frozen weights in bfloat16."""
-    from golden_data import GOLDEN
-
-    from b3.model.adapter import load_trainable
-
     model = Embedder.from_pretrained(folder, dtype="bfloat16", device=CUDA, attention=attention)
     model.backbone = attach_adapter(model.backbone, AdapterSpec(use_dora=kind == "dora", dropout=dropout))
     load_trainable(model.backbone, GOLDEN / f"adapter-{kind}")
@@ -124,21 +119,11 @@ def test_both_passes_drop_the_same(folder: Path, compiled: bool) -> None:
     step = CachedStep(model, PLAIN, autocast=True)
     result = step(inputs, 0)
     cached = flat(model)
-    with norms_once(model.backbone, from_factors=True):
-        from peft.helpers import disable_input_dtype_casting
-
-        with disable_input_dtype_casting(model.backbone):
-            placed, chunks, groups = step._placed(inputs)
-            cache = VisionCache(model, placed.images, 0)
-            vectors = torch.cat([step._embed(chunk, i, 0, cache) for i, chunk in enumerate(chunks)])
-            vectors = torch.zeros_like(vectors).index_copy(0, torch.cat(groups), vectors)
-            means, gradient = step._loss(vectors.detach(), placed)
-            vectors.backward(gradient)
+    with under_autocast(model.backbone):
+        loss = in_one_graph(step, inputs)
     plain = flat(model)
-    print(
-        f"\ncompiled={compiled}: loss {result.loss:.4f} {means[0]:.4f}, gradients {relative(cached, plain):.1e} apart"
-    )
-    assert abs(result.loss - means[0]) < 0.02 * abs(means[0])
+    print(f"\ncompiled={compiled}: loss {result.loss:.4f} {loss:.4f}, gradients {relative(cached, plain):.1e} apart")
+    assert abs(result.loss - loss) < 0.02 * abs(loss)
     assert relative(cached, plain) < 0.05
 
 

@@ -8,7 +8,7 @@ from shutil import which
 import pytest
 import torch
 from golden_data import checkpoint, collator, embedder
-from tiny import gradients, relative
+from tiny import gradients, in_one_graph, relative
 
 from b3.data.items import Item
 from b3.errors import InputError
@@ -18,7 +18,6 @@ from b3.model.compiled import compile_layers
 from b3.train.inputs import StepCollator
 from b3.train.losses.info_nce import InfoNCE
 from b3.train.step import CachedStep
-from b3.train.vision_cache import VisionCache
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(which("g++") is None, reason="inductor needs a C++ compiler")
@@ -75,13 +74,8 @@ def test_both_passes_drop_the_same(folder: Path) -> None:
     result = step(inputs, 0)
     cached = gradients(model)
     with norms_once(model.backbone):
-        placed, chunks, groups = step._placed(inputs)
-        cache = VisionCache(model, placed.images, 0)
-        vectors = torch.cat([step._embed(chunk, i, 0, cache) for i, chunk in enumerate(chunks)])
-        vectors = torch.zeros_like(vectors).index_copy(0, torch.cat(groups), vectors)
-        means, gradient = step._loss(vectors.detach(), placed)
-        vectors.backward(gradient)
-    assert result.loss == pytest.approx(means[0], rel=1e-6)
+        loss = in_one_graph(step, inputs)
+    assert result.loss == pytest.approx(loss, rel=1e-6)
     other = gradients(model)
     for name, value in cached.items():
         assert relative(value, other[name]) < 1e-5, name
@@ -93,7 +87,7 @@ def test_what_cannot_be_compiled_says_why(folder: Path, monkeypatch: pytest.Monk
     assert compile_layers(layers, False, CPU) == "eager"
     assert compile_layers(layers, "auto", CPU) == "eager (compiled on a GPU)"
     monkeypatch.setattr(compiled, "which", lambda name: None)
-    with pytest.raises(InputError, match=r"model.compile true: no C compiler was found; leave it at auto"):
+    with pytest.raises(InputError, match=r"model.compile true: no C compiler was found; set it to auto or false"):
         compile_layers(layers, True, CPU)
     monkeypatch.undo()
     monkeypatch.setattr(torch, "compile", lambda function: lambda numbers: 1 / 0)
