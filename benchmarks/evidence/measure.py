@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from b3.data.items import item_id
+from benchmarks.evidence.beds import DONE, as_item
+from benchmarks.evidence.results import VALIDATION
 
 if TYPE_CHECKING:
     from b3.config import Config
@@ -36,24 +40,27 @@ def ranks_of_answers(
     return ranks
 
 
-def wordnet_ranks(model: str, folder: Path) -> dict[str, np.ndarray]:
-    """Ranks of the right definition by data set (see `ranks_of_answers`), over the common pool."""
+def bed_ranks(model: str, folder: Path) -> dict[str, np.ndarray]:
+    """Ranks of the right answers of a bed by data set (see `ranks_of_answers`), over the common pools.
+
+    Those of the validation rows, on which settings are chosen, are named "validation/SET".
+    """
     from b3.model.embedder import Embedder
 
-    parts = json.loads((folder / "split.json").read_text())
+    tests = json.loads((folder / DONE).read_text())
     embedder = Embedder.from_pretrained(model, dtype="float32")
-    texts = [row["target"] for row in parts["pool"]]
-    where = {text: i for i, text in enumerate(texts)}
-    pool = embedder.encode(texts)
-    by_lemma: dict[str, list[int]] = {}
-    for i, row in enumerate(parts["pool"]):
-        for lemma in row["lemmas"]:
-            by_lemma.setdefault(lemma, []).append(i)
+
+    def vectors(contents: list[list[str]]) -> np.ndarray:
+        return embedder.encode([as_item((text, path), folder) for text, path in contents])
+
+    pools = {name: vectors(pool) for name, pool in tests["pools"].items()}
     found = {}
-    for name, rows in parts["queries"].items():
-        queries = embedder.encode([row["query"] for row in rows])
-        right = [[] if name == "example" else by_lemma.get(row["query"].lower(), []) for row in rows]
-        found[name] = ranks_of_answers(queries, pool, np.asarray([where[row["target"]] for row in rows]), right)
+    for prefix, part in (("", "test"), (f"{VALIDATION}/", VALIDATION)):
+        for name, asked in tests[part].items():
+            queries, pool, answers, right = zip(*asked, strict=True)
+            assert len(set(pool)) == 1, "a data set has one pool"
+            ranks = ranks_of_answers(vectors(list(queries)), pools[pool[0]], np.asarray(answers), list(right))
+            found[prefix + name] = ranks
     return found
 
 
@@ -68,23 +75,31 @@ def emoji_ranks(config: Config) -> dict[str, np.ndarray]:
     model = Embedder.from_pretrained(config.output_dir, dtype="float32")
     encoder, found = Encoder(model), {}
     for name in config.eval.subsets:
-        data = load_eval(config.eval.source, name, config.eval.split, prefix_targets=config.eval.prefix_targets)
+        data = load_eval(
+            config.eval.source,
+            name,
+            config.eval.split,
+            image_dir=config.eval.image_dir,
+            prefix_targets=config.eval.prefix_targets,
+        )
         found[name] = np.asarray(evaluate_subset(data, encoder).predicted != 0, dtype=np.int64)
     return found
 
 
 def batch_facts(config: Config, folder: Path) -> dict[str, float]:
-    """Means per query over some batches of the run, by the full teacher's ranks within the query's data set.
+    """Means per query over some batches of the run, by the full teacher's ranks of distinct targets within the query's
+    data set.
 
-    window: other targets of the batch at ranks [30, 130). above: at ranks [0, 30). synonyms: other rows whose synset
-    shares a lemma with the query's (equal queries, which the loss masks, among them).
+    window: other targets of the batch at ranks [30, 130). above: at ranks [0, 30). synonyms: other rows that share a
+    name with the query's (equal targets and queries, which the loss masks, among them).
     """
     from b3.data.datasets import load_datasets
     from b3.train.build import load_plans
     from b3.train.sampler import build_sampler
 
     datasets = load_datasets(config)
-    rows_of = json.loads((folder / "split.json").read_text())["train"]
+    names = json.loads((folder / DONE).read_text())["names"]
+    distinct = [np.unique([item_id(d.target(i)) for i in range(len(d))], return_inverse=True)[1] for d in datasets]
     vectors = [
         tuple(np.load(folder / "teachers" / "full" / f"{d.name}_{side}.npy") for side in ("queries", "targets"))
         for d in datasets
@@ -96,21 +111,26 @@ def batch_facts(config: Config, folder: Path) -> dict[str, float]:
         for number in np.unique(sets):
             members = members_of[sets == number]
             queries, targets = vectors[number]
-            rows = [rows_of[datasets[number].name][i] for i in members]
-            sums += _count(queries[members], targets, members, rows)
+            own = distinct[number]
+            firsts = np.unique(own, return_index=True)[1]
+            near, above = _count(queries[members], targets[firsts], own[members])
+            listed = [set(names[datasets[number].name][i]) for i in members]
+            shared = sum(not a.isdisjoint(b) for i, a in enumerate(listed) for b in listed[:i] + listed[i + 1 :])
+            sums += (near, above, shared)
         count += len(sets)
     window, above, shared = (sums / count).tolist()
     return {"window": window, "above": above, "synonyms": shared}
 
 
-def _count(queries: np.ndarray, targets: np.ndarray, members: np.ndarray, rows: list[dict[str, Any]]) -> np.ndarray:
-    """(3,) sums over the members of one data set in a batch: others in the window, above it, synonyms."""
+def _count(queries: np.ndarray, targets: np.ndarray, own: np.ndarray) -> tuple[int, int]:
+    """Over the members of one data set in a batch: others in the window, above it; equal targets are none.
+
+    Args:
+        queries: (n, D) of the members. targets: (U, D), distinct. own: (n,) the members' among them.
+    """
     scores = queries @ targets.T
     place = np.empty_like(scores, dtype=np.int64)
     np.put_along_axis(place, np.argsort(-scores, axis=1, kind="stable"), np.arange(len(targets))[None], axis=1)
-    inside = place[:, members]
-    others = members[:, None] != members[None, :]
-    lemmas = [set(row["lemmas"]) for row in rows]
-    shared = sum(not own.isdisjoint(other) for i, own in enumerate(lemmas) for other in lemmas[:i] + lemmas[i + 1 :])
-    window = ((inside >= 30) & (inside < 130) & others).sum()
-    return np.asarray([window, ((inside < 30) & others).sum(), shared], dtype=np.float64)
+    inside = place[:, own]
+    others = own[:, None] != own[None, :]
+    return int(((inside >= 30) & (inside < 130) & others).sum()), int(((inside < 30) & others).sum())

@@ -17,7 +17,8 @@ _PLACE = re.compile(r"^\{\{(.+)\}\}$", re.MULTILINE)
 
 
 def write_page(results: Results, docs: Path) -> None:
-    """Fill the places of page.md: ``{{pivot question key=value ...}}``, ``{{listing ...}}``, ``{{plot FILE ...}}``.
+    """Fill the places of page.md: ``{{pivot question key=value ...}}``, and so on with listing, by_part
+    and plot.
 
     Values are those of the functions in `benchmarks.evidence.tables`; a comma makes a list, ``a:b,c:d`` a table; a
     text with a blank in it is left alone.
@@ -25,6 +26,7 @@ def write_page(results: Results, docs: Path) -> None:
     makers: dict[str, Callable[..., str]] = {
         "pivot": lambda question, **given: tables.pivot(results, question, **given),
         "listing": lambda question, **given: tables.listing(results, question, **_listed(given)),
+        "by_part": lambda question, **given: tables.by_part(results, question, **_listed(given)),
         "plot": lambda question, **given: _plot(results, docs, question, **given),
         "machine": lambda: results.machine,
         "runs": lambda: str(len(results.runs)),
@@ -40,7 +42,7 @@ def write_page(results: Results, docs: Path) -> None:
 
 
 def _listed(given: dict[str, Any]) -> dict[str, Any]:
-    several = ("axes", "controls", "facts", "shared")
+    several = ("axes", "controls", "facts", "shared", "arms")
     return {key: [value] if key in several and isinstance(value, str) else value for key, value in given.items()}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.evidence.grid import Run
 
 DRAWS = 2000
+VALIDATION = "validation"  # name of the rows on which settings are chosen
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,13 @@ class Results:
         found = list(dict.fromkeys(labels.get(axis) for labels, _, _ in self.questions[question]))
         return sorted(found) if all(isinstance(value, (int, float)) for value in found) else found
 
-    def cell(self, question: str, precision: bool = False, **wanted: Any) -> Cell | None:
+    def cell(self, question: str, precision: bool = False, part: str | None = None, **wanted: Any) -> Cell | None:
         """The runs of a question with these labels, by seed; None if there are none.
 
         Where several settings have them, the one without further labels counts.
+
+        Args:
+            part: one data set; "validation": the validation rows; None: the test rows of all data sets.
         """
         chosen: dict[int, list[tuple[int, str]]] = {}
         for labels, seed, key in self.questions[question]:
@@ -100,11 +104,19 @@ class Results:
         plainest = sorted(chosen[min(chosen)])
         assert len({seed for seed, _ in plainest}) == len(plainest), f"{question} {wanted} is several settings"
         records = [self.runs[key] for _, key in plainest]
-        sizes = list(records[0]["queries"].values())
-        ranks = np.stack([self.ranks[record["key"]] for record in records]).astype(np.float64)
+        counts: dict[str, int] = records[0]["queries"]
+        kept = [name == part or (part in (None, VALIDATION) and _split(name) == (part or "test")) for name in counts]
+        sizes = [n for n, keep in zip(counts.values(), kept, strict=True) if keep]
+        chosen_rows = np.repeat(kept, list(counts.values()))
+        ranks = np.stack([self.ranks[record["key"]][chosen_rows] for record in records]).astype(np.float64)
         values = (ranks == 0).astype(np.float64) if precision else 1 / (1 + ranks)
         weights = np.repeat([1 / (n * len(sizes)) for n in sizes], sizes)
         return Cell(records, values, weights)
+
+
+def _split(name: str) -> str:
+    """Which rows a list of ranks is of."""
+    return VALIDATION if name.startswith(f"{VALIDATION}/") else "test"
 
 
 def collect(root: Path, questions: Mapping[str, list[Run]], file: Path, machine: str) -> int:

@@ -53,15 +53,16 @@ def execute(run: Run) -> str:
 
     from b3.train.checkpoint import read_metrics
     from b3.train.run import train
-    from benchmarks.evidence.measure import batch_facts, emoji_ranks, wordnet_ranks
+    from benchmarks.evidence.measure import batch_facts, bed_ranks, emoji_ranks
 
     _quiet()
     config, key = run.config(), run.key
-    folder, data = Path(config.output_dir), Path(run.root) / "wordnet"
+    folder = Path(config.output_dir)
     trained = train(config)
-    text = config.data.source.startswith("jsonl")
-    ranks = wordnet_ranks(str(folder), data) if text else emoji_ranks(config)
-    facts: dict[str, Any] = dict(batch_facts(config, data)) if text else {}
+    kind, _, place = config.data.source.partition(":")
+    is_bed = kind == "jsonl"
+    ranks = bed_ranks(str(folder), Path(place)) if is_bed else emoji_ranks(config)
+    facts: dict[str, Any] = dict(batch_facts(config, Path(place))) if is_bed else {}
     if config.batch.mined:
         reports = [json.loads(f.read_text()) for f in sorted(Path(config.mining.dir).glob("*/report.json"))]
         hits = [report["mined_negatives_per_query"] for report in reports]
@@ -108,6 +109,7 @@ def execute_missing(runs: Iterable[Run], workers: int, say: Callable[[str], None
     assert len(root) == 1, "one root a grid"
     results = Path(next(iter(root))) / "results"
     missing = [run for key, run in unique.items() if not (results / f"{key}.json").exists()]
+    missing.sort(key=lambda run: run.seed)  # all arms of a seed before the next one
     plans = {run.plan_key: run for run in missing if run.plan_key is not None}
     plans = {key: run for key, run in plans.items() if not (Path(run.config().mining.dir) / "seconds.json").exists()}
     say(f"{len(unique)} runs, {len(missing)} missing; {len(plans)} plans to mine; {workers} at a time")

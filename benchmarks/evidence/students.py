@@ -15,14 +15,18 @@ KEPT_LAYERS = 2
 _LAYER = re.compile(r"\.layer\.(\d+)\.")
 
 
-def make_students(root: Path) -> None:
-    """Untrained heads over each kind of frozen vectors, below `root`/students."""
+def make_heads(folder: Path, vectors: Path) -> None:
+    """Untrained heads over frozen vectors; nothing is done when they are there."""
     from b3.model.backbones.heads import write_heads
 
+    if not (folder / "config.json").exists():
+        write_heads(folder, vectors, HIDDEN, BLOCKS)
+
+
+def make_students(root: Path) -> None:
+    """Untrained heads over each kind of frozen vectors of WordNet, below `root`/students."""
     for layer in LAYERS:
-        folder = root / "students" / f"layer-{layer}"
-        if not (folder / "config.json").exists():
-            write_heads(folder, root / "wordnet" / f"vectors-{layer}", HIDDEN, BLOCKS)
+        make_heads(root / "students" / f"layer-{layer}", root / "wordnet" / f"vectors-{layer}")
 
 
 def make_shallow(model_folder: Path, folder: Path) -> None:

@@ -47,15 +47,17 @@ def pivot(
     control: str | None = None,
     precision: bool = False,
     means: bool = True,
+    part: str | None = None,
     **fixed: Any,
 ) -> str:
     """Mean and standard deviation over seeds, in percent, by two axes; with `control` (a value of `rows`) the paired
-    differences from it below, with 95 % intervals, bold where they leave out zero. Without `means` only those.
+    differences from it below, with 95 % intervals, bold where they leave out zero. Without `means` only those. `part`
+    as of `Results.cell`.
     """
     across, down = results.values_of(question, columns), results.values_of(question, rows)
 
     def cell(row: Any, column: Any) -> Cell | None:
-        return results.cell(question, precision, **{**fixed, rows: row, columns: column})
+        return results.cell(question, precision, part, **{**fixed, rows: row, columns: column})
 
     head = [f"{rows} \\ {columns}", *(str(c) for c in across)]
     body = [[str(r), *(_shown(cell(r, c)) for c in across)] for r in down]
@@ -100,6 +102,23 @@ def listing(
         body.append(line)
     heads = [*axes, *(f.replace("_", " ") for f in facts), "score", *(f"− {arm}" for arm in controls)]
     return _markdown(heads, body)
+
+
+def by_part(results: Results, question: str, control: str, arms: Sequence[str] | None = None, **fixed: Any) -> str:
+    """Score of the arm `control` on each data set, and what the other arms add to it."""
+    first = results.cell(question, arm=control, **fixed)
+    assert first is not None, f"{question} has no {control}"
+    parts = [name for name in first.records[0]["queries"] if "/" not in name]
+
+    def cells(arm: str) -> list[Cell | None]:
+        return [results.cell(question, False, part, arm=arm, **fixed) for part in parts]
+
+    own = cells(control)
+    body = [[control, *map(_shown, own)]]
+    for arm in arms or results.values_of(question, "arm"):
+        if arm != control:
+            body.append([f"{arm} − {control}", *map(_gap, cells(arm), own)])
+    return _markdown(["arm", *parts], body)
 
 
 def plot_lines(

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.evidence.beds import DONE, Bed, Content, Pair, Question, write_bed
 from benchmarks.wordnet import fetch, read_synsets
 
 TRAIN = {"noun": 16_000, "other": 12_000, "example": 12_000}
 QUERIES = 1_000  # held-out queries of each data set
 POOL = 20_000
 LAYERS = (0, 2, 6)
-TEACHERS = ("ngram", "shallow", "full")
 HASH_DIM = 1024
 
 
@@ -116,9 +115,25 @@ def hashed_ngrams(texts: list[str], dim: int = HASH_DIM) -> np.ndarray:
     return vectors
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    scaled: np.ndarray = vectors / np.maximum(np.sqrt((vectors**2).sum(axis=1, keepdims=True)), 1e-12)
-    return scaled
+def as_bed(parts: dict[str, Any]) -> Bed:
+    """The parts of `split` as a bed. A definition of another synset with the query's lemma answers it too."""
+    by_lemma: dict[str, set[Content]] = {}
+    for row in parts["pool"]:
+        for lemma in row["lemmas"]:
+            by_lemma.setdefault(lemma, set()).add((row["target"], ""))
+
+    def ask(kind: str, row: dict[str, Any]) -> Question:
+        right = frozenset() if kind == "example" else frozenset(by_lemma.get(row["query"].lower(), ()))
+        return Question((row["query"], ""), (row["target"], ""), "definitions", right)
+
+    return Bed(
+        train={
+            kind: [Pair((row["query"], ""), (row["target"], ""), tuple(row["lemmas"])) for row in rows]
+            for kind, rows in parts["train"].items()
+        },
+        test={kind: [ask(kind, row) for row in rows] for kind, rows in parts["queries"].items()},
+        pools={"definitions": [(row["target"], "") for row in parts["pool"]]},
+    )
 
 
 def write_data(folder: Path, parts: dict[str, Any], means: Callable[[list[str]], dict[int, np.ndarray]]) -> None:
@@ -128,37 +143,16 @@ def write_data(folder: Path, parts: dict[str, Any], means: Callable[[list[str]],
         parts: of `split`.
         means: gives for some texts the (n, D) vectors of each of `LAYERS`, as `hidden_means`.
     """
-    from b3.data.items import Item
-    from b3.model.backbones.heads import write_vectors
-
-    (folder / "train").mkdir(parents=True, exist_ok=True)
-    for kind, rows in parts["train"].items():
-        lines = [
-            {"qry": row["query"], "qry_image_path": "", "pos_text": row["target"], "pos_image_path": ""} for row in rows
-        ]
-        (folder / "train" / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "split.json").write_text(json.dumps(parts) + "\n")
-    everything = [*parts["pool"], *(r for side in ("train", "queries") for rows in parts[side].values() for r in rows)]
-    texts = sorted({row[key] for row in everything for key in ("query", "target")})
-    where = {text: i for i, text in enumerate(texts)}
+    bed = as_bed(parts)
+    texts = [text for text, _ in bed.contents()]
     by_layer = means(texts)
-    for layer, vectors in by_layer.items():
-        write_vectors(folder / f"vectors-{layer}", [Item(text) for text in texts], _unit(vectors))
     teachers = {"ngram": hashed_ngrams(texts), "shallow": by_layer[2], "full": by_layer[6]}
-    for name, vectors in teachers.items():
-        (folder / "teachers" / name).mkdir(parents=True, exist_ok=True)
-        for kind, rows in parts["train"].items():
-            for side, key in (("queries", "query"), ("targets", "target")):
-                chosen = [where[row[key]] for row in rows]
-                np.save(folder / "teachers" / name / f"{kind}_{side}.npy", _unit(vectors[chosen]))
+    write_bed(folder, bed, {str(layer): vectors for layer, vectors in by_layer.items()}, teachers)
 
 
 def prepare(folder: Path) -> None:
     """Make everything below `folder`; does nothing when it is complete."""
-    done = folder / "complete.json"
-    if done.exists():
+    if (folder / DONE).exists():
         return
-    dictionary, model_folder = fetch(folder / "download")
-    parts = split(read_synsets(dictionary))
-    write_data(folder, parts, lambda texts: hidden_means(model_folder, texts))
-    done.write_text(json.dumps({"pool": len(parts["pool"])}) + "\n")
+    dictionary, model_folder = fetch(folder.parent / "download")
+    write_data(folder, split(read_synsets(dictionary)), lambda texts: hidden_means(model_folder, texts))
