@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from benchmarks.evidence import drawings, labels, tables
+from b3.data.tables import embedded_root, embedded_teacher
+from benchmarks.evidence import drawings, emoji, labels, tables
 from benchmarks.evidence.beds import DONE, Bed, Pair, Question, as_item, write_bed
 from benchmarks.evidence.grid import expand
 from benchmarks.evidence.icons import LANGUAGES, SETS, TAGGED, plain_name
@@ -219,3 +221,26 @@ def test_a_run_on_drawings_and_its_tables(tmp_path: Path, monkeypatch: pytest.Mo
     number = tests["pools"][pool][answer][1].removeprefix("other/")
     assert query[0].endswith(f"tag{number}") and [tests["pools"][pool][i][1] for i in right] == []
     assert as_item(("", "one/1"), root / "drawings").image is not None
+
+
+def test_emoji_on_which_settings_are_chosen_are_not_trained_on(tmp_path: Path) -> None:
+    emoji.prepare(tmp_path)
+    held: dict[bool, set[str]] = {True: set(), False: set()}
+    for subset in emoji.SUBSETS:
+        whole = pq.read_table(embedded_root("emoji") / "train" / f"{subset}.parquet").to_pylist()
+        kept = pq.read_table(tmp_path / "train" / f"{subset}.parquet").to_pylist()
+        asked = pq.read_table(tmp_path / "test" / f"{subset}.parquet").to_pylist()
+        assert len(kept) + len(asked) == len(whole) and len(asked) > 100
+        of_scenes = subset in emoji.SCENE_SETS
+        names = {Path(row["qry_img_path"] or row["tgt_img_path"][0]).stem for row in asked}
+        held[of_scenes] |= names
+        assert not held[of_scenes] & {Path(row["qry_image_path"] or row["pos_image_path"]).stem for row in kept}
+        rows_of = {(r["qry"], r["qry_image_path"], r["pos_text"], r["pos_image_path"]) for r in whole}
+        for row in asked:
+            candidates = list(zip(row["tgt_text"], row["tgt_img_path"], strict=True))
+            assert len(set(candidates)) == len(candidates) >= 20
+            right = [(row["qry_text"], row["qry_img_path"], *candidate) in rows_of for candidate in candidates]
+            assert right[0] and not any(right[1:])
+        queries, _ = embedded_teacher("emoji", subset)
+        places = [i for i, row in enumerate(whole) if row in kept]
+        assert np.array_equal(np.load(tmp_path / "teacher" / f"{subset}_queries.npy"), queries[places])

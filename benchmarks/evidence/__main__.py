@@ -33,7 +33,7 @@ def machine() -> str:
 
 def prepare(recipe: str, root: Path) -> None:
     """Make the data and the students that a recipe reads, where they are missing."""
-    from benchmarks.evidence import drawings, labels, students, wordnet
+    from benchmarks.evidence import drawings, emoji, labels, students, wordnet
     from benchmarks.wordnet import fetch
 
     if recipe in ("base_wordnet", "base_lora"):
@@ -42,13 +42,14 @@ def prepare(recipe: str, root: Path) -> None:
         students.make_shallow(fetch(root / "download")[1], root / "students" / "minilm-2")
     elif recipe == "base_emoji":
         students.make_tiny(HERE / "base_emoji.yaml", root / "students" / "tiny-qwen2vl")
-    elif recipe == "base_student":
+    elif recipe in ("base_student", "base_choice"):
         students.place_pretrained(root / "students" / "pretrained")
+        emoji.prepare(root / "emoji")
     else:
         bed = {"base_drawings": drawings, "base_labels": labels}[recipe]
         place = root / recipe.removeprefix("base_")
         bed.prepare(place)
-        students.make_heads(place / "student", place / "vectors-2")
+        students.make_heads(place / "student", place / "vectors-2", *students.SMALL)
 
 
 def main() -> int:

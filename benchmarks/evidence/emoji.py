@@ -1,7 +1,7 @@
 """The embedded emoji with some of their training rows held out, so that settings are not chosen on the test rows.
 
-Held out: all rows about some concepts in the four subsets of single emoji, and all rows of some scenes in the other two.
-Wrong candidates are targets of other held-out rows; of `emoji_cls` they are all its labels.
+Held out: all rows about some concepts in the four subsets of single emoji, all rows of some scenes in the other two.
+Wrong candidates are targets of other concepts or scenes that are held out; of `emoji_cls` all its other labels.
 
     prepare(Path("runs/evidence/emoji"))     copies and cuts b3/data/emoji, in seconds
 """
@@ -31,11 +31,15 @@ def hold_out(rows: list[Row], count: int, random: np.random.Generator) -> set[st
 
 
 def questions(rows: list[Row], count: int, random: np.random.Generator) -> list[tuple[str, str, list[str], list[str]]]:
-    """Rows of the schema of MMEB-eval: each row's target first, then other targets of the rows."""
-    targets = sorted({row[2:] for row in rows})
+    """Rows of the schema of MMEB-eval: each row's target first, then targets of rows about something else."""
+    about_of: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        about_of.setdefault(row[2:], set()).add(about(row))
+    targets = sorted(about_of)
     found = []
     for row in rows:
-        others = [targets[i] for i in random.permutation(len(targets)).tolist() if targets[i] != row[2:]]
+        drawn = (targets[i] for i in random.permutation(len(targets)).tolist())
+        others = [target for target in drawn if about(row) not in about_of[target]]
         texts, paths = zip(row[2:], *others[: count - 1], strict=True)
         found.append((row[0], row[1], list(texts), list(paths)))
     return found
@@ -71,4 +75,6 @@ def prepare(folder: Path) -> None:
         else:
             found = questions(asked, CANDIDATES.get(subset, 50), random)
         columns = zip(("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"), zip(*found, strict=True), strict=True)
-        pq.write_table(pa.table({name: list(values) for name, values in columns}), folder / "test" / f"{subset}.parquet")
+        pq.write_table(
+            pa.table({name: list(values) for name, values in columns}), folder / "test" / f"{subset}.parquet"
+        )
