@@ -94,6 +94,23 @@ def write_text_model(folder: Path, kind: str = "roberta", **options: Any) -> Pat
     return make_tiny_text_model(folder, texts, kind=kind, vocab_size=400, **options)
 
 
+def write_adapter(base: Path, folder: Path) -> Path:
+    """An adapter that changes vectors."""
+    import torch
+
+    from b3 import Embedder
+    from b3.model.adapter import AdapterSpec, attach_adapter
+
+    model = Embedder.from_pretrained(base, dtype="float32")
+    spec = AdapterSpec(r=4, dropout=0.0, use_dora=True, target_modules=model.adapter_targets)
+    model.backbone = attach_adapter(model.backbone, spec)
+    for name, parameter in model.backbone.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+    model.save(folder)
+    return folder
+
+
 def recipe(root: Path, **changes: Any) -> dict[str, Any]:
     """A recipe over `write_data` and `write_model` below `root`; `changes` are sections laid over it."""
     from b3.config.load import merge

@@ -11,27 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from b3 import Embedder, registry
-from b3.model.adapter import AdapterSpec, attach_adapter
 from scripts import export
 
 TEXTS = ["a red disc", "what is number 3 ?", "a blue frame number 12"]
 
 
-def write_adapter(base: Path, folder: Path) -> Path:
-    model = Embedder.from_pretrained(base, dtype="float32")
-    spec = AdapterSpec(r=4, dropout=0.0, use_dora=True, target_modules=model.adapter_targets)
-    model.backbone = attach_adapter(model.backbone, spec)
-    for name, parameter in model.backbone.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
-    model.save(folder)
-    return folder
-
-
 @pytest.mark.parametrize("kind", [k for k in registry.BACKBONES if k not in ("b3_heads", "roberta", "xlm-roberta")])
 def test_an_export_has_the_vectors_of_its_adapter(tmp_path: Path, kind: str) -> None:
     base = registry.load("backbone", kind).tiny(tmp_path / "base", TEXTS, 0)
-    adapter = write_adapter(base, tmp_path / "run")
+    adapter = tiny.write_adapter(base, tmp_path / "run")
     bare = Embedder.from_pretrained(base, dtype="float32").encode(TEXTS)
     run = Embedder.from_pretrained(base, adapter, dtype="float32").encode(TEXTS)
     assert np.abs(run - bare).max() > 1e-3
