@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Tokens of one forward pass: enough to fill a GPU; on a CPU, more than fits its caches is slower.
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
+# On a CPU, where threads share batches, a short list is cut into so many of at least so many tokens.
+SHARED_BATCHES, SHARED_TOKENS = 16, 1024
 FORWARDS_AT_ONCE = 4  # on a CPU; each holds the activations of a batch
 
 Prepared = tuple[np.ndarray, "Batch | None", list[tuple[int, str]]]  # (rows, their inputs, (row, problem) of others)
@@ -169,10 +171,13 @@ class Encoder:
         self._fill(vectors, [named[i] for i in distinct], list(row_of), lengths, is_usable, progress)
         return vectors[rows[of_input]]
 
-    def _budget(self) -> int:
+    def _budget(self, num_tokens: int) -> int:
+        """Tokens of a forward pass, for a list of so many; does not depend on threads, ranks or workers."""
         if self.batch_tokens is not None:
             return self.batch_tokens
-        return BATCH_TOKENS.get(self.embedder.device.type, BATCH_TOKENS["cuda"])
+        device = self.embedder.device.type
+        most = BATCH_TOKENS.get(device, BATCH_TOKENS["cuda"])
+        return min(most, max(SHARED_TOKENS, num_tokens // SHARED_BATCHES)) if device == "cpu" else most
 
     def _note(self, item: Item, problem: str | None) -> None:
         if problem is None:
@@ -194,7 +199,8 @@ class Encoder:
         tag = hashlib.sha256(b"".join(digests)).digest()[:16]
         of_this_list, of_other_lists = self._known(digests, tag, vectors)
         rows = np.flatnonzero(is_usable & ~of_other_lists)
-        batches = [rows[batch] for batch in token_batches(lengths[rows], self._budget(), self.max_items)]
+        budget = self._budget(int(lengths[rows].sum()))
+        batches = [rows[batch] for batch in token_batches(lengths[rows], budget, self.max_items)]
         todo = [batch for batch in batches if not of_this_list[batch].all()]
         share = [todo[i] for i in balanced(_costs(todo, lengths), distributed.world_size())[distributed.rank()]]
         done, problems = self._encode_batches(vectors, items, digests, tag, share, label, sum(map(len, todo)))

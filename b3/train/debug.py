@@ -66,21 +66,8 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "shard": config.model.shard and ranks > 1,
     }
     tree["mining"] |= {"dir": f"{folder}/mining", "teacher_adapter": None, "teacher_prompt": None}
-    kind = stand_in(config)
-    reads_images = kind.reads_images
-    if not reads_images:
-        entries = [_small_entry(entry, entry.subset) for entry in config.data.datasets]
-        tree["data"] |= {"source": f"jsonl:{folder}/data", "split": "train", "format": "mmeb", "datasets": entries}
-        tree["mining"] |= {"teacher": f"{folder}/model"}
-    else:
-        if "max_pixels" in kind.setting_names:
-            tree["model"] |= {"min_pixels": 3136, "max_pixels": 12544}
-        entries = _stand_ins(config)
-        rows = {"source": f"embedded:{DATA}", "split": "train", "format": "mmeb", "image_dir": None}
-        tree["data"] |= {**rows, "datasets": entries}
-        tree["mining"] |= {"teacher": "embedded"}
-        if config.negatives.source == "data":  # which the embedded rows do not bring along
-            tree["negatives"] |= {"source": "mined"}
+    reads_images = stand_in(config).reads_images
+    _replace_rows(tree, config, folder)
     p, k = config.mining.p, config.mining.community_size
     small_k = 2 if k < 16 else 4 if k < 128 else 8  # keeps the order of the real ones
     tree["mining"] |= {
@@ -116,6 +103,23 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         if config.eval.every is not None:
             tree["eval"] |= {"every": 2, "max_rows": 8}
     return Config.model_validate(tree)
+
+
+def _replace_rows(tree: dict[str, Any], config: Config, folder: str) -> None:
+    """Small rows and their teacher in place of the recipe's: written ones for a text encoder, else the embedded."""
+    kind = stand_in(config)
+    if not kind.reads_images:
+        entries = [_small_entry(entry, entry.subset) for entry in config.data.datasets]
+        tree["data"] |= {"source": f"jsonl:{folder}/data", "split": "train", "format": "mmeb", "datasets": entries}
+        tree["mining"] |= {"teacher": f"{folder}/model"}
+        return
+    if "max_pixels" in kind.setting_names:
+        tree["model"] |= {"min_pixels": 3136, "max_pixels": 12544}
+    rows = {"source": f"embedded:{DATA}", "split": "train", "format": "mmeb", "image_dir": None}
+    tree["data"] |= {**rows, "datasets": _stand_ins(config)}
+    tree["mining"] |= {"teacher": "embedded"}
+    if config.negatives.source == "data":  # which the embedded rows do not bring along
+        tree["negatives"] |= {"source": "mined"}
 
 
 def _stand_ins(config: Config) -> list[dict[str, Any]]:

@@ -128,7 +128,14 @@ def model_card(
     ]
     if replaced:
         lines += ["", f"{len(replaced)} unreadable rows were replaced by others, see bad_rows.jsonl."]
-    lines += ["", "## Results", ""]
+    lines += ["", "## Results", "", *_results(config, metrics, evaluation)]
+    lines += ["", "Curves: report.html.", "", "## Recipe", "", "```yaml", dump_config(config).rstrip(), "```", ""]
+    return "\n".join(lines)
+
+
+def _results(config: Config, metrics: list[dict[str, Any]], evaluation: dict[str, Any] | None) -> list[str]:
+    """Scores of the last evaluation and the last step's loss; empty where there are none."""
+    lines: list[str] = []
     if evaluation:
         scores = evaluation["evaluation"]
         lines += markdown([["subset", "precision@1, %"], *([name, f"{100 * v:.1f}"] for name, v in scores.items())])
@@ -138,5 +145,4 @@ def model_card(
     if metrics:
         last = metrics[-1]
         lines += ["", f"Last step: loss {last['loss']:.4f}, in-batch precision@1 {last['in_batch_precision']:.3f}."]
-    lines += ["", "Curves: report.html.", "", "## Recipe", "", "```yaml", dump_config(config).rstrip(), "```", ""]
-    return "\n".join(lines)
+    return lines

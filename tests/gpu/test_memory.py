@@ -18,6 +18,7 @@ CARD = 80e9  # bytes that every recipe of configs/ may count on: an 80 GB card, 
 SHARE = 0.9
 CONTEXT = 2e9  # CUDA's context, NCCL and cuBLAS; not tensors
 VISION = r"adapter.target_modules='.*\.(q_proj|k_proj|v_proj|o_proj|down_proj|attn\.qkv|attn\.proj|fc1|fc2)'"
+GATED = "adapter.target_modules=[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
 TEXT = {"length": 24, "grid": None}
 TILES = {"length": 13 * 256 + 60, "grid": (13 * 32, 32)}  # 12 tiles and the thumbnail, each 32 x 32 patches
 
@@ -25,6 +26,11 @@ TILES = {"length": 13 * 256 + 60, "grid": (13 * 32, 32)}  # 12 tiles and the thu
 KINDS: dict[str, tuple[str, list[str]]] = {
     "DoRA": ("b3_qwen2vl_2b", ["adapter.dropout=0"]),
     "LoRA": ("b3_qwen2vl_2b", ["adapter.use_dora=false", "adapter.dropout=0"]),
+    "DoRA, gate and up, dropout": ("b3_v2_qwen2vl_2b", [GATED]),
+    "DoRA, gate and up": ("b3_v2_qwen2vl_2b", [GATED, "adapter.dropout=0"]),
+    "LoRA, gate and up": ("b3_v2_qwen2vl_2b", [GATED, "adapter.use_dora=false", "adapter.dropout=0"]),
+    "LoRA, gate and up, dropout": ("b3_v2_qwen2vl_2b", [GATED, "adapter.use_dora=false"]),
+    "Qwen3-VL, DoRA, gate and up": ("b3_qwen3vl_2b", [GATED]),
     "checkpointing": ("b3_qwen2vl_2b", ["model.gradient_checkpointing=true"]),
     "adapter in the tower": ("b3_qwen2vl_2b", [VISION]),
     "full, tower frozen": ("b3_qwen2vl_2b", ["model.train=full", "model.freeze=[visual]"]),

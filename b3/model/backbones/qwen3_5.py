@@ -65,10 +65,12 @@ class Qwen3_5(QwenVL):
     def cost(self) -> Cost:
         """Without the delta rule's own products, which are about 1 % of a layer's operations."""
         cost, text = super().cost(), self.core.language_model.config
-        full = text.layer_types.count("full_attention")
-        attention = full * text.num_attention_heads * text.head_dim
-        kept = kept_numbers(text, full / text.num_hidden_layers)
-        return replace(cost, text=replace(cost.text, kept=kept, full_attention=attention))
+        attention = text.layer_types.count("full_attention") * text.num_attention_heads * text.head_dim
+        return replace(cost, text=replace(cost.text, full_attention=attention))
+
+    def kept(self) -> Kept:
+        text = self.core.language_model.config
+        return kept_numbers(text, text.layer_types.count("full_attention") / text.num_hidden_layers)
 
     def tower_arguments(self, grids: Tensor) -> dict[str, Any]:
         return grid_weights(self.core.visual, grids)

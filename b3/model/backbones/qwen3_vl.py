@@ -45,16 +45,15 @@ class Qwen3VL(QwenVL):
         backbone: nn.Module = model
         return backbone
 
-    def cost(self) -> Cost:
+    def kept(self) -> Kept:
         """With the norms of q and k, in float32: per unit of width, as the shapes of 2B and 8B tell."""
-        cost, text = super().cost(), self.core.language_model.config
+        text = self.core.language_model.config
         ratio = text.intermediate_size / text.hidden_size
         queries, keys = (
             heads * text.head_dim / text.hidden_size for heads in (text.num_attention_heads, text.num_key_value_heads)
         )
         normed = 4 * (queries + keys)
-        kept = Kept(4.5 + 4.2 * ratio + normed, mixed=9, dora=2 + normed, dropout=4.5 + 0.5 * queries + 0.5 * ratio)
-        return replace(cost, text=replace(cost.text, kept=kept))
+        return Kept(4.5 + 4.2 * ratio + normed, mixed=9, dora=2 + normed, dropout=4.5 + 0.5 * queries + 0.5 * ratio)
 
     def tower_arguments(self, grids: Tensor) -> dict[str, Any]:
         return grid_weights(self.core.visual, grids)

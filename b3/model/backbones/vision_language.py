@@ -129,11 +129,16 @@ class VisionLanguage(Embedder):
 
     def cost(self) -> Cost:
         text = self.core.language_model.config
-        ratio = text.intermediate_size / text.hidden_size
-        kept = Kept(5 + 4.2 * ratio, mixed=9, dora=6.8, dropout=0.76 * (4 + ratio))
+        kept = with_further_adapters(self.kept(), self.core.language_model, text.num_hidden_layers * text.hidden_size)
         weights = linear_weights(self.core.language_model)
         language = Tower(*weights, text.num_hidden_layers, text.hidden_size, kept, causal=True)
         return Cost(language, self.vision_cost(), patches=4)
+
+    def kept(self) -> Kept:
+        """Of a layer of the text model, with an adapter on the default targets."""
+        text = self.core.language_model.config
+        ratio = text.intermediate_size / text.hidden_size
+        return Kept(5 + 4.2 * ratio, mixed=9, dora=6.8, dropout=0.76 * (4 + ratio))
 
     def forward(self, batch: Batch, normalize: bool = True, features: Tensor | None = None) -> Tensor:
         language, batch = self.core.language_model, self.placed(batch)
@@ -151,3 +156,21 @@ class VisionLanguage(Embedder):
             **kernel_arguments(batch.layout),
         ).last_hidden_state.squeeze(0)
         return finish(hidden.index_select(0, batch.layout.boundaries[1:].long() - 1), normalize, self.settings.dim)
+
+
+def with_further_adapters(kept: Kept, language: nn.Module, unit: int) -> Kept:
+    """`kept` with what adapters on gate_proj and up_proj add, which are on no backbone's default list.
+
+    LoRA keeps the input that both share, DoRA two outputs of each, dropout a copy of each input and its mask.
+
+    unit: layers times width.
+    """
+    names = ("gate_proj", "up_proj")
+    adapted: list[Any] = [m for name, m in language.named_modules() if name.endswith(names) and hasattr(m, "lora_A")]
+    inputs, outputs = (sum(getattr(m, side) for m in adapted) / unit for side in ("in_features", "out_features"))
+    return replace(
+        kept,
+        layer=kept.layer + min(inputs, 1.0),
+        dora=kept.dora + 2 * outputs,
+        dropout=kept.dropout + 1.5 * inputs,
+    )
