@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from b3.model.backbones.qwen_vl import QwenVL, grid_weights
 from b3.model.backbones.qwen_vl_images import HALF
 from b3.model.backbones.tiny import make_tiny_qwen
 from b3.model.batch import Batch
-from b3.model.embedder import Cost, Kept
+from b3.model.embedder import Kept
 
 
 class Qwen3VL(QwenVL):
