@@ -30,6 +30,7 @@ from b3.model.backbones.qwen_vl_images import MAX_PIXELS, MIN_PIXELS
 if TYPE_CHECKING:
     from b3.eval.benchmark import Benchmark
     from b3.eval.run import EvalSpec
+    from b3.model.settings import Settings
 
 # Accepted, without effect on the numbers of this program.
 IGNORED_VALUES = (
@@ -47,6 +48,10 @@ IGNORED_SWITCHES = (
 
 
 HARNESSES = ("vlm2vec", "qwen3_vl_embedding")
+NOTED = {  # settings that a checkpoint may have been trained under, and the flag that gives each
+    "min_pixels": "--resize_min_pixels", "max_pixels": "--resize_max_pixels", "max_length": "--max_len",
+    "positions": "--positions", "square": "--image_resolution", "prompt": "--benchmark mmeb_v2 has --prompt",
+}  # fmt: skip
 RESOLUTIONS = {"high": 1344, "mid": 672, "low": 128}
 LORA_FLAGS = {
     "lora_r": "r",
@@ -241,6 +246,17 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"numerics": arguments.numerics} | {name: value for name, value in given.items() if value is not None}
 
 
+def note_settings(chosen: Settings, *names: str) -> None:
+    """Say which settings of the checkpoint this evaluation does not take: the flags count, as published."""
+    from b3.distributed import is_first
+    from b3.model.checkpoint import fetch
+    from b3.model.settings import read_settings
+
+    for name, value in read_settings(*map(fetch, dict.fromkeys(names))).items():
+        if name in NOTED and value != getattr(chosen, name) and is_first():
+            print(f"note: {name} is {getattr(chosen, name)} here, and the checkpoint says {value} ({NOTED[name]})")
+
+
 def spec_of(arguments: argparse.Namespace, adapter: str | None, benchmark: Benchmark) -> EvalSpec:
     """What decides the numbers. Raises `InputError` for flags that are for another benchmark."""
     from b3.eval.run import EvalSpec
@@ -264,7 +280,9 @@ def spec_of(arguments: argparse.Namespace, adapter: str | None, benchmark: Bench
         for name in V2_FLAGS:
             if getattr(arguments, name) is not None:
                 raise InputError(f"--{name} is for --benchmark mmeb_v2 or emoji_v2, not {benchmark.name}; drop it")
-        return replace(spec, settings=Settings(**settings))
+        chosen = Settings(**settings)
+        note_settings(chosen, adapter or arguments.model_name, arguments.model_name)
+        return replace(spec, settings=chosen)
 
     from b3.eval.benchmarks.mmeb_v2.harness import harness_settings
     from b3.model.embedder import locate

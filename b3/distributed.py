@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
+import json
 import os
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -23,6 +25,7 @@ T = TypeVar("T")
 SHARED_BYTES = 512 << 20  # of /dev/shm
 SILENT_SECONDS = 1800.0  # a process that shows no life for longer is lost, whatever it was to do
 BLOCK_BYTES = 64 << 20  # of one message of arrays
+LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "numpy", "scipy", "numba", "pillow")  # that decide numbers
 
 
 def launched_ranks() -> int:
@@ -84,6 +87,46 @@ def start(timeout_minutes: float = 30.0, overlap: bool = False) -> None:
     else:
         dist.init_process_group("gloo", timeout=timeout)
     peers.start(rank(), world_size(), min(timeout.total_seconds(), SILENT_SECONDS), gather_objects)
+    agree("versions", versions(), "install the same on every machine")
+
+
+def versions() -> dict[str, str]:
+    """Of Python (without its patch level), b3 and the libraries that decide numbers."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from b3 import __version__
+
+    found = {"python": f"{sys.version_info.major}.{sys.version_info.minor}", "b3": __version__}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def agree(what: str, facts: Mapping[str, Any], remedy: str) -> None:
+    """Raise `RunError`, on every rank, naming what differs between the ranks' `facts` (JSON values); a collective call.
+
+    They share one batch, one ranking, one list of items: what is not the same on all of them would mix silently.
+    """
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    if len(set(gather_objects(digest))) == 1:
+        return
+    first, *others = gather_objects(dict(facts))
+    for number, part in enumerate(others, start=1):
+        if part != first:
+            path, ours, theirs = _difference(first, part)
+            raise RunError(
+                f"the {what} of rank {number} differ from those of rank 0 ({path} {theirs!r} there, {ours!r} here);"
+                f" {remedy}"
+            )
+
+
+def _difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any]:
+    """(dotted key, our value, theirs) of the first difference of two trees that differ."""
+    if not (isinstance(ours, Mapping) and isinstance(theirs, Mapping)):
+        return path, ours, theirs
+    key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+    return _difference(ours.get(key), theirs.get(key), f"{path}.{key}" if path else str(key))
 
 
 def note_shared_memory(folder: str = "/dev/shm") -> None:

@@ -104,7 +104,7 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
     embedder = Embedder.from_pretrained(**model_arguments(identity))
     folder = arguments.out / ".partial"
     facts = {part: identity[part] for part in ("model", "adapter", "options")}
-    facts["numerics"] = f"{embedder.dtype} on {embedder.device.type}"
+    facts["numerics"] = embedder.numerics
     encoder = Encoder(embedder, arguments.batch_tokens, workers=arguments.workers, cache=EmbeddingCache(folder, facts))
     has_place = has_place_for_instructions(embedder)
     items = [instructed(item, arguments.instruction, has_place) for item in data.items]

@@ -19,6 +19,7 @@ from b3.data.images import FolderImages, ImageRef, ImageStore
 from b3.data.items import Item, Medium, Still, Video, video_at
 from b3.data.mixes import IMAGE, TableImages, holds_images, numbered
 from b3.data.prompts import PLACEHOLDER, target_prefix
+from b3.data.samples import images_digest
 from b3.data.tables import (
     EVAL_COLUMNS,
     PAIR_COLUMNS,
@@ -34,6 +35,9 @@ from b3.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+FINGERPRINT_ROWS = 1 << 16  # read at a time
 
 
 class PairDataset:
@@ -138,11 +142,17 @@ class PairDataset:
     @cached_property  # a run asks for it several times, and it reads every row
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.target_prefix.encode())
-        for column in sorted(self._columns):
-            digest.update(column.encode())
-            for value in self._columns[column].to_pylist():
-                digest.update(_joined(value).encode() + b"\0")
+        for name in sorted(self._columns):
+            digest.update(name.encode())
+            column = self._columns[name]
+            for start in range(0, len(column), FINGERPRINT_ROWS):
+                for value in column.slice(start, FINGERPRINT_ROWS).to_pylist():
+                    digest.update(_joined(value).encode() + b"\0")
         return digest.hexdigest()
+
+    def images_digest(self) -> str:
+        """A digest of some images by their bytes; '' if no row that is looked at has any."""
+        return images_digest(self.query, len(self)) + images_digest(self.target, len(self))
 
 
 def _pairs_of(texts: pa.Array) -> np.ndarray | None:

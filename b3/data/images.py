@@ -119,7 +119,9 @@ class ParquetImages:
             file = pq.ParquetFile(self.location, memory_map=True)
             for group in range(file.num_row_groups):
                 paths = file.read_row_group(group, columns=["path"]).column("path").to_pylist()
-                rows.update((path, (group, row)) for row, path in enumerate(paths))
+                for row, path in enumerate(paths):
+                    if rows.setdefault(path, (group, row)) != (group, row):
+                        self._refuse_another(path, rows[path], (group, row))
         except FileNotFoundError:
             raise DataError(f"image file {self.location} does not exist; check image_dir") from None
         except (pa.ArrowException, KeyError) as error:
@@ -127,6 +129,12 @@ class ParquetImages:
                 f"image file {self.location} is not a parquet file with columns 'path' and 'bytes' ({error})"
             ) from None
         return rows
+
+    def _refuse_another(self, path: str, first: tuple[int, int], again: tuple[int, int]) -> None:
+        if self._bytes.value(*first) != self._bytes.value(*again):
+            raise DataError(
+                f"image '{path}' stands twice in {self.location} with different bytes; one name must be one image"
+            )
 
     def read(self, path: str) -> bytes:
         rows = self._index()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from b3 import distributed
 from b3.data.datasets import EvalDataset
 from b3.errors import DataError, RunError
 from b3.eval.benchmark import Benchmark, Task, of_source
+from b3.eval.identity import identity
 from b3.eval.page import write_explanations
 from b3.eval.ranked import RankedSet
 from b3.eval.ranked_page import write_ranked_explanations
@@ -21,7 +22,7 @@ from b3.eval.ranking import encode_set
 from b3.eval.ranking_report import files_of, ranking_summary, read_ranking, write_ranking, write_ranking_summary
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
-from b3.files import claim, write_json
+from b3.files import belongs_elsewhere, changes, claim, write_json
 from b3.model.cache import EmbeddingCache
 from b3.model.checkpoint import adapter_key, checkpoint_key
 from b3.model.encode import Encoder, ItemError, unique_items, unit
@@ -96,19 +97,32 @@ def evaluate_subset(
     return score_subset(dataset, vectors, index[: len(dataset)], parts, round_targets)
 
 
-def _claim(folder: Path, facts: dict[str, Any], names: dict[str, Any], modalities: Iterable[str]) -> None:
+def _claim(
+    folder: Path,
+    facts: dict[str, Any],
+    names: dict[str, Any],
+    modalities: Iterable[str],
+    rows: dict[str, dict[str, str]],
+    scored: Container[str],
+) -> None:
     """Write the manifest, or check that the folder holds the same evaluation. Raises `RunError` naming a difference.
 
-    `facts` decide (weights by content), `names` are only recorded.
+    `facts` decide (weights by content), `names` are only recorded. `rows` are the identities of the tasks; those of
+    the `scored` ones must be what they were.
     """
     remedy = "choose another --encode_output_path or delete it"
 
     def foreign(name: str) -> bool:
         return name.endswith("_score.json") or name in modalities  # of another program
 
-    if claim(folder, facts, "evaluation", remedy, foreign=foreign) is None:
+    record = claim(folder, facts, "evaluation", remedy, foreign=foreign) or {}
+    known = record.get("rows", {})
+    done = {name: rows[name] for name in rows if name in known and name in scored}
+    if differing := changes(known, done):
+        raise belongs_elsewhere(folder, "evaluation", differing.values(), f"its data have changed; {remedy}")
+    if {**known, **rows} != known:
         try:
-            write_json(folder / MANIFEST, {**facts, "names": names})
+            write_json(folder / MANIFEST, {**facts, "names": record.get("names", names), "rows": {**known, **rows}})
         except OSError as error:
             raise RunError(f"output directory {folder} cannot be written ({error.strerror}); choose another") from None
 
@@ -128,6 +142,7 @@ class _Encoders:
         settings = self.spec.settings if task.takes_square else replace(self.spec.settings, square=None)
         if settings not in self.by_settings:
             cache = {key: self.facts[key] for key in CACHE_FACTS} | {"settings": asdict(settings)}
+            cache["numerics"] = self.model.numerics
             model: Any = self.model if settings == self.spec.settings else self.model.with_settings(square=None)
             limits = self.limits | {"on_error": self.spec.on_error}
             self.by_settings[settings] = Encoder(model, cache=EmbeddingCache(self.folder, cache), **limits)
@@ -172,12 +187,12 @@ def evaluate(
     benchmark = benchmark or of_source(spec.source)
     given = {"image_dir": spec.image_dir, "prefix_targets": spec.prefix_targets, **spec.options}
     datasets = {name: benchmark.load(spec.source, name, spec.split, **given) for name in subsets}
-    facts = spec.facts()
+    facts, rows = spec.facts() | {"benchmark": benchmark.name}, {n: identity(part) for n, part in datasets.items()}
+    distributed.agree("facts and data", {**facts, "rows": rows}, "give every machine the same")
+    todo = [name for name in datasets if not _is_scored(folder, benchmark.task(name), datasets[name])]
     if distributed.rank() == 0:
         names = {"model": spec.model, "adapter": spec.adapter}
-        _claim(folder, facts | {"benchmark": benchmark.name}, names, benchmark.modalities(benchmark.names))
-    distributed.barrier()
-    todo = [name for name in datasets if not _is_scored(folder, benchmark.task(name), datasets[name])]
+        _claim(folder, facts, names, benchmark.modalities(benchmark.names), rows, set(rows) - set(todo))
     distributed.barrier()  # all ranks have looked before rank 0 writes the first score
     notes = [note for dataset in datasets.values() if isinstance(dataset, RankedSet) for note in dataset.notes]
     is_ranked = any(isinstance(dataset, RankedSet) for dataset in datasets.values())

@@ -23,6 +23,7 @@ from b3.mining.teacher import (
     load_teacher,
     store_vectors,
     teacher_embeddings,
+    teacher_key,
     teacher_name,
 )
 
@@ -37,6 +38,8 @@ def load_plan(config: Config, entry: DatasetConfig, dataset: PairDataset) -> Bat
     plan = BatchPlan.load(folder)
     options = config.mining.options_for(entry, config.negatives.mined)
     facts = {"data_fingerprint": dataset.fingerprint(), "teacher": teacher_name(config), **options.model_dump()}
+    if plan.manifest.get("teacher_key") and (key := teacher_key(config, entry)):
+        facts["teacher_key"] = key
     if plan.manifest.get("imported") is not None:  # mined elsewhere, with parameters that the files do not tell
         facts = {key: facts[key] for key in ("data_fingerprint", "community_size", "hard_negatives")}
     differing = changes(plan.manifest, facts)
@@ -85,7 +88,8 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
             load_plan(config, entry, dataset)  # refuses one that does not fit, before work starts
         else:
             missing.append((entry, dataset))
-    distributed.barrier()  # all have looked before the first plan appears
+    fingerprints = {dataset.name: dataset.fingerprint() for _, dataset in jobs}
+    distributed.agree("data", fingerprints, "give every machine the same rows")  # and all have looked for plans by now
     if keeps_vectors(config):
         store_vectors(config, jobs)
     if missing:
@@ -153,6 +157,7 @@ def _mine_plan(
             progress=progress,
             stages=stages,
         )
+    plan.manifest["teacher_key"] = teacher_key(config, entry)
     plan.save(Path(config.mining.dir) / entry.subset)
     stages.remove()
 

@@ -16,7 +16,8 @@ from b3.data.datasets import PairDataset
 from b3.data.items import Item
 from b3.data.tables import embedded_teacher, split_source
 from b3.errors import DataError, RunError
-from b3.files import claim, write_array, write_json
+from b3.files import belongs_elsewhere, claim, sampled_sha256, write_array, write_json
+from b3.model.checkpoint import sampled_key
 
 SENTENCE_TRANSFORMER = "st:"
 CACHE = ".teacher"  # what is encoded, until a call of mining ends
@@ -31,6 +32,21 @@ def teacher_name(config: Config) -> str:
     name = mining.teacher if mining.teacher_adapter is None else f"{mining.teacher} + {mining.teacher_adapter}"
     name = name if mining.teacher_prompt is None else f"{name}, prompt {mining.teacher_prompt}"
     return name if mining.teacher_dim is None else f"{name}, the first {mining.teacher_dim} numbers"
+
+
+def teacher_key(config: Config, entry: DatasetConfig) -> str | None:
+    """A digest of the teacher's files for a data set, None where they are not in a folder of this machine.
+
+    The same name may be another teacher by now: a checkpoint that was trained again, arrays that were made anew.
+    """
+    mining, folder = config.mining, Path(config.mining.teacher)
+    if not folder.is_dir():
+        return None
+    if is_model(config):
+        adapter = mining.teacher_adapter
+        return sampled_key(folder) + (f" + {sampled_key(adapter)}" if adapter and Path(adapter).is_dir() else "")
+    files = [folder / f"{entry.subset}_{side}.npy" for side in SIDES]
+    return " ".join(sampled_sha256(file)[:32] for file in files) if all(map(Path.is_file, files)) else None
 
 
 def is_model(config: Config) -> bool:
@@ -82,7 +98,7 @@ def _load_checkpoint(config: Config) -> Encode:
     facts: dict[str, Any] = {
         "model": checkpoint_key(mining.teacher),
         "adapter": None if mining.teacher_adapter is None else adapter_key(mining.teacher_adapter),
-        "numerics": f"{model.dtype} on {model.device.type}",
+        "numerics": model.numerics,
         **asdict(model.settings),
     }
     encoder = Encoder(model, mining.batch_tokens, cache=EmbeddingCache(Path(mining.dir) / CACHE, facts))
@@ -154,9 +170,13 @@ def _stored(config: Config, entry: DatasetConfig, dataset: PairDataset) -> tuple
         "teacher": teacher_name(config.model_copy(update={"mining": whole})),
         "data_fingerprint": dataset.fingerprint(),
     }
+    key = teacher_key(config, entry)
     folder, remedy = Path(config.mining.dir) / VECTORS / entry.subset, "mine into another mining.dir, or delete it"
     record = claim(folder, facts, "teacher's vectors", remedy, foreign=lambda name: False)
-    return folder, facts, record is not None
+    before = (record or {}).get("teacher_key")
+    if None not in (key, before) and key != before:
+        raise belongs_elsewhere(folder, "teacher's vectors", [f"teacher_key was {before!r}, now {key!r}"], remedy)
+    return folder, {**facts, "teacher_key": key}, record is not None
 
 
 def store_vectors(config: Config, jobs: list[tuple[DatasetConfig, PairDataset]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from b3 import registry
+from b3.distributed import is_first
 from b3.errors import InputError
 from b3.model.checkpoint import model_type, read_json
 
@@ -42,6 +44,8 @@ def is_adapter(folder: Path) -> bool:
 def check_backbone(folder: Path, base: Path) -> None:
     """Raise `InputError` if the adapter in `folder` says that it was trained on another kind of backbone than `base`.
 
+    And say so if it was trained on one of another name.
+
     It says so by the config.json beside it, or by the name of its base. Backbones of different kinds may have layers of
     the same names and shapes, so that its weights alone need not tell.
     """
@@ -57,6 +61,8 @@ def check_backbone(folder: Path, base: Path) -> None:
             f"the adapter in {folder} was trained on {trained} (base {name or 'not named'}), and {base} is {kind}; take"
             " the backbone that it belongs to"
         )
+    if name and is_first() and not any(_letters(part).endswith(_letters(Path(name).name)) for part in base.parts):
+        print(f"note: the adapter in {folder} was trained on {name}, and is laid on {base}", file=sys.stderr)
 
 
 def _letters(name: str) -> str:

@@ -6,13 +6,13 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.console import no_bars
 from b3.errors import InputError, gist
-from b3.files import sha256, write_json
+from b3.files import sampled_sha256, sha256, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SETTINGS_FILE = "b3_settings.json"  # `b3.model.settings`
 MODULES_FILE = "modules.json"  # of sentence-transformers
+_LAYER = re.compile(r"(.*\.(?:layers|layer|blocks)\.)\d+\.")  # one of several equal ones
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.txt", "tokenizer*", "adapter_model.bin")
 
 
@@ -103,12 +104,21 @@ def adapter_key(name: str | Path) -> str:
     return _content_key(fetch(name))
 
 
-def _content_key(folder: Path) -> str:
+def sampled_key(name: str | Path) -> str:
+    """As `checkpoint_key`, from parts of large files only: in milliseconds, for what is looked at in every start."""
+    folder = fetch(name)
+    config = folder / "adapter_config.json"
+    is_adapter = config.is_file() and not list(folder.glob("model*.safetensors"))
+    base = read_json(config).get("base_model_name_or_path") if is_adapter else None
+    return _content_key(folder, sampled_sha256) + (f" on {sampled_key(base)}" if base else "")
+
+
+def _content_key(folder: Path, key_of: Callable[[Path], str] = sha256) -> str:
     digest = hashlib.sha256()
     patterns = ("*.safetensors", "adapter_model.bin", "config.json", "adapter_config.json", "tokenizer.json",
                 "1_Pooling/config.json", "sentence_bert_config.json", SETTINGS_FILE)  # fmt: skip
     for file in sorted({f for pattern in patterns for f in folder.glob(pattern)}):
-        digest.update(f"{file.name}\0{sha256(file)}\n".encode())
+        digest.update(f"{file.name}\0{key_of(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -161,6 +171,15 @@ def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype, device
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"backbone in {folder} lacks {len(missing)} weights, first: '{missing[0]}'")
+    found = [match for name in model.state_dict() if (match := _LAYER.match(name))]
+    layers, stacks = {match[0] for match in found}, {match[1] for match in found}
+    left_out = [match for key in sorted(info["unexpected_keys"]) if (match := _LAYER.match(key))]
+    beyond = [match[0] for match in left_out if match[1] in stacks and match[0] not in layers]
+    if beyond:
+        raise InputError(
+            f"{folder} holds weights of layers that its config.json does not have, first: '{beyond[0]}'; take both from"
+            " one checkpoint"
+        )
     model.requires_grad_(False)
     return model.to(device).eval()
 

@@ -201,6 +201,11 @@ class Embedder(nn.Module):
         """Length of a vector: that of the settings, else the whole width."""
         return self.settings.dim or self.width
 
+    @property
+    def numerics(self) -> str:
+        """What else decides the last bits of a vector: for caches, which must not mix two of them."""
+        return f"{self.dtype} on {self.device.type}, attention {self.attention_kernel(autocast=False)}"
+
     @abstractmethod
     def cost(self) -> Cost:
         """What operations and memory of a step follow from; depends on which parameters are trained."""

@@ -203,6 +203,17 @@ def open_teachers(config: Config, datasets: list[PairDataset]) -> list[tuple[np.
         DataError: a file is missing or does not fit its data set.
     """
     from b3.mining.teacher import teacher_embeddings
+    from b3.train.sampler import pool_numbers
 
     pairs = zip(config.data.datasets, datasets, strict=True)
-    return [teacher_embeddings(config, entry, dataset, None) for entry, dataset in pairs]
+    teachers = [teacher_embeddings(config, entry, dataset, None) for entry, dataset in pairs]
+    first_of: dict[int, int] = {}
+    for number, pool in enumerate(pool_numbers(config)):
+        one, other = first_of.setdefault(pool, number), number
+        dims = [teachers[n][side].shape[1] for n in (one, other) for side in (0, 1)]
+        if len(set(dims)) > 1:
+            raise RunError(
+                f"the teacher's vectors of {datasets[one].name} and {datasets[other].name}, which share batches, have"
+                f" {' and '.join(map(str, sorted(set(dims))))} numbers; use one teacher"
+            )
+    return teachers

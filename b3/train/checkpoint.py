@@ -24,6 +24,7 @@ from b3 import files
 from b3.config import Config, dump_config
 from b3.errors import RunError
 from b3.files import belongs_elsewhere, changes, claim, write_json, write_text
+from b3.model.checkpoint import sampled_key
 
 if TYPE_CHECKING:
     import torch
@@ -208,15 +209,37 @@ def check_format(folder: Path) -> None:
 
 
 def data_facts(datasets: list[PairDataset], plans: list[BatchPlan]) -> dict[str, Any]:
-    """What the batches are made of: rows and fingerprint of each data set, and a digest of each plan's arrays."""
+    """What the batches are made of: rows and fingerprint of each data set, and a digest of each plan's arrays.
+
+    And one of some images by their bytes: a fingerprint knows their names alone.
+    """
     return {
         dataset.name: {
             "rows": len(dataset),
             "fingerprint": dataset.fingerprint(),
+            "images": dataset.images_digest(),
             "plan": plan_digest(plans[number]) if plans else None,
         }
         for number, dataset in enumerate(datasets)
     }
+
+
+def weights_facts(config: Config) -> dict[str, Any]:
+    """What a run starts from, under a name that no data set has."""
+    model = config.model
+    adapter = None if model.init_adapter is None else sampled_key(model.init_adapter)
+    return {"(weights)": {"base": sampled_key(model.name), "adapter": adapter}}
+
+
+PLACES = ("output_dir", "name", "dir", "source", "image_dir", "teacher", "teacher_adapter", "init_adapter")
+
+
+def decisive(tree: Any) -> Any:
+    """A recipe, or a part of it, without what may differ between ranks: places, whose content is compared instead."""
+    if isinstance(tree, dict):
+        kept = {key: value for key, value in tree.items() if key not in PLACES or isinstance(value, dict)}
+        return {key: decisive(value) for key, value in kept.items() if key not in ("workers", "eval")}
+    return [decisive(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def plan_digest(plan: BatchPlan) -> str:
@@ -251,7 +274,9 @@ def claim_folder(config: Config, data: dict[str, Any] | None = None) -> list[str
     elif (run / METRICS).exists() or _checkpoints(run):  # else the earlier attempt failed before its first step
         notes = _compare(run, config)
         if data is not None and (run / DATA).exists():
-            differing = changes(json.loads((run / DATA).read_text()), data).values()
+            before = json.loads((run / DATA).read_text())
+            known = {n: {k: v for k, v in facts.items() if k in before[n]} for n, facts in data.items() if n in before}
+            differing = changes(before, known).values()  # an earlier version recorded less
             if differing:
                 lines = [re.sub(r"'(\w{12})\w{52}'", r"\1", f"data {change}") for change in differing]  # short digests
                 raise belongs_elsewhere(run, "run", lines, "restore it or choose another output_dir")

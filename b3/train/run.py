@@ -15,7 +15,7 @@ from b3.config import Config
 from b3.config.checks import check
 from b3.data.datasets import load_datasets
 from b3.errors import RunError
-from b3.files import write_json
+from b3.files import changes, write_json
 from b3.train.announce import describe, estimate, memory_note
 from b3.train.build import build_trainer, check_stored_negatives, load_plans
 from b3.train.checkpoint import (
@@ -25,14 +25,19 @@ from b3.train.checkpoint import (
     checkpoint_step,
     claim_folder,
     data_facts,
+    decisive,
     newest_checkpoint,
     rewind_log,
+    weights_facts,
 )
 from b3.train.stop import Stopped, StopRequest
 
 if TYPE_CHECKING:
     from b3.data.datasets import PairDataset
     from b3.mining.plan import BatchPlan
+
+
+ENVIRONMENT = "environment.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,10 @@ def train(config: Config) -> Trained:
         plans = load_plans(config, datasets)
         distributed.start(config.train.timeout_minutes, overlap=config.model.shard)
         sampler = build_sampler(config, datasets, plans)  # its checks come before the model is loaded
-        checkpoint, notes = _claim(config, datasets, plans)
+        facts = data_facts(datasets, plans) | weights_facts(config)
+        recipe = decisive(config.model_dump(mode="json"))
+        distributed.agree("recipe and data", {"recipe": recipe, "data": facts}, "give every machine the same")
+        checkpoint, notes = _claim(config, facts)
         sampler.start = 0 if checkpoint is None else checkpoint_step(checkpoint)
         started = time.perf_counter()
         trainer = build_trainer(config, datasets, plans, sampler, request)
@@ -95,12 +103,15 @@ def _steps_done(folder: Path) -> int:
         return 0
 
 
-def _claim(config: Config, datasets: list[PairDataset], plans: list[BatchPlan]) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from and what to say about it; decided by the first rank for all."""
+def _claim(config: Config, facts: dict[str, Any]) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from and what to say about it; decided by the first rank for all.
+
+    `facts` as `claim_folder` takes them.
+    """
     found: tuple[str | None, list[str], str | None] = (None, [], None)
     if distributed.rank() == 0:
         try:
-            notes = claim_folder(config, data_facts(datasets, plans))
+            notes = claim_folder(config, facts) + other_versions(Path(config.output_dir))
             newest = newest_checkpoint(Path(config.output_dir))
             if newest is not None:
                 check_format(newest)
@@ -129,7 +140,7 @@ def _announce(
         rewind_log(log, trainer.sampler.start)
     kernel = trainer.embedder.attention_kernel(config.train.bf16)
     run_by = {"attention": kernel, "layers": trainer.embedder.execution}
-    write_json(folder / "environment.json", {**environment(distributed.world_size()), **run_by})
+    write_json(folder / ENVIRONMENT, {**environment(distributed.world_size()), **run_by})
     lines = [describe(config, datasets, trainer.sampler, plans), *(f"  {what}: {how}" for what, how in run_by.items())]
     told = estimate(config, datasets, trainer.sampler, trainer.embedder)
     lines += told.lines()
@@ -198,6 +209,16 @@ def follow_launcher(config: Config) -> Config:
         raise RunError("accelerate asks for FSDP 1, which is not supported; take configs/accelerate/fsdp2.yaml")
     del os.environ["ACCELERATE_USE_FSDP"]
     return config.model_copy(update={"model": config.model.model_copy(update={"shard": True})})
+
+
+def other_versions(folder: Path) -> list[str]:
+    """Notes on libraries that have changed since an earlier part of the run in `folder`."""
+    try:
+        before = json.loads((folder / ENVIRONMENT).read_text())["libraries"]
+    except (OSError, ValueError, KeyError):
+        return []
+    now = {name: version for name, version in environment(1)["libraries"].items() if name in before}
+    return [f"{change}: equal up to rounding" for change in changes(before, now).values()]
 
 
 def environment(world_size: int) -> dict[str, Any]:

@@ -100,3 +100,20 @@ def _counted(function: Callable[..., Any], call: int, what: Callable[[], NoRetur
         return function(*arguments, **options)
 
     return counted
+
+
+def other_versions(rank: int) -> None:
+    """A machine with another torch."""
+    from b3 import distributed
+
+    if rank == 1:
+        usual = distributed.versions
+        distributed.versions = lambda: usual() | {"torch": "1.0"}
+
+
+def other_data(rank: int) -> None:
+    """A machine whose copy of the data is another."""
+    from b3.data.datasets import PairDataset
+
+    if rank == 1:
+        PairDataset.fingerprint = lambda self: "other"  # type: ignore[method-assign]
