@@ -3,7 +3,7 @@
 What makes a recipe heavy is replaced: the backbone, the data sets (by embedded ones of the same families), the teacher,
 and the sizes. Everything else stays, so that a recipe that starts this way has no mistake left in it but paths and
 memory. Nothing is fetched from the network. The recipe of a text encoder gets a tiny RoBERTa, pairs of embedded
-captions, and that RoBERTa as its teacher.
+captions, and that RoBERTa as its teacher. Where a GPU is, precision, kernels and workers stay the recipe's as well.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def _letters(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
-def debug_config(config: Config, ranks: int = 1) -> Config:
-    """The recipe with what is heavy replaced; depends on nothing but the arguments (and `stand_in`)."""
+def debug_config(config: Config, ranks: int = 1, on_gpu: bool = False) -> Config:
+    """The recipe with what is heavy replaced; depends on nothing but the arguments (and `stand_in`).
+
+    on_gpu: keep dtype, autocast, attention kernel, quantization and workers, which a CPU may not have.
+    """
     tree: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     folder = f"{config.output_dir.rstrip('/')}-debug"
     tree |= {"name": f"{config.name}, debug", "output_dir": folder, "resume": "auto"}
     tree["model"] |= {
         "name": f"{folder}/model",
         "init_adapter": None,
-        "dtype": "float32",
-        "attention": "auto",
-        "quantize": None,
         "shard": config.model.shard and ranks > 1,
     }
     tree["mining"] |= {"dir": f"{folder}/mining", "teacher_adapter": None, "teacher_prompt": None}
@@ -89,11 +89,12 @@ def debug_config(config: Config, ranks: int = 1) -> Config:
         "warmup_steps": min(config.train.warmup_steps, 1),
         "save_every": 2,
         "log_every": 1,
-        "workers": 0,
-        "bf16": False,
         "chunk_tokens": 256,
         "trackers": [],
     }
+    if not on_gpu:
+        tree["model"] |= {"dtype": "float32", "attention": "auto", "quantize": None}
+        tree["train"] |= {"workers": 0, "bf16": False}
     if config.train.lengths:  # in their order, below those of any tiny vector
         tree["train"] |= {"matryoshka": dict(enumerate((w for _, w in sorted(config.train.lengths.items())), start=2))}
     if not reads_images:
@@ -161,10 +162,12 @@ def prepare(config: Config) -> Config:
     Raises:
         RunError: the folder is there and was not made by a debug run.
     """
+    import torch
+
     from b3.mining.recipe import mine_recipe
 
     check(config)
-    small = debug_config(config, distributed.launched_ranks())
+    small = debug_config(config, distributed.launched_ranks(), torch.cuda.is_available())
     check(small)
     distributed.start(config.train.timeout_minutes)
     problem = None

@@ -58,3 +58,16 @@ def test_what_a_recipe_is_about_stays() -> None:
     for key in ("lr", "schedule", "temperature", "max_grad_norm"):
         assert getattr(small.train, key) == getattr(config.train, key)
     assert small.batch.policy == config.batch.policy
+
+
+def test_precision_kernels_and_workers_stay_where_a_gpu_is() -> None:
+    config = load_config(ROOT / "configs" / "b3_qwen2vl_2b.yaml", ["model.attention=varlen", "train.workers=3"])
+    on_gpu, elsewhere = debug_config(config, on_gpu=True), debug_config(config)
+    for section, key, without in (
+        ("model", "dtype", "float32"),
+        ("model", "attention", "auto"),
+        ("train", "bf16", False),
+        ("train", "workers", 0),
+    ):
+        assert getattr(getattr(on_gpu, section), key) == getattr(getattr(config, section), key) != without
+        assert getattr(getattr(elsewhere, section), key) == without
