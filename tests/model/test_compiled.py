@@ -8,12 +8,15 @@ from shutil import which
 import pytest
 import torch
 from golden_data import checkpoint, collator, embedder
+from PIL import Image
 from tiny import gradients, in_one_graph, relative
 
-from b3.data.items import Item
+from b3 import Embedder, registry
+from b3.data.items import Item, as_item
 from b3.errors import InputError
 from b3.model import compiled
-from b3.model.adapter import norms_once
+from b3.model.adapter import AdapterSpec, attach_adapter, norms_once
+from b3.model.batch import collate
 from b3.model.compiled import compile_layers
 from b3.train.inputs import StepCollator
 from b3.train.losses.info_nce import InfoNCE
@@ -80,6 +83,36 @@ def test_both_passes_drop_the_same(folder: Path) -> None:
     for name, value in cached.items():
         assert relative(value, other[name]) < 1e-5, name
     assert step(inputs, 1).loss != result.loss
+
+
+OTHERS = [k for k in registry.BACKBONES if registry.load("backbone", k).reads_images and k != "qwen2_vl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_layers_of_every_backbone_are_traced_as_they_are(kind: str, tmp_path: Path) -> None:
+    """Whatever then compiles it: what dynamo traces runs as it stands, on one tower and the other."""
+    backbone = registry.load("backbone", kind)
+    backbone.tiny(tmp_path, ["a red apple", "a quick brown fox"])
+    model = Embedder.from_pretrained(tmp_path, dtype="float32")
+    attach_adapter(model.backbone, AdapterSpec(dropout=0.0, target_modules=backbone.adapter_targets))
+    image = Image.effect_noise((112, 84), 50).convert("RGB")
+    texts = [as_item("a red apple " * count) for count in (1, 3)]
+    batch = collate([model.processor(item) for item in [as_item({"text": "<|image_1|>a fox", "image": image}), *texts]])
+    found = []
+    for compiles in (False, True):
+        if compiles:
+            for layer in model.compiled_layers():
+                layer.compile(dynamic=True, backend="eager")
+        with norms_once(model.backbone):
+            vectors = model(batch)
+        (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
+        found.append((vectors.detach(), gradients(model)))
+    (plain, expected), (traced, ours) = found
+    assert relative(traced, plain) < 1e-6
+    assert ours.keys() == expected.keys()
+    for name, gradient in ours.items():
+        assert relative(gradient, expected[name]) < 1e-5, name
 
 
 def test_what_cannot_be_compiled_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
