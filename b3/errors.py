@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 
-from b3 import peers
+from b3 import peers, signals
 
 
 class InputError(Exception):
@@ -52,7 +53,8 @@ def command(main: Callable[..., int | None], memory: str = "stop other programs"
 
     That is: an `InputError`, memory or disk that ran out, and another rank that has ended. Anything else is a mistake
     in the program and keeps its traceback (exit code 1). One of several ranks prints its line first, with its rank, and
-    leaves at once: taking the process group apart would wait for ranks that wait for this one.
+    leaves at once: taking the process group apart would wait for ranks that wait for this one. SIGTERM and SIGUSR1 end
+    it with one line too (`b3.signals`).
 
     Nothing has imported torch yet when it runs, so torch's allocator is told here how to lay out GPU memory.
 
@@ -66,9 +68,12 @@ def command(main: Callable[..., int | None], memory: str = "stop other programs"
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # chunks differ in size, which would cut GPU memory into pieces
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         try:
-            return main(*args, **kwargs) or 0
+            with signals.heeded():
+                return main(*args, **kwargs) or 0
         except KeyboardInterrupt:
-            line, code = "interrupted; run the same command again to continue", EXIT_INTERRUPTED
+            line, code = signals.message(signal.SIGINT), EXIT_INTERRUPTED
+        except signals.Ended as error:
+            line, code = str(error), error.code
         except Exception as error:
             text = _one_line(error, memory)
             line, code = f"error: {text}", EXIT_INPUT_ERROR

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
 
+from b3 import locks
 from b3.errors import RunError
 
 SHOWN_CHANGES = 3
+APPEARS_SECONDS = 90.0  # NFS looks for new names at least once a minute
 REMOVED = ".removed-"  # before the name of a folder whose files are being deleted
 
 
@@ -24,19 +31,49 @@ REMOVED = ".removed-"  # before the name of a folder whose files are being delet
 def atomic(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
     """A binary stream that takes the name `path` once all of it is on disk: readers see the old file or the new one.
 
-    Not `durable`: it may not have reached the disk yet; for many small files, whose writer syncs once after all.
+    Then its name is on disk too, so that files survive a power failure in the order in which they were written. Not
+    `durable`: neither may have reached the disk yet; for many small files, whose writer syncs once after all.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    make(path.parent) if durable else path.parent.mkdir(parents=True, exist_ok=True)
+    stream = _temporary(path)
     try:
-        with temporary.open("wb") as stream:
+        with stream:
             yield stream
+            stream.flush()
             if durable:
-                stream.flush()
                 os.fsync(stream.fileno())
-        temporary.replace(path)
+            os.replace(stream.name, path)
+        if durable:
+            sync(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno in _OF_WRITING:
+            error.filename = str(path)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.unlink(stream.name)
+
+
+_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
+
+
+def _temporary(path: Path) -> IO[bytes]:
+    """A new file beside `path` that is locked as long as it is open: `tidy` tells by that whether its writer lives."""
+    while True:
+        stream = path.with_name(f".{path.name[:55]}.{secrets.token_hex(4)}.tmp").open("xb")
+        taken = locks.take(stream.fileno())
+        if taken is None or (taken and locks.is_named(stream.fileno(), stream.name)):
+            return stream
+        stream.close()  # taken for a leftover before it was locked
+
+
+def tidy(folder: Path) -> None:
+    """Delete the unfinished files that killed processes have left below a folder."""
+    for file in [file for file in folder.rglob(".*.tmp") if _TEMPORARY.match(file.name) and file.is_file()]:
+        with suppress(OSError), file.open("rb") as stream:
+            if locks.take(stream.fileno()):
+                file.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -55,10 +92,10 @@ def write_json(path: Path, value: Any, **options: Any) -> None:
     write_text(path, json.dumps(value, **{"indent": 2, **options}) + "\n")
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
+def write_array(path: Path, array: np.ndarray, durable: bool = True) -> None:
     """Write an .npy file atomically."""
-    with atomic(path) as stream:
-        np.save(stream, array, allow_pickle=False)
+    with atomic(path, durable) as stream:  # numpy writes to a real file by itself, and says not why it could not
+        np.save(SimpleNamespace(write=stream.write), array, allow_pickle=False)
 
 
 def sync(path: Path) -> None:
@@ -66,13 +103,24 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems over a network do not sync folders
+            raise
     finally:
         os.close(handle)
 
 
+def make(folder: Path) -> None:
+    """Make a folder and those above it where they are missing, and put their names on disk."""
+    if not folder.exists():
+        make(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
 def sync_tree(folder: Path) -> None:
-    """Put a folder and all that it holds on disk."""
-    for path in (*folder.rglob("*"), folder):
+    """Put a folder, its name and all that it holds on disk."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
         sync(path)
 
 
@@ -82,6 +130,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)  # left by a kill
     if folder.exists():
         folder.rename(hidden)
+        sync(folder.parent)
         shutil.rmtree(hidden)
 
 
@@ -91,6 +140,41 @@ def publish(staged: Path, target: Path) -> None:
     remove(target)
     staged.rename(target)
     sync(target.parent)
+
+
+def move_in(staged: Path, folder: Path, last: str) -> None:
+    """Give the files of a finished folder their names in another, where older ones may have them.
+
+    Readers look for the file `last` first: they find all old files, all new ones, or it is missing.
+    """
+    sync_tree(staged)
+    (folder / last).unlink(missing_ok=True)
+    sync(folder)
+    for file in sorted((p for p in staged.rglob("*") if p.is_file()), key=lambda p: p == staged / last):
+        target = folder / file.relative_to(staged)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file == staged / last:
+            sync(folder)
+        file.replace(target)
+        sync(target.parent)
+    shutil.rmtree(staged)
+
+
+def wait_for(file: Path) -> None:
+    """Return once a file that another rank has written is here: a file system over a network may show it late.
+
+    Raises `RunError` if it does not come within `APPEARS_SECONDS`.
+    """
+    end = time.monotonic() + APPEARS_SECONDS
+    while not file.exists():
+        if time.monotonic() > end:
+            raise RunError(
+                f"{file}, which another rank has written, is not here after {APPEARS_SECONDS:.0f} seconds; give a"
+                " folder that all machines share"
+            )
+        with suppress(OSError):
+            os.listdir(file.parent)  # asks the server again
+        time.sleep(0.1)
 
 
 def sha256(file: Path) -> str:
@@ -219,8 +303,11 @@ class Stages:
             return None
 
     def save(self, name: str, key: str, arrays: dict[str, np.ndarray]) -> None:
-        with atomic(self.folder / f"{name}.npz") as stream:
-            np.savez(stream, key=np.asarray(key), **arrays)  # type: ignore[arg-type]
+        """As `numpy.savez`, but without the date, which a zip archive cannot hold before 1980."""
+        with atomic(self.folder / f"{name}.npz") as stream, zipfile.ZipFile(stream, "w") as archive:
+            for field, array in {"key": np.asarray(key), **arrays}.items():
+                with archive.open(zipfile.ZipInfo(f"{field}.npy"), "w", force_zip64=True) as part:
+                    np.lib.format.write_array(part, np.asarray(array), allow_pickle=False)
 
     def remove(self) -> None:
         """Delete the folder: what came of the stages is saved elsewhere."""

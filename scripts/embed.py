@@ -5,6 +5,7 @@
 A row of the .jsonl or .parquet file has a text, an image, or both. The image is a path, bytes, or the struct
 {bytes, path}; in jsonl bytes are base64 text under image_base64. --out then holds embeddings.npy, ids.json, rows.jsonl
 and manifest.json, and scripts/search.py searches it. An interrupted run continues; a finished one has nothing to do.
+Several processes share the rows: torchrun --nproc_per_node=8 scripts/embed.py ...
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from b3 import distributed
 from b3.data.codes import PRECISIONS
 from b3.data.index import KIND, is_done, model_arguments, save_index
 from b3.data.own import OwnData, add_rows_arguments, columns_of, instructed, read_rows
 from b3.errors import InputError, command
-from b3.files import sha256
+from b3.files import sha256, tidy
+from b3.locks import alone
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,9 +125,20 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
         "seconds": round(time.monotonic() - start, 2),
         "versions": {"b3": getattr(b3, "__version__", "unknown"), **versions},
     }
-    manifest = save_index(arguments.out, vectors, data, manifest)
-    shutil.rmtree(folder, ignore_errors=True)
+    if distributed.rank() == 0:
+        manifest = save_index(arguments.out, vectors, data, manifest)
+        shutil.rmtree(folder, ignore_errors=True)
     return manifest
+
+
+def begin(out: Path, identity: dict[str, Any], held: ExitStack) -> bool:
+    """Whether there is something to do; the first rank decides for all, and locks the folder as long as `held` is."""
+    todo = False
+    if distributed.rank() == 0 and not is_done(out, identity):
+        held.enter_context(alone(out, "index", "choose another --out"))
+        tidy(out)
+        todo = not is_done(out, identity)  # another process may have ended meanwhile
+    return distributed.any_rank(todo)
 
 
 @partial(command, memory="lower --batch-tokens, or give fewer --workers")
@@ -133,10 +148,17 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--batch-tokens is {arguments.batch_tokens}; give at least 1")
     data = read_rows(arguments.input, columns_of(arguments), arguments.image_dir)
     identity = identity_of(arguments, data)
-    if is_done(arguments.out, identity):
+    distributed.start()
+    with ExitStack() as held:
+        todo = begin(arguments.out, identity, held)
+        manifest = embed(arguments, data, identity) if todo else {}
+        distributed.barrier()
+    distributed.stop()
+    if not distributed.is_first():
+        return 0
+    if not todo:
         print(f"{arguments.out} holds these {len(data.ids):,} embeddings already; nothing to do")
         return 0
-    manifest = embed(arguments, data, identity)
     print(f"{arguments.out}: {manifest['rows']:,} rows, {manifest['dim']} dimensions, {manifest['seconds']:.1f} s")
     if measured := manifest.get("recall"):
         print(
@@ -147,6 +169,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from b3 import distributed
-
     distributed.leave(main())

@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from b3 import distributed
 from b3.errors import InputError, command
 
 
@@ -27,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=("safetensors", "onnx"), default="safetensors", help="onnx is in float32")
     parser.add_argument("--dim", type=int, help="cut vectors to their first so many numbers")
     arguments = parser.parse_args(argv)
+    if distributed.launched_ranks() > 1:
+        raise InputError("an export is one process; start it without torchrun")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise InputError(f"--out {arguments.out} exists and is not empty; choose another --out or delete it")
 

@@ -13,11 +13,15 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from b3.config.schema import MiningOptions
-from b3.errors import ConfigError, RunError, command
+from b3.errors import ConfigError, command
+
+if TYPE_CHECKING:
+    import numpy as np
 
 WAIT_MINUTES = 24 * 60.0  # ranks without a data set to cut wait for those that have one
 FLAGS = {"p": ["-p"], "m": ["-m"], "community_size": ["-k", "--community-size"]}  # where not --like-the-name
@@ -47,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def mine_arrays(arguments: argparse.Namespace) -> None:
-    from b3.files import Stages
+    from b3.files import Stages, tidy
+    from b3.locks import alone
     from b3.mining import mine
     from b3.mining.plan import describe_plans
     from b3.mining.recipe import stage_bar
@@ -56,23 +61,45 @@ def mine_arrays(arguments: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("queries", "targets", "out") if getattr(arguments, name) is None]
     if missing:
         raise ConfigError(f"give a recipe, or all of --queries, --targets and --out (missing: {', '.join(missing)})")
-    if (arguments.out / "manifest.json").exists():
-        raise RunError(f"{arguments.out} holds a batch plan already; choose another --out or delete it")
-    options = {name: value for name, value in vars(arguments).items() if name in MiningOptions.model_fields}
+    queries, targets = load_matrix(arguments.queries), load_matrix(arguments.targets)
+    given = {name: value for name, value in vars(arguments).items() if name in MiningOptions.model_fields}
+    options = {"hard_negatives": 0, **given}
     stages = Stages(arguments.out.parent / f".{arguments.out.name}.stages")
-    with stage_bar("mine", show=True) as progress:
+    if (arguments.out / "manifest.json").exists():
+        stages.remove()  # a kill may have left them beside the finished plan
+        check_plan(arguments.out, queries, targets, options)
+        print(f"{arguments.out} holds this batch plan already; nothing to do")
+        return
+    held = alone(arguments.out, "call of mining", "choose another --out")
+    with held, stage_bar("mine", show=True) as progress:
+        tidy(arguments.out)
+        tidy(stages.folder)
         plan = mine(
-            load_matrix(arguments.queries),
-            load_matrix(arguments.targets),
-            **{"hard_negatives": 0, **options},
+            queries,
+            targets,
+            **options,
             device=arguments.device,
             compare=arguments.compare,
             progress=progress,
             stages=stages,
         )
-    plan.save(arguments.out)
-    stages.remove()
+        plan.save(arguments.out)
+        stages.remove()
     print(describe_plans({str(arguments.out): plan}))
+
+
+def check_plan(folder: Path, queries: np.ndarray, targets: np.ndarray, options: dict[str, Any]) -> None:
+    """Raise `InputError` if the plan in `folder` is torn, or was mined from other arrays or with other options."""
+    from b3.files import claim
+    from b3.mining.mine import mining_options
+    from b3.mining.plan import BatchPlan
+    from b3.mining.vectors import check_arrays, normalise
+
+    parameters = mining_options(**options)
+    facts = parameters.model_dump() | {"embeddings_fingerprint": normalise(*check_arrays(queries, targets)).fingerprint}
+    by_label = ("p", "m") if parameters.by_label else ()  # those follow from the number of labels
+    claim(folder, facts, "batch plan", "choose another --out or delete it", ignore=by_label)
+    BatchPlan.load(folder)
 
 
 @partial(command, memory="lower mining.batch_tokens or model.max_pixels for encoding; for ranking give --device cpu")

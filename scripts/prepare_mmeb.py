@@ -37,7 +37,7 @@ from b3.data.archives import (
 )
 from b3.data.copies import GROWTH, check_space, download, image_paths, list_hub, list_source
 from b3.errors import DataError, InputError, command
-from b3.files import atomic
+from b3.files import atomic, tidy
 
 REPOSITORIES = {"eval": "TIGER-Lab/MMEB-eval", "train": "TIGER-Lab/MMEB-train"}
 SAMPLE = 500
@@ -192,6 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--tasks is for eval-v2; of {arguments.part} choose --subsets")
     repository, out = REPOSITORIES[arguments.part], arguments.out
     plan = make_plan(arguments, repository)
+    if plan.download or plan.zips:
+        tidy(out)
     if arguments.source:
         copy_parquets(plan, arguments.source, out)
     elif plan.download:

@@ -21,7 +21,7 @@ from b3.errors import DataError, InputError
 from b3.eval.benchmarks.mmeb_v2.benchmark import MMEB_V2, load_task
 from b3.eval.benchmarks.mmeb_v2.table import TASKS, V2Task
 from b3.eval.benchmarks.mmeb_v2.video_qa import MVBENCH
-from b3.files import atomic, write_json
+from b3.files import atomic, tidy, write_json
 
 REPOSITORY = "TIGER-Lab/MMEB-V2"
 ARCHIVES = {  # by group: how the paths of their archives begin
@@ -162,6 +162,8 @@ def prepare(arguments: argparse.Namespace) -> int:
     todo = {name: parts for name, parts in archives.items() if not is_done(out, name, parts, tasks)}
     say_sizes(tables, todo, archives, source, out)
     hub, data = out / "hub", out / "data"
+    if todo:
+        tidy(out)
     if source is not None:
         copy_tables(tables, source, hub)
     else:

@@ -39,7 +39,7 @@ def targets_of(
 
 
 def is_there(out: Path, info: zipfile.ZipInfo, path: str) -> bool:
-    """Whether a member was extracted before, with the right size."""
+    """Whether a member was extracted before, going by its size."""
     try:
         status = (out / path).stat()
     except OSError:
@@ -106,8 +106,8 @@ def extract(
 ) -> int:
     """Extract an archive below `out` and leave its marker; returns the number of files written.
 
-    Members that are there with the right size are skipped. With `subsets` only `image_paths`, those of their rows, are
-    taken.
+    Members that are there with the right content are skipped. With `subsets` only `image_paths`, those of their rows,
+    are taken.
 
     Raises:
         InputError: the archive is broken, or a member could leave the folder; no file is left half-written.
@@ -116,7 +116,7 @@ def extract(
     written = 0
     with zipfile.ZipFile(archive) as opened, bar(len(targets), archive.name if progress else None, "file") as shown:
         for info, path in targets:
-            if not is_there(out, info, path):
+            if not (is_there(out, info, path) and _checksum(out / path) == info.CRC):  # a power failure leaves zeros
                 _extract_member(opened, info, out / path, archive)
                 written += 1
             shown.update(1)
@@ -124,6 +124,15 @@ def extract(
     marker = {"path": file.path, "size": file.size, "members": len(targets), "subsets": subsets and sorted(subsets)}
     write_json(_marker(out, file), marker)
     return written
+
+
+def _checksum(file: Path) -> int:
+    """CRC-32 of a file, as zip archives hold it."""
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_CHUNK):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _extract_member(opened: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, archive: Path) -> None:

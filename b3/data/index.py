@@ -18,7 +18,7 @@ from b3.data.codes import Codes, Floats, recall, signs
 from b3.data.items import ImageSource, Item
 from b3.data.own import Columns, OwnData, Record, read_rows
 from b3.errors import InputError
-from b3.files import claim, write_array, write_json, write_text
+from b3.files import claim, sync, write_array, write_json, write_text
 
 KIND = "b3 embeddings"
 ARRAYS = {
@@ -65,7 +65,9 @@ def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: Recor
     """Write an index folder of (N, D) float32 vectors in the precision of its options, and return its manifest."""
     assert vectors.dtype == np.float32
     assert len(vectors) == len(data.shown)
-    (folder / "manifest.json").unlink(missing_ok=True)
+    if (folder / "manifest.json").exists():
+        (folder / "manifest.json").unlink()
+        sync(folder)  # from here to the last file: no index
     precision = precision_of(manifest)
     if precision == "float32":
         write_array(folder / "embeddings.npy", vectors)

@@ -12,6 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from b3.console import bar
 from b3.errors import InputError
@@ -51,7 +52,7 @@ class Joined(io.RawIOBase):
 
 
 def extract(parts: Sequence[Path], out: Path, place: Callable[[str], str | None], progress: bool = False) -> int:
-    """Extract an archive below `out`; returns the number of files written. Files there with the right size are kept.
+    """Extract an archive below `out`; returns the number of files written. Files there with the right content are kept.
 
     Args:
         parts: of the archive, in order.
@@ -74,19 +75,36 @@ def extract(parts: Sequence[Path], out: Path, place: Callable[[str], str | None]
                 if member.isdir() or _is_junk(member.name):
                     continue
                 target = place(_checked(parts[0], member))
-                if target is None or _is_there(out / target, member.size):
+                if target is None:
                     continue
                 content = archive.extractfile(member)
                 assert content is not None, "only regular files come here"
-                with atomic(out / target, durable=False) as file:
-                    shutil.copyfileobj(content, file, CHUNK)
-                written += 1
+                written += _write(content, out / target, _is_there(out / target, member.size))
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise InputError(
             f"{parts[0]} is not a complete tar archive ({error}); delete it and run the same command again"
         ) from None
     os.sync()
     return written
+
+
+def _write(content: IO[bytes], target: Path, is_there: bool) -> bool:
+    """Write a member, unless a file of its size holds it: a power failure leaves zeros. Whether it was written."""
+    equal, block = 0, b""  # blocks
+    if is_there:
+        with target.open("rb") as old:
+            while (block := content.read(CHUNK)) and old.read(len(block)) == block:
+                equal += 1
+        if not block:
+            return False
+    with atomic(target, durable=False) as file:
+        if equal:
+            with target.open("rb") as old:
+                for _ in range(equal):
+                    file.write(old.read(CHUNK))
+        file.write(block)
+        shutil.copyfileobj(content, file, CHUNK)
+    return True
 
 
 def _is_junk(name: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from b3.errors import InputError
 from b3.eval.benchmark import Benchmark
+from b3.files import atomic
 from b3.html import running_mean
 
 COLOURS = {"pretrained": "#9aa0a6", "random": "#4c78a8", "b3": "#e4572e", "b3x": "#8c1d40"}
@@ -32,8 +33,8 @@ def save_figure(figure: Any, axes: Any, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with atomic(path) as stream:
+        figure.savefig(stream, format=path.suffix[1:])
 
 
 def plot_losses(metrics: dict[str, list[dict[str, Any]]], path: Path, width: int = 15) -> None:

@@ -22,7 +22,8 @@ from b3.eval.ranking import encode_set
 from b3.eval.ranking_report import files_of, ranking_summary, read_ranking, write_ranking, write_ranking_summary
 from b3.eval.report import read_score, summarise, write_subset, write_summary
 from b3.eval.score import SubsetScore, score_subset
-from b3.files import belongs_elsewhere, changes, claim, write_json
+from b3.files import belongs_elsewhere, changes, claim, tidy, write_json
+from b3.locks import alone
 from b3.model.cache import EmbeddingCache
 from b3.model.checkpoint import adapter_key, checkpoint_key
 from b3.model.encode import Encoder, ItemError, unique_items, unit
@@ -115,16 +116,17 @@ def _claim(
     def foreign(name: str) -> bool:
         return name.endswith("_score.json") or name in modalities  # of another program
 
-    record = claim(folder, facts, "evaluation", remedy, foreign=foreign) or {}
-    known = record.get("rows", {})
-    done = {name: rows[name] for name in rows if name in known and name in scored}
-    if differing := changes(known, done):
-        raise belongs_elsewhere(folder, "evaluation", differing.values(), f"its data have changed; {remedy}")
-    if {**known, **rows} != known:
-        try:
-            write_json(folder / MANIFEST, {**facts, "names": record.get("names", names), "rows": {**known, **rows}})
-        except OSError as error:
-            raise RunError(f"output directory {folder} cannot be written ({error.strerror}); choose another") from None
+    with alone(folder, "evaluation", remedy):  # a moment only: others may fill it too, if theirs is the same
+        record = claim(folder, facts, "evaluation", remedy, foreign=foreign) or {}
+        known = record.get("rows", {})
+        done = {name: rows[name] for name in rows if name in known and name in scored}
+        if differing := changes(known, done):
+            raise belongs_elsewhere(folder, "evaluation", differing.values(), f"its data have changed; {remedy}")
+        if {**known, **rows} != known:
+            try:
+                write_json(folder / MANIFEST, {**facts, "names": record.get("names", names), "rows": {**known, **rows}})
+            except OSError as error:
+                raise RunError(f"{folder} cannot be written ({error.strerror}); {remedy}") from None
 
 
 class _Encoders:
@@ -193,17 +195,22 @@ def evaluate(
     if distributed.rank() == 0:
         names = {"model": spec.model, "adapter": spec.adapter}
         _claim(folder, facts, names, benchmark.modalities(benchmark.names), rows, set(rows) - set(todo))
-    distributed.barrier()  # all ranks have looked before rank 0 writes the first score
+        tidy(folder)
+    todo = distributed.gather_objects(todo)[0]  # other machines may not see a new file yet
     notes = [note for dataset in datasets.values() if isinstance(dataset, RankedSet) for note in dataset.notes]
     is_ranked = any(isinstance(dataset, RankedSet) for dataset in datasets.values())
     encoders = _Encoders(spec, facts, folder, batch_tokens=batch_tokens, max_items=max_items, workers=workers)
     for name in todo:
         task, dataset = benchmark.task(name), datasets.pop(name)
         _score(folder, task, dataset, encoders.of(task), spec, explain, progress)
-    distributed.barrier()
-    summary = (
-        ranking_summary(folder, subsets, benchmark, spec.options) if is_ranked else _summary(folder, subsets, benchmark)
-    )
+    summary: dict[str, Any] = {}
+    if distributed.rank() == 0:
+        summary = (
+            ranking_summary(folder, subsets, benchmark, spec.options)
+            if is_ranked
+            else _summary(folder, subsets, benchmark)
+        )
+    summary = distributed.gather_objects(summary)[0]
     seconds, num_items = time.perf_counter() - started, encoders.num_encoded
     summary |= {"seconds": round(seconds, 2), "items": num_items, "items_per_second": round(num_items / seconds, 2)}
     if distributed.rank() == 0:

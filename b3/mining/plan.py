@@ -61,7 +61,9 @@ class BatchPlan:
             from b3.mining.page import Section, render  # a plan is stored without knowing what it looks like
 
             texts["report.html"] = render([Section(self.report, self.manifest)])
-        (folder / "manifest.json").unlink(missing_ok=True)  # from here to the last file: no valid plan
+        if (folder / "manifest.json").exists():
+            (folder / "manifest.json").unlink()
+            files.sync(folder)  # from here to the last file: no valid plan
         checksums = {}
         for name in ARRAYS:
             file, array = folder / f"{name}.npy", getattr(self, name)
@@ -71,10 +73,8 @@ class BatchPlan:
                 checksums[file.name] = files.sha256(file)
         for name, text in texts.items():
             files.write_text(folder / name, text)
-        files.sync(folder)
         manifest = {**self.manifest, "format_version": FORMAT_VERSION, "sha256": checksums}
         files.write_json(folder / "manifest.json", manifest, indent=1, allow_nan=False)
-        files.sync(folder)
 
     @classmethod
     def load(

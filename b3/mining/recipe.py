@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,15 @@ from b3.config.checks import check
 from b3.console import Progress, bar
 from b3.data.datasets import PairDataset, load_dataset
 from b3.errors import RunError
-from b3.files import Stages, belongs_elsewhere, changes, write_array, write_text
+from b3.files import Stages, belongs_elsewhere, changes, tidy, wait_for, write_array, write_text
+from b3.locks import alone
 from b3.mining.mine import mine, rank_together
 from b3.mining.plan import BatchPlan
 from b3.mining.teacher import (
     forget_teacher,
     keeps_vectors,
     load_teacher,
+    missing_vectors,
     store_vectors,
     teacher_embeddings,
     teacher_key,
@@ -82,18 +84,26 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
 
     check(config)
     jobs = [(entry, load_dataset(config, entry)) for entry in config.data.datasets]
-    missing: list[Job] = []
+    is_there = []
     for entry, dataset in jobs:
-        if (Path(config.mining.dir) / entry.subset / "manifest.json").exists():
+        is_there.append((Path(config.mining.dir) / entry.subset / "manifest.json").exists())
+        if is_there[-1]:
             load_plan(config, entry, dataset)  # refuses one that does not fit, before work starts
-        else:
-            missing.append((entry, dataset))
     fingerprints = {dataset.name: dataset.fingerprint() for _, dataset in jobs}
-    distributed.agree("data", fingerprints, "give every machine the same rows")  # and all have looked for plans by now
-    if keeps_vectors(config):
-        store_vectors(config, jobs)
-    if missing:
-        _mine_plans(config, missing, show_progress and distributed.rank() == 0)
+    distributed.agree("data", fingerprints, "give every machine the same rows")
+    is_there = distributed.gather_objects(is_there)[0]  # other machines may not see a new file yet
+    missing = [job for job, there in zip(jobs, is_there, strict=True) if not there]
+    vectors = missing_vectors(config, jobs) if keeps_vectors(config) else []
+    with ExitStack() as held:
+        if distributed.rank() == 0 and (missing or vectors):
+            held.enter_context(alone(Path(config.mining.dir), "call of mining", "choose another mining.dir"))
+            tidy(Path(config.mining.dir))
+        if vectors:
+            store_vectors(config, vectors)
+        if missing:
+            _mine_plans(config, missing, show_progress and distributed.rank() == 0)
+    for entry, _ in jobs:
+        wait_for(Path(config.mining.dir) / entry.subset / "manifest.json")
     plans = {entry.subset: load_plan(config, entry, dataset) for entry, dataset in jobs}
     page = Path(config.mining.dir) / "report.html"
     sections = [

@@ -16,7 +16,7 @@ from b3.data.datasets import PairDataset
 from b3.data.items import Item
 from b3.data.tables import embedded_teacher, split_source
 from b3.errors import DataError, RunError
-from b3.files import belongs_elsewhere, claim, sampled_sha256, write_array, write_json
+from b3.files import belongs_elsewhere, claim, sampled_sha256, wait_for, write_array, write_json
 from b3.model.checkpoint import sampled_key
 
 SENTENCE_TRANSFORMER = "st:"
@@ -171,7 +171,7 @@ def _stored(config: Config, entry: DatasetConfig, dataset: PairDataset) -> tuple
         "data_fingerprint": dataset.fingerprint(),
     }
     key = teacher_key(config, entry)
-    folder, remedy = Path(config.mining.dir) / VECTORS / entry.subset, "mine into another mining.dir, or delete it"
+    folder, remedy = _stored_at(config, entry), "mine into another mining.dir, or delete it"
     record = claim(folder, facts, "teacher's vectors", remedy, foreign=lambda name: False)
     before = (record or {}).get("teacher_key")
     if None not in (key, before) and key != before:
@@ -179,12 +179,16 @@ def _stored(config: Config, entry: DatasetConfig, dataset: PairDataset) -> tuple
     return folder, {**facts, "teacher_key": key}, record is not None
 
 
-def store_vectors(config: Config, jobs: list[tuple[DatasetConfig, PairDataset]]) -> None:
-    """Encode each data set whose vectors are not below `mining.dir` yet, and keep them there. A collective call."""
-    missing = [job for job in jobs if not _stored(config, *job)[2]]
-    distributed.barrier()  # all have looked before the first is written
-    if not missing:
-        return
+def missing_vectors(
+    config: Config, jobs: list[tuple[DatasetConfig, PairDataset]]
+) -> list[tuple[DatasetConfig, PairDataset]]:
+    """Those whose vectors are not below `mining.dir` yet. A collective call."""
+    is_there = distributed.gather_objects([_stored(config, *job)[2] for job in jobs])[0]
+    return [job for job, there in zip(jobs, is_there, strict=True) if not there]
+
+
+def store_vectors(config: Config, missing: list[tuple[DatasetConfig, PairDataset]]) -> None:
+    """Encode data sets, and keep their vectors below `mining.dir`. A collective call."""
     teacher = load_teacher(config)
     assert teacher is not None, "keeps_vectors"
     for entry, dataset in missing:
@@ -195,7 +199,13 @@ def store_vectors(config: Config, jobs: list[tuple[DatasetConfig, PairDataset]])
                 write_array(folder / f"{side}.npy", array)
             write_json(folder / "manifest.json", facts)
     distributed.barrier()
+    for entry, _ in missing:
+        wait_for(_stored_at(config, entry) / "manifest.json")
     forget_teacher(config)
+
+
+def _stored_at(config: Config, entry: DatasetConfig) -> Path:
+    return Path(config.mining.dir) / VECTORS / entry.subset
 
 
 def _stored_vectors(config: Config, entry: DatasetConfig, dataset: PairDataset) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from b3.console import no_bars
 from b3.files import publish, write_text
+from b3.locks import alone
 from b3.model.embedder import Embedder, locate
 
 # Files of the backbone that say how it is used; copied as they are.
@@ -26,7 +27,12 @@ def export(
         name, adapter, settings: as for `Embedder.from_pretrained`.
         dtype: "float32" or "bfloat16".
     """
-    staged = target.parent / f".{target.name}.tmp"
+    with alone(target, "export", "choose another folder", target.with_name(f".{target.name}.lock")):
+        return _export(name, adapter, target, dtype, **settings)
+
+
+def _export(name: str | Path, adapter: str | Path | None, target: Path, dtype: str, **settings: Any) -> Path:
+    staged = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(staged, ignore_errors=True)
     model = Embedder.from_pretrained(name, adapter, dtype=dtype, device="cpu", attention="sdpa", **settings)
     backbone: Any = model.backbone

@@ -40,12 +40,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from b3 import locks
 from b3.errors import InputError, RunError
 
 # Seconds to wait for a result; a slow store can be given more through the environment.
 TIME_LIMIT = float(os.environ.get("B3_WORKER_SECONDS", "600"))
 TASKS_AHEAD = 3  # tasks per worker that may be under way or finished but not yet taken
 MAPPED_BYTES = 1 << 20  # arrays of a function above this size are mapped from a file
+PREFIX = "b3-pool-"  # of temporary folders
 KEPT_FUNCTIONS = 4  # per worker
 # Imported once, in the server. None of these starts a thread (pyarrow does, so workers import it themselves).
 PRELOAD = ("torch", "transformers.tokenization_utils_tokenizers", "PIL.Image", "b3.data.datasets")
@@ -114,7 +116,7 @@ class WorkerPool:
         self.time_limit = TIME_LIMIT if time_limit is None else time_limit
         self.owner = os.getpid()
         self.is_open = True
-        self.folder = Path(tempfile.mkdtemp(prefix="b3-workers-"))
+        self.folder, lock = _own_folder()
         self.processes: list[int | None] = [None] * num_workers
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._last: tuple[Callable[[Any], Any], _Job] | None = None
@@ -129,12 +131,13 @@ class WorkerPool:
             self.server = subprocess.Popen(
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[life, *fds],
+                pass_fds=[life, lock, *fds],
                 env={**os.environ, **threads, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(life)
+        os.close(lock)  # the server has it, and its forks
         for number, (here, there) in enumerate(pairs):
             there.close()
             threading.Thread(target=self._attend, args=(number, here), daemon=True).start()
@@ -202,6 +205,23 @@ class WorkerPool:
                 self._tasks.put(None)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.server.wait(10)
+            shutil.rmtree(self.folder, ignore_errors=True)  # if the server was killed
+
+
+def _own_folder() -> tuple[Path, int]:
+    """A new temporary folder, and its lock: whose holders were all killed is deleted when the next one is made."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            if locks.take(lock):
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        lock = os.open(folder, os.O_RDONLY)
+        if locks.take(lock) is not False and locks.is_named(lock, folder):
+            return folder, lock
+        os.close(lock)  # taken for a leftover before it was locked
 
 
 _POOLS: dict[int, WorkerPool] = {}
@@ -312,11 +332,13 @@ def _dumps(value: Any, folder: Path | None = None) -> bytes:
 def _write_array(array: Any, folder: Path) -> str:
     import numpy as np
 
+    from b3.files import write_array
+
     digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
     digest.update(np.ascontiguousarray(array).data.cast("B"))
     file = folder / f"{digest.hexdigest()}.npy"
     if not file.exists():
-        np.save(file, array)
+        write_array(file, array, durable=False)
     return str(file)
 
 
@@ -329,6 +351,8 @@ def _mapped_array(file: str) -> Any:
 def _write_column(column: Any, folder: Path) -> str:
     import pyarrow as pa
 
+    from b3.files import atomic
+
     table = pa.table({"column": column})
     digest = hashlib.sha256()
     for chunk in table.column("column").chunks:
@@ -337,7 +361,7 @@ def _write_column(column: Any, folder: Path) -> str:
             digest.update(buffer or b"-")
     file = folder / f"{digest.hexdigest()}.arrow"
     if not file.exists():
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        with atomic(file, durable=False) as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
     return str(file)
 

@@ -42,9 +42,10 @@ _FOLDER = re.compile(r"^checkpoint-(\d+)$")
 STAGING = ".saving"
 DATA = "data.json"
 DEBUG = "debug.json"  # the folder of a debug run holds its model and plans before it starts
-# Keys that may change between the parts of a run: they decide nothing about its weights.
+# Keys that may change between the parts of a run: they decide nothing about its weights. Plans go by what they hold.
 _FREE_KEYS = {
-    "resume", "train.workers", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.trackers",
+    "resume", "output_dir", "mining.dir", "train.workers", "train.save_every", "train.keep_checkpoints",
+    "train.log_every", "train.trackers",
     "train.save_merged", "train.timeout_minutes", "mining.batch_tokens",
 }  # fmt: skip
 _FREE_SECTIONS = ("eval",)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.config import Config, dump_config
-from b3.files import write_json, write_text
-from b3.train.checkpoint import RESULT, plan_digest, read_metrics
+from b3.files import move_in, write_json, write_text
+from b3.train.checkpoint import RESULT, plan_digest, read_metrics, stage
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +25,9 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: lis
     from b3.train.page import write_page
 
     folder = Path(config.output_dir)
-    trainer.embedder.save(folder)
+    staged = stage(folder)
+    trainer.embedder.save(staged)
+    move_in(staged, folder, "adapter_config.json" if config.model.train == "adapter" else "config.json")
     if config.train.save_merged and config.model.train == "adapter":  # a full run's folder is a whole model already
         save_merged(config, folder, trainer.embedder.dtype)
     metrics, evaluations = read_metrics(folder), read_metrics(folder, "evaluation")
@@ -44,7 +45,6 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: lis
     rows = data_rows(datasets, plans)
     tree, recipe = config.model_dump(mode="json"), dump_config(config)
     write_page(folder / "report.html", tree, recipe, rows, environment, metrics, evaluations, result)
-    shutil.rmtree(folder / ".saving", ignore_errors=True)
     write_json(folder / RESULT, result)
 
 

@@ -263,8 +263,9 @@ class Trainer:
         started = time.perf_counter()
         random_states = distributed.gather_objects(checkpoints.random_state())
         if self.is_first:
-            if self.metrics.exists():  # on disk before a checkpoint relies on its lines
-                sync(self.metrics)
+            for log in (self.metrics, self.bad_rows.file):  # on disk before a checkpoint relies on their lines
+                if log.exists():
+                    sync(log)
             staged = checkpoints.stage(self.folder)
             self.embedder.save(staged)
             self.loss.save(staged)

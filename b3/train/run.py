@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ from b3.config import Config
 from b3.config.checks import check
 from b3.data.datasets import load_datasets
 from b3.errors import RunError
-from b3.files import changes, write_json
+from b3.files import changes, tidy, write_json
+from b3.locks import alone
 from b3.train.announce import describe, estimate, memory_note
 from b3.train.build import build_trainer, check_stored_negatives, load_plans
 from b3.train.checkpoint import (
@@ -68,7 +70,7 @@ def train(config: Config) -> Trained:
     if (folder / RESULT).exists() and _steps_done(folder) >= config.train.steps:
         claim_folder(config)
         return Trained(folder, 0.0, already_complete=True)
-    with StopRequest() as request:
+    with StopRequest() as request, ExitStack() as held:
         datasets = load_datasets(config)
         check_stored_negatives(config, datasets)
         plans = load_plans(config, datasets)
@@ -77,7 +79,7 @@ def train(config: Config) -> Trained:
         facts = data_facts(datasets, plans) | weights_facts(config)
         recipe = decisive(config.model_dump(mode="json"))
         distributed.agree("recipe and data", {"recipe": recipe, "data": facts}, "give every machine the same")
-        checkpoint, notes = _claim(config, facts)
+        checkpoint, notes = _claim(config, facts, held)
         sampler.start = 0 if checkpoint is None else checkpoint_step(checkpoint)
         started = time.perf_counter()
         trainer = build_trainer(config, datasets, plans, sampler, request)
@@ -103,14 +105,16 @@ def _steps_done(folder: Path) -> int:
         return 0
 
 
-def _claim(config: Config, facts: dict[str, Any]) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from and what to say about it; decided by the first rank for all.
+def _claim(config: Config, facts: dict[str, Any], held: ExitStack) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from and what to say about it; decided by the first rank, which locks the folder.
 
     `facts` as `claim_folder` takes them.
     """
     found: tuple[str | None, list[str], str | None] = (None, [], None)
     if distributed.rank() == 0:
         try:
+            held.enter_context(alone(Path(config.output_dir), "run", "choose another output_dir"))
+            tidy(Path(config.output_dir))
             notes = claim_folder(config, facts) + other_versions(Path(config.output_dir))
             newest = newest_checkpoint(Path(config.output_dir))
             if newest is not None:

@@ -132,8 +132,12 @@ def test_two_arrays_from_the_command_line(root: Path, capsys: pytest.CaptureFixt
     assert "24 communities of 4" in capsys.readouterr().out
     plan = BatchPlan.load(root / "x")
     assert plan.hard_negatives is not None and plan.hard_negatives.shape == (96, 3)
-    assert script.main(command) == 2
-    assert "holds a batch plan already" in capsys.readouterr().err
+    (root / ".x.stages").mkdir()  # left by a kill after the plan was written
+    assert script.main(command) == 0
+    assert "holds this batch plan already; nothing to do" in capsys.readouterr().out
+    assert not (root / ".x.stages").exists()
+    assert script.main([*command, "--seed", "2"]) == 2
+    assert "holds another batch plan (seed was 1, now 2); choose another --out" in capsys.readouterr().err
     assert script.main(arrays) == 2
     assert "missing: --out" in capsys.readouterr().err
 

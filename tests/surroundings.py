@@ -1,0 +1,117 @@
+"""Surroundings that a machine may have, put into a process before its program runs; all are picklable.
+
+`Late`: a file system over a network that shows new files late. `Clock`: a clock that jumps back. `SmallFiles`: a limit
+on the size of files.
+"""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+import stat as kinds
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Late:
+    """Files below `folder` that another process has renamed are not there for so many seconds, on some ranks."""
+
+    folder: str
+    seconds: float = 3.0
+    ranks: tuple[int, ...] = (1, 2)
+
+    def __call__(self, rank: int) -> None:
+        if rank not in self.ranks:
+            return
+        stat, own = os.stat, set[str]()
+
+        def is_hidden(path: Any) -> bool:
+            if isinstance(path, int):
+                return False
+            name = os.path.abspath(os.fsdecode(path))
+            if not name.startswith(self.folder) or name in own:
+                return False
+            try:
+                status = stat(name)
+            except OSError:
+                return False
+            # renaming a file sets its time of change
+            return not kinds.S_ISDIR(status.st_mode) and time.time() - status.st_ctime < self.seconds
+
+        def reading(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(path: Any, *arguments: Any, **options: Any) -> Any:
+                mode = str(arguments[0] if arguments else options.get("mode", "r"))
+                if set(mode) & set("wax"):
+                    own.add(os.path.abspath(os.fsdecode(path)))
+                elif is_hidden(path):
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
+                return real(path, *arguments, **options)
+
+            return call
+
+        def looking(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(path: Any, *arguments: Any, **options: Any) -> Any:
+                if is_hidden(path):
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fsdecode(path))
+                return real(path, *arguments, **options)
+
+            return call
+
+        def renaming(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(source: Any, target: Any, **options: Any) -> Any:
+                own.add(os.path.abspath(os.fsdecode(target)))
+                return real(source, target, **options)
+
+            return call
+
+        listdir, scandir = os.listdir, os.scandir
+
+        def list_names(path: Any = ".") -> list[str]:
+            return [name for name in listdir(path) if isinstance(path, int) or not is_hidden(os.path.join(path, name))]
+
+        @contextmanager
+        def scan(path: Any = ".") -> Iterator[Iterator[os.DirEntry[str]]]:
+            with scandir(path) as entries:
+                yield (entry for entry in entries if isinstance(path, int) or not is_hidden(entry.path))
+
+        os.stat, os.listdir, os.scandir = looking(stat), list_names, scan  # type: ignore[assignment]
+        os.replace, os.rename = renaming(os.replace), renaming(os.rename)
+        builtins.open = io.open = reading(io.open)  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time of day goes back by a day now and then, and to the year 1970."""
+
+    def __call__(self, rank: int) -> None:
+        real, calls = time.time, 0
+
+        def jumping() -> float:
+            nonlocal calls
+            calls += 1
+            return 1000.0 + calls if calls % 3 == 0 else real() - 86400.0 * (calls % 5)
+
+        time.time = jumping
+
+
+@dataclass(frozen=True)
+class SmallFiles:
+    """No file grows beyond so many bytes."""
+
+    size: int
+
+    def __call__(self, rank: int) -> None:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def is_one_line(text: str) -> bool:
+    """Whether a program that failed said why in one line, and showed no traceback."""
+    return "Traceback" not in text and sum("error: " in line for line in text.splitlines()) == 1
