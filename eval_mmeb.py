@@ -101,9 +101,13 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     add("--resize_min_pixels", type=int, help=f"smallest image, pixels (default: {MIN_PIXELS})")
     add("--resize_max_pixels", type=int, help=f"largest image, pixels (default: {MAX_PIXELS})")
     add("--image_resolution", choices=tuple(RESOLUTIONS), help="square every image: 1344, 672 or 128 pixels per side")
-    add("--per_device_eval_batch_size", type=int, help="upper bound on the items of one forward pass")
+    add("--per_device_eval_batch_size", type=int, help="upper bound on the items with images of one forward pass")
     _switch(parser, "bf16", "bfloat16 weights; otherwise float32")
-    add("--dataloader_num_workers", type=int, default=None, help="processes that read and resize images ahead")
+    add(
+        "--dataloader_num_workers",
+        type=int,
+        help="processes that read and resize images ahead (default: on a GPU the cores of the rank but one, at most 8)",
+    )
     add("--lora_dropout", type=float, help="checked against the adapter")
     add("--lora_target_modules", help="checked against the adapter")
     more = parser.add_argument_group("not in the published program")
@@ -330,8 +334,8 @@ def main(argv: list[str] | None = None) -> int:
         subsets,
         Path(arguments.encode_output_path),
         benchmark=benchmark,
-        max_items=arguments.per_device_eval_batch_size,
-        workers=arguments.dataloader_num_workers or 0,
+        max_media=arguments.per_device_eval_batch_size,
+        workers=arguments.dataloader_num_workers,
         batch_tokens=arguments.batch_tokens,
         explain=arguments.explain,
         progress=True,

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         " the recall against float32 is measured, printed and kept in the manifest",
     )
     model.add_argument("--batch-tokens", type=int, help="tokens of one forward pass")
-    model.add_argument("--workers", type=int, default=0, help="processes that decode images ahead")
+    model.add_argument("--workers", type=int, help="processes that decode images ahead (default: by the device)")
     model.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=True, help="unit length")
     return parser
 

@@ -8,6 +8,7 @@ import json
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from b3.errors import DataError, RunError
 from b3.model.batch import balanced, token_batches
 from b3.model.cache import EmbeddingCache
 from b3.model.encode import Encoder
+from b3.model.workers import workers_for
 
 pytestmark = pytest.mark.core
 
@@ -54,8 +56,40 @@ def test_batches_cover_each_item_once_within_the_budget(lengths: list[int], budg
     assert order == sorted(order, reverse=True)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_workers_change_no_byte(model: Embedder, workers: int) -> None:
+def test_a_bound_on_media_leaves_texts_together() -> None:
+    lengths, has_media = [9, 8, 3, 7, 2, 6], [True, True, False, True, False, False]
+    batches = [batch.tolist() for batch in token_batches(lengths, 100, 2, has_media)]
+    assert batches == [[0, 1], [3, 5, 2, 4]]
+
+
+def test_a_bound_on_media_is_on_what_the_model_is_given(model: Embedder) -> None:
+    sizes = []
+
+    class Noting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+        def __call__(self, batch: Any, *, normalize: bool) -> Any:
+            sizes.append((len(batch), 0 if batch.grids is None else len(batch.grids)))
+            return model(batch, normalize=normalize)
+
+    encoder = Encoder(Noting(), max_media=1)  # type: ignore[arg-type]
+    vectors = encoder.encode(ITEMS)
+    assert max(images for _, images in sizes) == 1 and max(items for items, _ in sizes) > 1
+    assert np.abs(vectors - EXPECTED).max() < 1e-4
+
+
+def test_workers_that_suit_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    assert (workers_for("cpu"), workers_for("cuda")) == (0, 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert workers_for("cuda") == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert workers_for("cuda") == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, None])
+def test_workers_change_no_byte(model: Embedder, workers: int | None) -> None:
     one = Encoder(model, batch_tokens=512).encode(ITEMS)
     assert np.array_equal(Encoder(model, batch_tokens=512, workers=workers).encode(ITEMS), one)
     assert np.abs(one - EXPECTED).max() < 1e-4

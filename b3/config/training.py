@@ -68,7 +68,9 @@ class TrainConfig(Section):
         description="encode equal items of a rank once; auto: only without dropout (else they share a dropout mask)",
     )
     bf16: bool = Field(False, description="bfloat16 autocast")
-    workers: int = Field(0, ge=0, description="processes that decode and tokenise ahead of the step")
+    workers: int = Field(
+        0, ge=0, description="processes that decode and tokenise ahead of the step, and of the teacher"
+    )
     log_every: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
     save_every: int = Field(500, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints that are kept")

@@ -163,8 +163,8 @@ def evaluate(
     folder: Path,
     *,
     benchmark: Benchmark | None = None,
-    max_items: int | None = None,
-    workers: int = 0,
+    max_media: int | None = None,
+    workers: int | None = 0,
     batch_tokens: int | None = None,
     explain: int = 0,
     progress: bool = False,
@@ -177,7 +177,7 @@ def evaluate(
     Args:
         benchmark: loads the rows and has its own leaderboard file and published scores; by default that of the source.
             Its name is one of the facts that decide whose folder it is.
-        max_items, workers, batch_tokens: as in `Encoder`.
+        max_media, workers, batch_tokens: as in `Encoder`.
         explain: also write <subset>_errors.html with so many wrong predictions of each newly scored subset.
 
     Returns the summary of `b3.eval.report.summarise` with `seconds`, `items` and `items_per_second`.
@@ -199,7 +199,7 @@ def evaluate(
     todo = distributed.gather_objects(todo)[0]  # other machines may not see a new file yet
     notes = [note for dataset in datasets.values() if isinstance(dataset, RankedSet) for note in dataset.notes]
     is_ranked = any(isinstance(dataset, RankedSet) for dataset in datasets.values())
-    encoders = _Encoders(spec, facts, folder, batch_tokens=batch_tokens, max_items=max_items, workers=workers)
+    encoders = _Encoders(spec, facts, folder, batch_tokens=batch_tokens, max_media=max_media, workers=workers)
     for name in todo:
         task, dataset = benchmark.task(name), datasets.pop(name)
         _score(folder, task, dataset, encoders.of(task), spec, explain, progress)

@@ -101,7 +101,8 @@ def _load_checkpoint(config: Config) -> Encode:
         "numerics": model.numerics,
         **asdict(model.settings),
     }
-    encoder = Encoder(model, mining.batch_tokens, cache=EmbeddingCache(Path(mining.dir) / CACHE, facts))
+    cache = EmbeddingCache(Path(mining.dir) / CACHE, facts)
+    encoder = Encoder(model, mining.batch_tokens, workers=config.train.workers, cache=cache)
     return lambda items, label: unit(encoder.encode(items, label))
 
 

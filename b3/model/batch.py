@@ -236,20 +236,29 @@ def collate(items: Sequence[Processed]) -> Batch:
 
 
 def token_batches(
-    lengths: Sequence[int] | np.ndarray, batch_tokens: int, max_items: int | None = None
+    lengths: Sequence[int] | np.ndarray,
+    batch_tokens: int,
+    max_items: int | None = None,
+    counts: Sequence[bool] | None = None,
 ) -> list[np.ndarray]:
     """Positions grouped so that the lengths of a group add up to at most `batch_tokens` (a longer one stands alone).
 
-    Longest first, ties in order, so the grouping is a pure function of the lengths.
+    Longest first, ties in order, so the grouping is a pure function of the arguments.
+
+    Args:
+        lengths: tokens of each item.
+        max_items: so many of a group at most.
+        counts: the items that `max_items` is about; None: all.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    counted = np.ones(len(order), dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
     batches: list[np.ndarray] = []
-    start, room = 0, batch_tokens
+    start, room, num_counted = 0, batch_tokens, 0
     for end, position in enumerate(order):
-        room -= int(lengths[position])
-        if end > start and (room < 0 or end - start == max_items):
+        room, num_counted = room - int(lengths[position]), num_counted + int(counted[position])
+        if end > start and (room < 0 or (max_items is not None and num_counted > max_items)):
             batches.append(order[start:end])
-            start, room = end, batch_tokens - int(lengths[position])
+            start, room, num_counted = end, batch_tokens - int(lengths[position]), int(counted[position])
     if len(order):
         batches.append(order[start:])
     return batches

@@ -23,7 +23,7 @@ from b3.console import bar
 from b3.data.items import Item
 from b3.errors import DataError
 from b3.model.batch import balanced, token_batches
-from b3.model.workers import run_ahead
+from b3.model.workers import run_ahead, workers_for
 
 if TYPE_CHECKING:
     import torch
@@ -134,22 +134,25 @@ class Encoder:
         embedder: the model; put into eval mode while encoding.
         batch_tokens: upper bound on the tokens of one forward pass; None: what suits the device.
         max_items: upper bound on the items of one forward pass.
-        workers: processes that decode and tokenise ahead; 0: the main process does it.
+        workers: processes that decode and tokenise ahead; 0: the main process does it; None: what suits the device.
         cache: vectors on disk, or None.
         on_error: "fail", or "skip": an item that cannot be read gets a vector of NaN and is listed in `skipped`.
+        max_media: upper bound on the items with images or videos of one forward pass; texts are short.
     """
 
     embedder: Embeds
     batch_tokens: int | None = None
     max_items: int | None = None
-    workers: int = 0
+    workers: int | None = 0
     cache: EmbeddingCache | None = None
     on_error: str = "fail"
+    max_media: int | None = None
     skipped: dict[str, str] = field(default_factory=dict)
     num_encoded: int = 0  # distinct items that went through the model, over all ranks and calls
 
     def __post_init__(self) -> None:
         self._prepare = _Prepare(self.embedder.processor)
+        self._workers = workers_for(self.embedder.device.type) if self.workers is None else self.workers
 
     def encode(self, items: Iterable[Item], progress: str | None = None) -> np.ndarray:
         """Raw vectors (N, D) float32 in the order of `items`, on every rank.
@@ -200,7 +203,9 @@ class Encoder:
         of_this_list, of_other_lists = self._known(digests, tag, vectors)
         rows = np.flatnonzero(is_usable & ~of_other_lists)
         budget = self._budget(int(lengths[rows].sum()))
-        batches = [rows[batch] for batch in token_batches(lengths[rows], budget, self.max_items)]
+        has_media = [bool(items[row].media) for row in rows]
+        limits = (self.max_items, None) if self.max_media is None else (self.max_media, has_media)
+        batches = [rows[batch] for batch in token_batches(lengths[rows], budget, *limits)]
         todo = [batch for batch in batches if not of_this_list[batch].all()]
         share = [todo[i] for i in balanced(_costs(todo, lengths), distributed.world_size())[distributed.rank()]]
         done, problems = self._encode_batches(vectors, items, digests, tag, share, label, sum(map(len, todo)))
@@ -265,7 +270,7 @@ class Encoder:
             return vectors
 
         tasks = ((rows, [items[row] for row in rows]) for rows in batches)
-        prepared = run_ahead(self._prepare, tasks, self.workers, _describe)
+        prepared = run_ahead(self._prepare, tasks, self._workers, _describe)
         was_training = embedder.training
         embedder.eval()
         try:

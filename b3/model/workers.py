@@ -49,9 +49,21 @@ TASKS_AHEAD = 3  # tasks per worker that may be under way or finished but not ye
 MAPPED_BYTES = 1 << 20  # arrays of a function above this size are mapped from a file
 PREFIX = "b3-pool-"  # of temporary folders
 KEPT_FUNCTIONS = 4  # per worker
+MOST_WORKERS = 8  # of `workers_for`: more decode faster than a GPU encodes
 # Imported once, in the server. None of these starts a thread (pyarrow does, so workers import it themselves).
 PRELOAD = ("torch", "transformers.tokenization_utils_tokenizers", "PIL.Image", "b3.data.datasets")
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+def workers_for(device: str) -> int:
+    """Workers that suit a model on this kind of device: on a GPU this rank's share of the cores but one, else none.
+
+    A model on the CPU needs the cores itself.
+    """
+    if device != "cuda":
+        return 0
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks - 1))
 
 
 def run_ahead(
