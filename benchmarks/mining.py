@@ -64,7 +64,7 @@ def measure_partition(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_rank(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Top 130 of all rows by one arm: ours in bfloat16 or float32, or faiss; a part of the queries, scaled."""
+    """Top 130 of all rows by one arm: ours by kind of product, or faiss; a part of the queries, scaled."""
     from b3.mining.vectors import unit_rows
 
     queries, targets = (unit_rows(np.load(folder / f"{s}.npy", mmap_mode="r"), s) for s in ("queries", "targets"))
@@ -81,7 +81,7 @@ def measure_rank(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     else:
         from b3.mining.search import TileSearch
 
-        search = TileSearch(targets, 130, bfloat16=options["arm"] == "bfloat16")
+        search = TileSearch(targets, 130, options["arm"])
         search(queries[:64])
         start = time.perf_counter()
         ids = np.concatenate([search(queries[i : i + 1024])[0] for i in range(0, count, 1024)])
@@ -200,7 +200,7 @@ def main() -> None:
             ],
         )
     if "rank" in parts:
-        arms = ("bfloat16", "float32", "faiss")
+        arms = ("bfloat16", "int8", "float32", "faiss")
         found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
         for _ in range(arguments.rounds):
             for arm in arms:

@@ -125,26 +125,74 @@ def fast_bfloat16() -> bool:
     )
 
 
-class TileSearch:
-    """On the CPU: products of tiles in bfloat16 where that is fast, in float32 otherwise; candidates by compiled code.
+def fast_int8(dim: int) -> bool:
+    """Whether the CPU multiplies matrices of int8 in hardware, and exactly.
 
-    The error of a rough score is that of rounding both vectors, |q - q'| + |q'| |t - t'| by Cauchy-Schwarz, that of the
-    float32 sum, and that of rounding the result to bfloat16, 2**-9 of its size.
+    torch's product is tried with the largest numbers: without such instructions it adds pairs in 16 bits, and clips.
+    """
+    import torch
+
+    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)() or not hasattr(torch, "_int_mm"):
+        return False
+    ends = torch.full((16, dim), 127, dtype=torch.int8)
+    ends[::2], ends[:, ::3] = -127, 126
+    products: bool = torch.equal(torch._int_mm(ends, ends.T).long(), (ends.double() @ ends.double().T).long())
+    return products
+
+
+COARSE = 0.02  # a rounding error of targets above which int8 would leave too many candidates
+
+
+class TileSearch:
+    """On the CPU: products of tiles in bfloat16 or int8 where fast, else in float32; candidates by compiled code.
+
+    The error of a rough score is that of rounding both vectors, |q - q'| + |q'| |t - t'| by Cauchy-Schwarz; that of the
+    float32 sum (products of int8 are exact); and that of rounding the result to bfloat16, 2**-9 of its size. int8:
+    multiples of 1/127 of a query's largest number, and of the largest of all targets.
+
+    Args:
+        kind: "bfloat16", "int8" or "float32"; None: the fastest that is not too coarse.
     """
 
-    def __init__(self, targets: np.ndarray, depth: int, bfloat16: bool | None = None) -> None:
+    def __init__(self, targets: np.ndarray, depth: int, kind: str | None = None) -> None:
         import torch
 
         self.targets, self.depth = targets, depth
-        self.dtype = torch.bfloat16 if (fast_bfloat16() if bfloat16 is None else bfloat16) else torch.float32
-        self.rough_targets = torch.from_numpy(targets).to(self.dtype)
-        self.target_error = max(
-            float((part - part.to(self.dtype).float()).double().norm(dim=1).max())
-            for part in torch.from_numpy(targets).split(TILE)
-        )
-        self.result_error = 2.0**-9 if self.dtype == torch.bfloat16 else 0.0
+        self.unit = float(max(np.abs(part).max() for part in np.array_split(targets, -(-len(targets) // TILE)))) / 127
+        for self.kind in [kind] if kind else [*(["bfloat16"] if fast_bfloat16() else []), "int8", "float32"]:
+            if kind is None and self.kind == "int8" and not fast_int8(targets.shape[1]):
+                continue
+            rounded = [self._rounded(part, self.unit) for part in torch.from_numpy(targets).split(TILE)]
+            self.target_error = max(float(error.max()) for _, error in rounded)
+            if kind or self.kind != "int8" or self.target_error < COARSE:
+                break
+        self.rough_targets = [part for part, _ in rounded]
+        self.result_error = 2.0**-9 if self.kind == "bfloat16" else 0.0
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads)
+
+    def _rounded(self, vectors: Any, unit: Any) -> tuple[Any, Any]:
+        """(n, D) float32 vectors as this search multiplies them, and the norm (n,) of what that leaves out."""
+        import torch
+
+        if self.kind == "int8":
+            rough = (vectors.double() / unit).round().clamp(-127, 127).to(torch.int8)
+            back = rough.double() * unit
+        else:
+            rough = vectors.to(torch.bfloat16 if self.kind == "bfloat16" else torch.float32)
+            back = rough.double()
+        return rough, (vectors.double() - back).norm(dim=1)
+
+    def _tile(self, queries: Any, targets: Any) -> np.ndarray:
+        """(n, T) rough scores of both `_rounded`, as `b3.mining.search_kernels` reads them."""
+        import torch
+
+        if self.kind == "int8":
+            tile: np.ndarray = torch._int_mm(queries, targets.T).numpy()
+            return tile
+        bits: Any = torch.int16 if self.kind == "bfloat16" else torch.int32
+        tile = (queries @ targets.T).view(bits).numpy()
+        return tile
 
     def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch
@@ -153,10 +201,11 @@ class TileSearch:
 
         count, most = len(queries), self.depth * ROOM
         exact = torch.from_numpy(np.ascontiguousarray(queries))
-        rough = exact.to(self.dtype)
-        rounding = (exact - rough.float()).double().norm(dim=1).numpy()
-        error = 1.01 * (rounding + 1.01 * self.target_error) + error_of_products(queries.shape[1])
-        bits: Any = torch.int16 if self.result_error else torch.int32
+        own_unit = exact.abs().amax(dim=1, keepdim=True).double() / 127
+        rough, left_out = self._rounded(exact, own_unit)
+        rounding: np.ndarray = left_out.numpy()
+        error = 1.01 * (rounding + (1.01 + rounding) * self.target_error) + error_of_products(queries.shape[1])
+        unit = own_unit[:, 0].numpy() * self.unit if self.kind == "int8" else np.zeros(count)
         # Candidates of each query: keys of their rough scores (a key orders floats as integers) and ids, `counts` of
         # them; what has a key up to the floor is ruled out.
         room = most + 2 * TILE
@@ -164,20 +213,20 @@ class TileSearch:
         candidate_ids = np.empty((count, room), dtype=np.int32)
         counts, floors = np.zeros(count, dtype=np.int64), np.full(count, np.iinfo(np.int64).min)
         shares = [slice(s[0], s[-1] + 1) for s in np.array_split(np.arange(count), self.threads) if len(s)]
-        for start in range(0, len(self.targets), TILE):
+        for number, part in enumerate(self.rough_targets):
             with torch.inference_mode(), full_precision():
-                tile: Any = (rough @ self.rough_targets[start : start + TILE].T).view(bits).numpy()
+                tile = self._tile(rough, part)
 
-            def add(s: slice, tile: Any = tile, start: int = start) -> None:
+            def add(s: slice, tile: Any = tile, start: int = number * TILE) -> None:
                 candidates = keys[s], candidate_ids[s], counts[s], floors[s]
-                collect(tile[s], start, *candidates, error[s], self.result_error, self.depth, most)
+                collect(tile[s], start, *candidates, error[s], self.result_error, unit[s], self.depth, most)
 
             list(self.pool.map(add, shares))
         ids, scores = np.empty((count, self.depth), dtype=np.int64), np.empty((count, self.depth))
 
         def rank(s: slice) -> None:
             candidates = keys[s], candidate_ids[s], counts[s]
-            finish(queries[s], self.targets, *candidates, error[s], self.result_error, ids[s], scores[s])
+            finish(queries[s], self.targets, *candidates, error[s], self.result_error, unit[s], ids[s], scores[s])
 
         list(self.pool.map(rank, shares))
         in_full(queries, self.targets, np.flatnonzero(counts < 0), ids, scores)

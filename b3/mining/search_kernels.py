@@ -1,7 +1,8 @@
 """Compiled loops: candidates out of tiles of rough scores, their exact ranking, and where a target is ranked.
 
-Rough scores arrive as the bits of bfloat16 (int16) or float32 (int32). Flipping the lower bits of negative ones gives
-keys that order as the floats do, so that a comparison of integers finds candidates. All functions release the
+Rough scores arrive as the bits of bfloat16 (int16) or float32 (int32), or as products of integers (int32). Flipping the
+lower bits of negative floats gives keys that order as the floats do, so that a comparison of integers finds candidates;
+integers are their own keys, each worth the `unit` of its query, which is 0 for floats. All functions release the
 interpreter's lock and write only to the rows that they are given.
 """
 
@@ -18,9 +19,11 @@ def _jit(function: Any) -> Any:
 
 
 @_jit
-def _value(key, narrow):  # type: ignore[no-untyped-def]
-    """The float that a key stands for; `narrow`: bfloat16."""
+def _value(key, narrow, unit):  # type: ignore[no-untyped-def]
+    """The score that a key stands for; `narrow`: bfloat16."""
     bits = np.int64(key)
+    if unit > 0:
+        return bits * unit
     if bits < 0:
         bits = bits ^ (0x7FFF if narrow else 0x7FFFFFFF)
     if narrow:
@@ -29,8 +32,10 @@ def _value(key, narrow):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _key(value, narrow):  # type: ignore[no-untyped-def]
-    """A key below that of every float of at least `value`, by at most two."""
+def _key(value, narrow, unit):  # type: ignore[no-untyped-def]
+    """A key below that of every score of at least `value`, by at most two."""
+    if unit > 0:
+        return np.int64(np.floor(value / unit)) - 1
     bits = np.int64(np.array([value]).astype(np.float32).view(np.int32)[0])
     if bits < 0:
         bits = bits ^ 0x7FFFFFFF
@@ -39,15 +44,15 @@ def _key(value, narrow):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _floor(keys, depth, error, result_error, narrow):  # type: ignore[no-untyped-def]
+def _floor(keys, depth, error, result_error, narrow, unit):  # type: ignore[no-untyped-def]
     """Key up to which no target can belong to the top `depth`, given the keys of at least `depth` others.
 
     With r the depth-th best rough score before its rounding, at least `depth` targets score r - e exactly; one that
     reaches this has a rough score of at least r - 2e before its own rounding.
     """
-    best = _value(np.partition(keys, len(keys) - depth)[len(keys) - depth], narrow)
+    best = _value(np.partition(keys, len(keys) - depth)[len(keys) - depth], narrow, unit)
     lowest = best - 1.01 * result_error * abs(best) - 2 * error
-    return _key(lowest - 1.01 * result_error * abs(lowest), narrow)
+    return _key(lowest - 1.01 * result_error * abs(lowest), narrow, unit)
 
 
 @_jit
@@ -75,7 +80,7 @@ def _add(scores, first, floor, low, flip, keys, ids, count):  # type: ignore[no-
     """Append what exceeds the floor; returns the number of candidates. `low`: the floor in the type of the scores."""
     for start in range(0, len(scores), 64):
         end = min(start + 64, len(scores))
-        # The bits of a negative float are below any floor of at least 0, flipped or not.
+        # The bits of a negative score are below any floor of at least 0, flipped or not.
         if floor >= 0 and end - start == 64 and not _any_above(scores, start, low):
             continue
         for j in range(start, end):
@@ -88,27 +93,27 @@ def _add(scores, first, floor, low, flip, keys, ids, count):  # type: ignore[no-
 
 
 @_jit
-def collect(tile, first, keys, ids, counts, floors, error, result_error, depth, most):  # type: ignore[no-untyped-def]
+def collect(tile, first, keys, ids, counts, floors, error, result_error, unit, depth, most):  # type: ignore[no-untyped-def]
     """Add the targets of a tile that may belong to the top `depth` of each query.
 
     Args:
-        tile: (n, T) bits of the rough scores of targets first, first + 1, ...
+        tile: (n, T) rough scores of targets first, first + 1, ..., as above; unit: (n,).
         keys, ids (n, room), counts (n,), floors (n,): candidates so far : see `b3.mining.search.TileSearch`, changed.
         error: (n,) of a rough score before its own rounding; `result_error`: that rounding, relative.
         most: candidates of a query before they are thinned out. A query with more left than the room allows gets a
             count of -1.
     """
     narrow = tile.itemsize == 2
-    flip = 0x7FFF if narrow else 0x7FFFFFFF
     for i in range(tile.shape[0]):
         if counts[i] < 0 or counts[i] + tile.shape[1] > keys.shape[1]:
             counts[i] = -1
             continue
+        flip = 0 if unit[i] > 0 else 0x7FFF if narrow else 0x7FFFFFFF
         low = tile[i, :1].copy()
         low[0] = max(floors[i], 0)
         count = _add(tile[i], first, floors[i], low[0], flip, keys[i], ids[i], counts[i])
         if count > most:
-            floors[i] = max(floors[i], _floor(keys[i, :count], depth, error[i], result_error, narrow))
+            floors[i] = max(floors[i], _floor(keys[i, :count], depth, error[i], result_error, narrow, unit[i]))
             count = _thin_out(keys[i], ids[i], count, floors[i])
         counts[i] = count
 
@@ -123,12 +128,12 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def finish(queries, targets, keys, ids, counts, error, result_error, best_ids, best_scores):  # type: ignore[no-untyped-def]
+def finish(queries, targets, keys, ids, counts, error, result_error, unit, best_ids, best_scores):  # type: ignore[no-untyped-def]
     """Rank the candidates of each query by exact score, ties by id; rows with a count of -1 are left alone.
 
     Args:
         queries (n, D), targets (U, D): float32 on the grid.
-        keys, ids, counts, error, result_error: as in `collect`.
+        keys, ids, counts, error, result_error, unit: as in `collect`.
         best_ids (n, depth) int64, best_scores (n, depth) float64: the result.
     """
     narrow = keys.itemsize == 2
@@ -136,7 +141,7 @@ def finish(queries, targets, keys, ids, counts, error, result_error, best_ids, b
     for i in range(len(queries)):
         if counts[i] < 0:
             continue
-        floor = _floor(keys[i, : counts[i]], depth, error[i], result_error, narrow)
+        floor = _floor(keys[i, : counts[i]], depth, error[i], result_error, narrow, unit[i])
         count = _thin_out(keys[i], ids[i], counts[i], floor)
         candidates = np.sort(ids[i, :count])  # then a stable sort by score breaks ties by id
         scores = np.empty(count)

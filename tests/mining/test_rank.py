@@ -39,8 +39,9 @@ def test_ranks_equal_exact_arithmetic_with_ties_and_duplicates(rows: int, dim: i
 
 
 SEARCHES = {
-    "bfloat16": lambda t, d: search.TileSearch(t, d, bfloat16=True),
-    "float32": lambda t, d: search.TileSearch(t, d, bfloat16=False),
+    "bfloat16": lambda t, d: search.TileSearch(t, d, "bfloat16"),
+    "int8": lambda t, d: search.TileSearch(t, d, "int8"),
+    "float32": lambda t, d: search.TileSearch(t, d, "float32"),
     "device": lambda t, d: search.DeviceSearch(t, d, "cpu"),
 }
 

@@ -98,42 +98,35 @@ def refine(
             break
     if sum(gains) <= 0:
         return groups, []
-    return state.rows[:, GROUP].astype(np.int64), gains
+    return state.groups.astype(np.int64), gains
 
 
 class _State(NamedTuple):
-    """Arrays that the passes share; N rows, C communities, U targets; int32 unless said.
-
-    What a visit reads of a row, or of a community, lies side by side: its time is that of fetching it. Indices are
-    unsigned, which spares the compiled code a look at their sign.
-    """
+    """Arrays that the passes share; N rows, C communities, U targets; int32 unless said."""
 
     indptr: np.ndarray  # int64
-    indices: np.ndarray  # uint32
+    indices: np.ndarray
     weights: np.ndarray  # int8
-    rows: np.ndarray  # (N, 4): `GROUP`, `TO_HOME`, `STAY`, `TARGET`
+    targets: np.ndarray  # (N,)
+    groups: np.ndarray  # (N,) community of each row
+    members: np.ndarray  # (C, K)
     copies: np.ndarray  # (N,) other members of the own community with the same target
-    members: np.ndarray  # (C, K) uint32
-    parts: np.ndarray  # (C, 4): `LEAST`, `PULL`, `LINKED`, `SEEN`
+    stay: np.ndarray  # (N,) what the row contributes where it is: weight to its community minus the cost of copies
+    least: np.ndarray  # (C,) smallest `stay` of the members, or less
+    to_home: np.ndarray  # (N,) weight of each row to the visited community, 0 outside a visit
+    pull: np.ndarray  # (C,) largest `to_home - stay` of the members with an edge to the visited community, or more
+    linked: np.ndarray  # (C,) weight of each community to the row being moved
+    seen: np.ndarray  # (C,) bool: whether `linked` is set
     in_home: np.ndarray  # (U,) members of the visited community with each target, 0 outside a visit
-    touched: np.ndarray  # (C,) uint32, room for the communities with a `PULL`
-    candidates: np.ndarray  # (C,) uint32, room for the communities that a row could move to
-    bounds: np.ndarray  # (C,) room for the most that each of them could gain
+    touched: np.ndarray  # (C,) room for the communities with a `pull`
+    candidates: np.ndarray  # (C,) room for the communities that a row could move to
     crowded: bool  # whether any target occurs twice
-
-
-# Of a row: its community; its weight to the visited community, 0 outside a visit; what it contributes where it is, that
-# is its weight to its community minus the cost of copies; its target.
-GROUP, TO_HOME, STAY, TARGET = 0, 1, 2, 3
-# Of a community: the smallest `STAY` of its members, or less; the largest `TO_HOME - STAY` of the members with an edge
-# to the visited community, or more, `NOTHING` without one; its weight to the row being moved; whether that is set.
-LEAST, PULL, LINKED, SEEN = 0, 1, 2, 3
 
 
 def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int) -> _State:
     """The state before the first pass, of `groups` (N,) and distinct `targets` (N,)."""
     count = len(groups)
-    members = np.argsort(groups, kind="stable").reshape(num_parts, -1).astype(np.uint32)
+    members = np.argsort(groups, kind="stable").reshape(num_parts, -1).astype(np.int32)
     sources = graph.sources()
     is_inside = groups[sources] == groups[graph.indices]
     inside = np.bincount(sources[is_inside], weights=graph.weights[is_inside], minlength=count).astype(np.int32)
@@ -141,19 +134,17 @@ def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int
     _, group, sizes = np.unique(groups * (int(targets.max()) + 1) + targets, return_inverse=True, return_counts=True)
     copies = (sizes[group.ravel()] - 1).astype(np.int32)
     stay = inside - DUPLICATE_COST * copies
-    rows = np.stack([groups, np.zeros_like(groups), stay, targets], axis=1).astype(np.int32)
-    parts = np.zeros((num_parts, 4), dtype=np.int32)
-    parts[:, LEAST], parts[:, PULL] = stay[members].min(axis=1), NOTHING
-    room = np.zeros(num_parts, dtype=np.uint32)
+    parts = np.zeros(num_parts, np.int32)
     return _State(
-        graph.indptr, graph.indices.astype(np.uint32), graph.weights, rows, copies, members, parts,
-        np.zeros(int(targets.max()) + 1, np.int32), room, room.copy(), np.zeros(num_parts, np.int32),
+        graph.indptr, graph.indices, graph.weights, targets.astype(np.int32), groups.astype(np.int32), members, copies,
+        stay, stay[members].min(axis=1), np.zeros(count, np.int32), np.full(num_parts, NOTHING), parts.copy(),
+        np.zeros(num_parts, np.bool_), np.zeros(int(targets.max()) + 1, np.int32), parts.copy(), parts.copy(),
         bool((np.bincount(targets) > 1).any()),
     )  # fmt: skip
 
 
 def _jit(function: Any) -> Any:
-    return numba.njit(cache=True, nogil=True)(function)
+    return numba.njit(cache=True)(function)
 
 
 @_jit
@@ -168,53 +159,59 @@ def _uniform(stream):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _weight(state, row, other):  # type: ignore[no-untyped-def]
+def _weight(indptr, indices, weights, row, other):  # type: ignore[no-untyped-def]
     """Weight of the edge between two rows, 0 if there is none."""
-    low, end = state.indptr[row], state.indptr[row + 1]
+    low, end = indptr[row], indptr[row + 1]
     high = end
     while low < high:
         middle = (low + high) >> 1
-        if state.indices[middle] < other:
+        if indices[middle] < other:
             low = middle + 1
         else:
             high = middle
-    return np.int32(state.weights[low]) if low < end and state.indices[low] == other else np.int32(0)
+    return np.int32(weights[low]) if low < end and indices[low] == other else np.int32(0)
 
 
 @_jit
-def _copies(state, part, row):  # type: ignore[no-untyped-def]
+def _copies(targets, members, row):  # type: ignore[no-untyped-def]
     """Members of a community other than `row` that have its target."""
-    num, target = 0, state.rows[row, TARGET]
-    for k in range(state.members.shape[1]):
-        v = state.members[part, k]
-        if v != row and state.rows[v, TARGET] == target:
+    num = 0
+    for v in members:
+        if v != row and targets[v] == targets[row]:
             num += 1
     return num
 
 
 @_jit
-def _offer(state, row, num):  # type: ignore[no-untyped-def]
-    """Raise the `PULL` of a row's community to what the row offers; returns the number of communities touched."""
-    part, offer = np.uint32(state.rows[row, GROUP]), state.rows[row, TO_HOME] - state.rows[row, STAY]
-    if offer > state.parts[part, PULL]:
-        if state.parts[part, PULL] == NOTHING:
-            state.touched[num] = part
-            num += 1
-        state.parts[part, PULL] = offer
+def _offers(groups, to_home, stay, pull, touched, rows, num):  # type: ignore[no-untyped-def]
+    """Raise `pull` of the communities of `rows` to what these offer; returns the number of communities touched."""
+    for v in rows:
+        part, offer = groups[v], to_home[v] - stay[v]
+        if offer > pull[part]:
+            if pull[part] == NOTHING:
+                touched[num] = part
+                num += 1
+            pull[part] = offer
     return num
+
+
+@_jit
+def _raise_pull(state, row, num):  # type: ignore[no-untyped-def]
+    """`_offers` of the neighbours of a row."""
+    neighbours = state.indices[state.indptr[row] : state.indptr[row + 1]]
+    return _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, neighbours, num)
 
 
 @_jit
 def _enter(state, home):  # type: ignore[no-untyped-def]
-    """Fill `in_home`, `TO_HOME`, `PULL` for the visited community; returns the number of communities with a `PULL`."""
+    """Fill `in_home`, `to_home`, `pull` for the visited community; returns the number of communities with a `pull`."""
     num = 0
-    for k in range(state.members.shape[1]):
-        i = state.members[home, k]
-        state.in_home[state.rows[i, TARGET]] += 1
+    for i in state.members[home]:
+        state.in_home[state.targets[i]] += 1
         for e in range(state.indptr[i], state.indptr[i + 1]):
-            v = state.indices[e]
-            state.rows[v, TO_HOME] += state.weights[e]
-            num = _offer(state, v, num)  # the last one for each row is the whole
+            state.to_home[state.indices[e]] += state.weights[e]
+    for i in state.members[home]:
+        num = _raise_pull(state, i, num)
     return num
 
 
@@ -222,152 +219,116 @@ def _enter(state, home):  # type: ignore[no-untyped-def]
 def _leave_home(state, home, num):  # type: ignore[no-untyped-def]
     """Clear what `_enter` filled."""
     for k in range(num):
-        state.parts[state.touched[k], PULL] = NOTHING
-    least = state.rows[state.members[home, 0], STAY]
-    for k in range(state.members.shape[1]):
-        i = state.members[home, k]
-        least = min(least, state.rows[i, STAY])
-        state.in_home[state.rows[i, TARGET]] = 0
+        state.pull[state.touched[k]] = NOTHING
+    least = state.stay[state.members[home, 0]]
+    for i in state.members[home]:
+        least = min(least, state.stay[i])
+        state.in_home[state.targets[i]] = 0
         for e in range(state.indptr[i], state.indptr[i + 1]):
-            state.rows[state.indices[e], TO_HOME] = 0
-    state.parts[home, LEAST] = least
+            state.to_home[state.indices[e]] = 0
+    state.least[home] = least
 
 
 @_jit
 def _find_candidates(state, order, turn, row):  # type: ignore[no-untyped-def]
-    """Fill `LINKED`, `SEEN`, `candidates` for a row; returns the number of candidates, the own community included."""
+    """Fill `linked`, `seen`, `candidates` for a row; returns the number of candidates, the own community included."""
     num = 0
     for e in range(state.indptr[row], state.indptr[row + 1]):
-        part = np.uint32(state.rows[state.indices[e], GROUP])
-        if state.parts[part, SEEN] == 0:
-            state.parts[part, SEEN] = 1
-            state.parts[part, LINKED] = 0
+        part = state.groups[state.indices[e]]
+        if not state.seen[part]:
+            state.seen[part] = True
+            state.linked[part] = 0
             state.candidates[num] = part
             num += 1
-        state.parts[part, LINKED] += state.weights[e]
+        state.linked[part] += state.weights[e]
     if state.copies[row] == 0:
         return num
     for k in range(1, 9):  # away from a copy, a community without an edge may do: try some
-        part = np.uint32(order[(turn + (k if order.size < 10 else k * k * 7919)) % order.size])  # few: each of them
-        if state.parts[part, SEEN] == 0:
-            state.parts[part, SEEN] = 1
-            state.parts[part, LINKED] = 0
+        part = order[(turn + (k if order.size < 10 else k * k * 7919)) % order.size]  # where few: each of them
+        if not state.seen[part]:
+            state.seen[part] = True
+            state.linked[part] = 0
             state.candidates[num] = part
             num += 1
     return num
 
 
 @_jit
-def _best_member(state, row, away, cost, best):  # type: ignore[no-untyped-def]
-    """The first member of a community with which a swap of `row` gains most, above `best`: (gain, slot or -1)."""
-    side, slot = state.parts[away, LINKED] - state.rows[row, STAY], -1
-    there = _copies(state, away, row) if state.crowded else 0
-    for k in range(state.members.shape[1]):
-        v = state.members[away, k]
-        # both rows gain what they find minus what they leave; the edge between them is lost twice
-        gain = side + state.rows[v, TO_HOME] - state.rows[v, STAY]
-        if gain <= best:
+def _best_swap(state, row, home, num, cost, floor):  # type: ignore[no-untyped-def]
+    """The swap of `row` with a member of a candidate community that gains most, above `floor`: (gain, partner)."""
+    best, partner = floor, -1
+    for k in range(num):
+        away = state.candidates[k]
+        side = state.linked[away] - state.stay[row]
+        # No member offers more than `pull` (those with an edge to the visited community) or `-least` (the others).
+        if away == home or side + max(state.pull[away], -state.least[away]) <= best:
             continue
-        if state.crowded:
-            same = 1 if state.rows[v, TARGET] == state.rows[row, TARGET] else 0
-            gain -= cost * (there - same + state.in_home[state.rows[v, TARGET]] - same)
-        if state.rows[v, TO_HOME] != 0:
-            gain -= 2 * _weight(state, row, v)
-        if gain > best:
-            best, slot = gain, k
-    return best, slot
+        there = _copies(state.targets, state.members[away], row) if state.crowded else 0
+        for v in state.members[away]:
+            # both rows gain what they find minus what they leave; the edge between them is lost twice
+            gain = side + state.to_home[v] - state.stay[v]
+            if gain <= best:
+                continue
+            if state.crowded:
+                same = 1 if state.targets[v] == state.targets[row] else 0
+                gain -= cost * (there - same + state.in_home[state.targets[v]] - same)
+            if state.to_home[v] != 0:
+                gain -= 2 * _weight(state.indptr, state.indices, state.weights, row, v)
+            if gain > best:
+                best, partner = gain, v
+    return best, partner
 
 
 @_jit
-def _best_swap(state, row, home, num, cost, floor):  # type: ignore[no-untyped-def]
-    """The swap of `row` that gains most, above `floor`: (gain, community, slot), slot -1 if there is none.
-
-    Of equal gains the first candidate counts. Bounds decide what need not be looked at, and the candidate with the
-    largest bound is looked at first: mostly none of the others can gain as much.
-    """
-    first, most = -1, floor
-    for k in range(num):
-        away = state.candidates[k]
-        # No member offers more than `PULL` (those with an edge to the visited community) or `-LEAST` (the others).
-        offer = max(state.parts[away, PULL], -state.parts[away, LEAST])
-        state.bounds[k] = state.parts[away, LINKED] - state.rows[row, STAY] + offer
-        if away != home and state.bounds[k] > most:
-            first, most = k, np.float64(state.bounds[k])
-    if first < 0:
-        return floor, 0, -1
-    best, slot = _best_member(state, row, state.candidates[first], cost, floor)
-    place = first if slot >= 0 else num
-    for k in range(num):
-        # an earlier candidate wins with an equal gain, a later one must gain more
-        limit = best - 1 if k < place < num else best
-        if k != first and state.candidates[k] != home and state.bounds[k] > limit:
-            gain, found = _best_member(state, row, state.candidates[k], cost, limit)
-            if found >= 0:
-                best, slot, place = gain, found, k
-    return best, state.candidates[place] if place < num else 0, slot
+def _move(state, row, other, home, away):  # type: ignore[no-untyped-def]
+    """Account for `row` going from `home` to `away` in what its neighbours contribute, `other` excepted."""
+    for e in range(state.indptr[row], state.indptr[row + 1]):
+        v, w = state.indices[e], state.weights[e]
+        if v != other:
+            if state.groups[v] == home:
+                state.stay[v] -= w
+            elif state.groups[v] == away:
+                state.stay[v] += w
 
 
 @_jit
 def _recount(state, part, cost):  # type: ignore[no-untyped-def]
     """Count the copies in a community again."""
-    for k in range(state.members.shape[1]):
-        v = state.members[part, k]
-        copies = _copies(state, part, v)
-        state.rows[v, STAY] -= cost * (copies - state.copies[v])
+    for v in state.members[part]:
+        copies = _copies(state.targets, state.members[part], v)
+        state.stay[v] -= cost * (copies - state.copies[v])
         state.copies[v] = copies
 
 
 @_jit
-def _leave(state, row, other, home, away):  # type: ignore[no-untyped-def]
-    """Account for `row` going from `home`, the visited community, to `away` in its neighbours, `other` excepted."""
-    for e in range(state.indptr[row], state.indptr[row + 1]):
-        v, w = state.indices[e], state.weights[e]
-        state.rows[v, TO_HOME] -= w
-        if v != other:
-            if state.rows[v, GROUP] == home:
-                state.rows[v, STAY] -= w
-            elif state.rows[v, GROUP] == away:
-                state.rows[v, STAY] += w
-
-
-@_jit
-def _join(state, row, other, home, away, num):  # type: ignore[no-untyped-def]
-    """The same for a row that comes to `home` from `away`; its neighbours offer anew."""
-    for e in range(state.indptr[row], state.indptr[row + 1]):
-        v, w = state.indices[e], state.weights[e]
-        state.rows[v, TO_HOME] += w
-        if v != other:
-            if state.rows[v, GROUP] == away:
-                state.rows[v, STAY] -= w
-            elif state.rows[v, GROUP] == home:
-                state.rows[v, STAY] += w
-        num = _offer(state, v, num)
-    return num
-
-
-@_jit
-def _swap(state, home, slot, away, place, cost, num):  # type: ignore[no-untyped-def]
-    """Exchange two rows by their communities and slots; returns the number of communities touched."""
-    i, j = state.members[home, slot], state.members[away, place]
-    between = _weight(state, i, j)
-    inside_i, inside_j = state.parts[away, LINKED] - between, state.rows[j, TO_HOME] - between
-    _leave(state, i, j, home, away)
-    state.rows[i, STAY], state.rows[j, STAY] = inside_i, inside_j
+def _swap(state, i, j, home, slot, cost, num):  # type: ignore[no-untyped-def]
+    """Exchange row i of the visited community (at `slot`) with row j of another; returns the communities touched."""
+    away, between = state.groups[j], _weight(state.indptr, state.indices, state.weights, i, j)
+    inside_i, inside_j = state.linked[away] - between, state.to_home[j] - between
+    _move(state, i, j, home, away)
+    _move(state, j, i, away, home)
+    state.stay[i], state.stay[j] = inside_i, inside_j
     state.copies[i], state.copies[j] = 0, 0
-    state.rows[i, GROUP], state.rows[j, GROUP] = away, home
-    num = _join(state, j, i, home, away, num)
-    state.in_home[state.rows[i, TARGET]] -= 1
-    state.in_home[state.rows[j, TARGET]] += 1
-    state.members[home, slot], state.members[away, place] = j, i
+    for e in range(state.indptr[i], state.indptr[i + 1]):
+        state.to_home[state.indices[e]] -= state.weights[e]
+    for e in range(state.indptr[j], state.indptr[j + 1]):
+        state.to_home[state.indices[e]] += state.weights[e]
+    state.in_home[state.targets[i]] -= 1
+    state.in_home[state.targets[j]] += 1
+    state.groups[i], state.groups[j] = away, home
+    state.members[home, slot] = j
+    for q in range(state.members.shape[1]):
+        if state.members[away, q] == j:
+            state.members[away, q] = i
     if state.crowded:
         _recount(state, home, cost)
         _recount(state, away, cost)
-    least = state.rows[i, STAY]
-    for k in range(state.members.shape[1]):
-        v = state.members[away, k]
-        num = _offer(state, v, num)
-        least = min(least, state.rows[v, STAY])
-    state.parts[away, LEAST] = least
+    num = _raise_pull(state, j, num)
+    num = _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, state.members[away], num)
+    least = state.stay[i]
+    for v in state.members[away]:
+        least = min(least, state.stay[v])
+    state.least[away] = least
     return num
 
 
@@ -376,17 +337,17 @@ def _pass(state, order, temperature, cost, stream):  # type: ignore[no-untyped-d
     """One visit to every community in the given order; returns the gain of the objective."""
     total = 0
     for turn in range(order.size):
-        home = np.uint32(order[turn])
+        home = order[turn]
         touched = _enter(state, home)
         for slot in range(state.members.shape[1]):
             i = state.members[home, slot]
             num = _find_candidates(state, order, turn, i)
             floor = temperature * np.log(_uniform(stream)) if temperature > 0 else 0.0
-            gain, away, place = _best_swap(state, i, home, num, cost, floor)
-            if place >= 0:
+            gain, j = _best_swap(state, i, home, num, cost, floor)
+            if j >= 0:
                 total += int(gain)
-                touched = _swap(state, home, slot, np.uint32(away), place, cost, touched)
+                touched = _swap(state, i, j, home, slot, cost, touched)
             for k in range(num):
-                state.parts[state.candidates[k], SEEN] = 0
+                state.seen[state.candidates[k]] = False
         _leave_home(state, home, touched)
     return total
