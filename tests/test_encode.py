@@ -7,11 +7,13 @@ import io
 import json
 import os
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from golden_data import GOLDEN, cases, checkpoint, item
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,9 +23,11 @@ from safetensors.numpy import load_file
 
 import eval_mmeb
 from b3 import Embedder
+from b3.data.digests import joined
 from b3.data.items import Item
+from b3.data.lazy import Lazy
 from b3.errors import DataError, RunError
-from b3.model.batch import balanced, token_batches
+from b3.model.batch import Batch, Grid, Processor, Tokens, balanced, token_batches
 from b3.model.cache import EmbeddingCache
 from b3.model.encode import Encoder
 from b3.model.workers import workers_for
@@ -248,8 +252,11 @@ def test_memory_holds_the_vectors_of_one_list(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         for number in range(5):
-            digests = [hashlib.sha256(f"{number} {row}".encode()).digest() for row in range(rows)]
-            tag, vectors = digests[0][:16], np.random.default_rng(number).normal(size=(rows, dim)).astype(np.float32)
+            digests = joined((hashlib.sha256(f"{number} {row}".encode()).digest() for row in range(rows)), 32)
+            tag, vectors = (
+                bytes(digests[0, :16]),
+                np.random.default_rng(number).normal(size=(rows, dim)).astype(np.float32),
+            )
             before = tracemalloc.get_traced_memory()[0] - vectors.nbytes
             for cache in ranks:
                 cache.lookup(digests, tag, np.empty_like(vectors))
@@ -263,7 +270,7 @@ def test_memory_holds_the_vectors_of_one_list(tmp_path: Path) -> None:
             lists.append((digests, tag, hashlib.sha256(vectors).digest()))
             del vectors
             held.append(tracemalloc.get_traced_memory()[0])
-            assert peak > 2 * size, "what is to be let go was not there"
+            assert peak > 1.9 * size, "what is to be let go was not there"
         assert held[-1] - held[0] < size / 2  # four lists of two ranks would be eight times `size`
     finally:
         tracemalloc.stop()
@@ -286,3 +293,51 @@ def test_ranks_share_tokens_not_batches(ranks: int) -> None:
     sums = [sum(costs[position] for position in part) for part in parts]
     assert max(sums) - min(sums) <= max(costs)
     assert max(sums) < 1.1 * sum(costs) / ranks
+
+
+class Letters(Processor):
+    """Texts to tokens, one per letter."""
+
+    def check(self, item: Item) -> None: ...
+
+    def save_pretrained(self, folder: str | Path) -> None: ...
+
+    def tokens(self, item: Item, grids: Sequence[Grid]) -> Tokens:
+        return Tokens.of_text(np.frombuffer((item.text or "").encode(), dtype=np.uint8).astype(np.int64))
+
+
+class Sums:
+    """A model of no weight: a vector has the sum of the tokens in it."""
+
+    processor, dim, device, training = Letters(), 4, torch.device("cpu"), False
+
+    def __call__(self, batch: Batch, /, *, normalize: bool) -> torch.Tensor:
+        sums = torch.segment_reduce(batch.input_ids.float(), "sum", lengths=torch.tensor(batch.lengths))
+        return sums[:, None].repeat(1, self.dim)
+
+    def train(self, mode: bool = True) -> None: ...
+
+    def eval(self) -> None: ...
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_row_costs_bytes_beside_its_vector(tmp_path: Path, copies: int) -> None:
+    """Peaks of what Python allocates, cache included, for few and for four times as many rows."""
+
+    def text(row: int) -> str:
+        return f"row {row // copies}"
+
+    def peak(rows: int) -> int:
+        cache = EmbeddingCache(tmp_path / str(rows), FACTS)
+        tracemalloc.start()
+        try:
+            vectors = Encoder(Sums(), cache=cache).encode(Lazy(lambda row: Item(text(row)), range(rows)))
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert vectors[:, 0].tolist() == [sum(text(row).encode()) for row in range(rows)]
+        return most
+
+    peak(100)
+    few, many = 4_000, 16_000
+    assert (peak(many) - peak(few)) / (many - few) < 350  # with objects per row it was 1,900

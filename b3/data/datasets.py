@@ -23,6 +23,7 @@ from b3.data.samples import images_digest
 from b3.data.tables import (
     EVAL_COLUMNS,
     PAIR_COLUMNS,
+    blocks_of,
     check_eval,
     check_pairs,
     check_rows,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-FINGERPRINT_ROWS = 1 << 16  # read at a time
 
 
 class PairDataset:
@@ -142,11 +142,10 @@ class PairDataset:
     @cached_property  # a run asks for it several times, and it reads every row
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(self.target_prefix.encode())
-        for name in sorted(self._columns):
-            digest.update(name.encode())
-            column = self._columns[name]
-            for start in range(0, len(column), FINGERPRINT_ROWS):
-                for value in column.slice(start, FINGERPRINT_ROWS).to_pylist():
+        for column in sorted(self._columns):
+            digest.update(column.encode())
+            for block in blocks_of(self._columns[column]):
+                for value in block.to_pylist():
                     digest.update(_joined(value).encode() + b"\0")
         return digest.hexdigest()
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from b3.data import mixes
+from b3.data.tables import blocks_of
 from b3.errors import DataError
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ def to_pairs(table: pa.Table, form: str, where: str) -> pa.Table:
     """A table of `form` in the columns of mmeb. Raises `DataError` naming the first row that does not fit."""
     if form == "mmeb":
         return table
-    import pyarrow as pa
 
     def unfit(row: int, error: Exception) -> DataError:
         what = f"no key {error}" if isinstance(error, KeyError) else str(error)
@@ -63,12 +63,23 @@ def to_pairs(table: pa.Table, form: str, where: str) -> pa.Table:
 
     if form in mixes.FORMS:
         return mixes.to_columns(table, form, unfit)
-    pairs: list[Pair] = []
-    for row, record in enumerate(table.to_pylist()):
-        try:
-            pairs += READERS[form](record)
-        except (_Unfit, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            raise unfit(row, error) from None
+    parts, row = [], 0
+    for block in blocks_of(table):
+        pairs: list[Pair] = []
+        for record in block.to_pylist():
+            try:
+                pairs += READERS[form](record)
+            except (_Unfit, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+                raise unfit(row, error) from None
+            row += 1
+        parts.append(_table(pairs))
+    return _joined(parts)
+
+
+def _table(pairs: list[Pair]) -> pa.Table:
+    """Pairs in the columns of mmeb."""
+    import pyarrow as pa
+
     columns: dict[str, list[Any]] = {
         "qry": [query[0] for query, _, _ in pairs],
         "qry_image_path": _paths([query for query, _, _ in pairs]),
@@ -80,6 +91,31 @@ def to_pairs(table: pa.Table, form: str, where: str) -> pa.Table:
         columns["neg_text"] = [[text for text, _ in negatives] for _, _, negatives in pairs]
         columns["neg_image_path"] = [[next(every) for _ in negatives] for _, _, negatives in pairs]
     return pa.table({name: pa.array(values, _kind(name, values)) for name, values in columns.items()})
+
+
+def _joined(parts: list[pa.Table]) -> pa.Table:
+    """Tables one after another; where one has several paths in a cell, and another one, all have lists."""
+    import pyarrow as pa
+
+    kinds: dict[str, Any] = {}
+    for part in parts:
+        for field in part.schema:
+            known = kinds.setdefault(field.name, field.type)
+            kinds[field.name] = max(known, field.type, key=lambda kind: str(kind).count("list"))
+    whole = []
+    for part in parts:
+        columns = {}
+        for name, kind in kinds.items():
+            column = part[name] if name in part.column_names else pa.array([[]] * len(part), kind)
+            same = column.type == kind
+            columns[name] = column if same else pa.array([_as_lists(cell) for cell in column.to_pylist()], kind)
+        whole.append(pa.table(columns))
+    return pa.concat_tables(whole)
+
+
+def _as_lists(cell: Any) -> list[Any]:
+    """A path, or each one in a list, as the list of one; '' as an empty list."""
+    return [_as_lists(one) for one in cell] if isinstance(cell, list) else [cell] if cell else []
 
 
 def _paths(sides: list[Side]) -> list[Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+from b3.data.digests import digest, joined
 from b3.data.images import FolderImages, ImageRef, content_key, decode, peek
 from b3.data.video import frame_files, read_frames
 from b3.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 T = TypeVar("T")
@@ -184,6 +186,11 @@ class Item:
         """A short name for error messages."""
         kinds = (f" with {'image' if isinstance(medium, Still) else 'video'} {medium.name}" for medium in self.media)
         return f"text {(self.text or '')[:60]!r}" + "".join(kinds)
+
+
+def key_digests(items: Iterable[Item]) -> np.ndarray:
+    """(N, 16) uint8, equal where the items have equal content (`Item.key`)."""
+    return joined(digest(item.key) for item in items)
 
 
 def item_id(item: Item) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from b3.data.images import RowGroups
 from b3.data.prompts import PLACEHOLDER, VIDEO_PLACEHOLDER
-from b3.data.tables import at_revision, files_of
+from b3.data.tables import at_revision, blocks_of, files_of
 from b3.errors import DataError
 
 if TYPE_CHECKING:
@@ -95,14 +95,18 @@ def to_columns(table: pa.Table, form: str, fail: Callable[[int, Exception], Data
     """A table of `form` in the columns of mmeb; `fail` makes the error of a row that does not fit."""
     import pyarrow as pa
 
-    rows = []
-    for row, record in enumerate(table.to_pylist()):
-        try:
-            rows.append(read(record, form))
-        except (Unfit, KeyError, TypeError) as error:
-            raise fail(row, error) from None
     is_used = [name for name in _EMPTY if not name.endswith("video_path") or form.startswith("llava_hound_")]
-    return pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in is_used})
+    parts, row = [], 0
+    for block in blocks_of(table):
+        rows = []
+        for record in block.to_pylist():
+            try:
+                rows.append(read(record, form))
+            except (Unfit, KeyError, TypeError) as error:
+                raise fail(row, error) from None
+            row += 1
+        parts.append(pa.table({name: pa.array([one[name] for one in rows], pa.string()) for name in is_used}))
+    return pa.concat_tables(parts)
 
 
 def numbered(table: pa.Table) -> pa.Table:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -241,13 +242,26 @@ def parts_of(text: Any, images: Any, videos: Any = None) -> list[tuple[str, list
     return list(zip([one or "" for one in text], named, [v or None for v in videos], strict=True))
 
 
+BLOCK_ROWS = 16384  # rows that are Python objects at a time
+
+
+def blocks_of(rows: Any) -> Iterator[Any]:
+    """A table or an array of Arrow in slices of at most `BLOCK_ROWS` rows; at least one."""
+    for start in range(0, max(1, len(rows)), BLOCK_ROWS):
+        yield rows.slice(start, BLOCK_ROWS)
+
+
 def _check_lists(table: pa.Table, side: str, where: str) -> None:
     """As `check_pairs`, of a side with lists or videos."""
     names = next(entry[1:] for entry in SIDES if entry[0] == side)
     if "qry" in names and "list" in str(table["qry"].type):
         raise DataError(f"{where}: column qry has type {table['qry'].type}; a row has one query, a text")
-    columns = [table[name].to_pylist() if name in table.column_names else [None] * table.num_rows for name in names]
-    for row, cells in enumerate(zip(*columns, strict=True)):
+    cells_of_rows = (
+        cells
+        for block in blocks_of(table.select([name for name in names if name in table.column_names]))
+        for cells in ([record.get(name) for name in names] for record in block.to_pylist())
+    )
+    for row, cells in enumerate(cells_of_rows):
         try:
             parts = parts_of(*cells)
         except DataError as error:

@@ -19,6 +19,7 @@ from b3.locks import alone
 from b3.mining.mine import mine, rank_together
 from b3.mining.plan import BatchPlan
 from b3.mining.teacher import (
+    SIDES,
     forget_teacher,
     keeps_vectors,
     load_teacher,
@@ -29,6 +30,7 @@ from b3.mining.teacher import (
     teacher_name,
 )
 
+KEPT_BYTES = 1 << 26  # of a teacher's vectors that stay in memory
 Job = tuple[DatasetConfig, PairDataset]  # a plan to be mined
 
 
@@ -126,7 +128,10 @@ def _mine_plans(config: Config, jobs: list[Job], show_progress: bool) -> None:
         for owner, (entry, dataset) in enumerate(jobs[start : start + world]):
             queries, targets = teacher_embeddings(config, entry, dataset, teacher)
             if owner == distributed.rank():
-                arrays = _on_disk(config, entry, "queries", queries), _on_disk(config, entry, "targets", targets)
+                queries, targets = (
+                    _on_disk(config, entry, side, array) for side, array in zip(SIDES, (queries, targets), strict=True)
+                )
+                arrays = queries, targets
             if world > 1:
                 options = config.mining.options_for(entry, config.negatives.mined)
                 with stage_bar(entry.subset, show_progress) as progress:
@@ -138,8 +143,8 @@ def _mine_plans(config: Config, jobs: list[Job], show_progress: bool) -> None:
 
 
 def _on_disk(config: Config, entry: DatasetConfig, side: str, vectors: np.ndarray) -> np.ndarray:
-    """(N, D) vectors mapped from a file beside the stages, so that the next data set has the memory to itself."""
-    if distributed.world_size() == 1 or isinstance(vectors, np.memmap):
+    """(N, D) vectors mapped from a file beside the stages: mining holds unit vectors, and needs these only once."""
+    if isinstance(vectors, np.memmap) or vectors.nbytes < KEPT_BYTES:
         return vectors
     file = _stages(config, entry).folder / f"{side}.npy"
     write_array(file, vectors)

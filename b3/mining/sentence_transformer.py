@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from b3.console import bar
-from b3.data.items import Item
+from b3.data.digests import first_seen
+from b3.data.items import Item, key_digests
+from b3.data.lazy import Lazy
 from b3.data.prompts import PLACEHOLDER
 from b3.errors import DataError, RunError
 from b3.model.batch import token_batches
-from b3.model.encode import unique_items
 
 BATCH_TOKENS = 8192
 BATCH_ITEMS = 256
 BATCH_IMAGES = 32
+COUNTED_AT_ONCE = 4096
+TEXT, IMAGE, BOTH = range(3)
 
 
 class SentenceTransformerTeacher:
@@ -39,20 +42,21 @@ class SentenceTransformerTeacher:
 
         Raises `DataError` naming the first row with an image that the model cannot read.
         """
-        items = list(items)
+        items = items if isinstance(items, Sequence) else list(items)
         self._check_images(items, progress or "items")
-        distinct, index = unique_items(items)
-        images = [i for i, item in enumerate(distinct) if item.image is not None]
-        texts = [i for i, item in enumerate(distinct) if item.image is None]
-        lengths = self._lengths([distinct[i].text or "" for i in texts])
-        batches = [[texts[i] for i in batch.tolist()] for batch in token_batches(lengths, BATCH_TOKENS, BATCH_ITEMS)]
-        for bare in (True, False):  # a batch is of one kind: images alone, or with a text
-            kind = [i for i in images if bare == (not _caption(distinct[i]))]
+        first, index = first_seen(key_digests(items))
+        distinct = Lazy(items.__getitem__, first)
+        # a batch is of one kind: texts alone, images alone, or both
+        kinds = np.fromiter((TEXT if i.image is None else BOTH if _caption(i) else IMAGE for i in distinct), np.int8)
+        texts = np.flatnonzero(kinds == TEXT)
+        lengths = self._lengths(distinct, texts)
+        batches = [texts[batch] for batch in token_batches(lengths, BATCH_TOKENS, BATCH_ITEMS)]
+        for kind in (np.flatnonzero(kinds == IMAGE), np.flatnonzero(kinds == BOTH)):
             batches += [kind[s : s + BATCH_IMAGES] for s in range(0, len(kind), BATCH_IMAGES)]
         vectors: np.ndarray | None = None
         with bar(len(distinct), progress, "item") as shown:
             for batch in batches:
-                inputs = [self._input(distinct[i]) for i in batch]
+                inputs = [self._input(distinct[i]) for i in batch.tolist()]
                 rows = self.model.encode(
                     inputs, prompt="", batch_size=len(inputs), show_progress_bar=False, convert_to_numpy=True
                 )
@@ -64,7 +68,7 @@ class SentenceTransformerTeacher:
             raise DataError(f"{progress or 'items'}: there is nothing to encode")
         return vectors[index]
 
-    def _check_images(self, items: list[Item], where: str) -> None:
+    def _check_images(self, items: Sequence[Item], where: str) -> None:
         modalities = getattr(self.model, "modalities", ["text"])
         both = "image" in modalities and self.model.supports(("image", "text"))
         for row, item in enumerate(items):
@@ -87,14 +91,20 @@ class SentenceTransformerTeacher:
         image, text = item.open_image(), _caption(item)
         return {"image": image, "text": text} if text else image
 
-    def _lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of each text, or characters if the tokenizer is none of `transformers`."""
+    def _lengths(self, items: Sequence[Item], rows: np.ndarray) -> np.ndarray:
+        """Tokens of the texts of some items, or characters if the tokenizer is none of `transformers`."""
         tokenizer = getattr(self.model, "tokenizer", None)
-        if tokenizer is None or not hasattr(tokenizer, "convert_ids_to_tokens") or not texts:
-            return [max(1, len(text) // 4) for text in texts]
         most = getattr(self.model, "max_seq_length", None) or BATCH_TOKENS
-        ids = tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
-        return [max(1, min(len(row), most)) for row in ids]
+        lengths = np.empty(len(rows), dtype=np.int64)
+        for start in range(0, len(rows), COUNTED_AT_ONCE):
+            texts = [items[i].text or "" for i in rows[start : start + COUNTED_AT_ONCE].tolist()]
+            if tokenizer is None or not hasattr(tokenizer, "convert_ids_to_tokens"):
+                counts = [len(text) // 4 for text in texts]
+            else:
+                ids = tokenizer(texts, add_special_tokens=True, truncation=False, verbose=False)["input_ids"]
+                counts = [min(len(row), most) for row in ids]
+            lengths[start : start + len(texts)] = np.maximum(counts, 1)
+        return lengths
 
 
 def _caption(item: Item) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from b3 import distributed
 from b3.config import Config, DatasetConfig
 from b3.data.datasets import PairDataset
 from b3.data.items import Item
+from b3.data.lazy import Lazy
 from b3.data.tables import embedded_teacher, split_source
 from b3.errors import DataError, RunError
 from b3.files import belongs_elsewhere, claim, sampled_sha256, wait_for, write_array, write_json
@@ -24,7 +25,7 @@ CACHE = ".teacher"  # what is encoded, until a call of mining ends
 VECTORS = ".vectors"  # what training reads
 SIDES = ("queries", "targets")
 
-Encode = Callable[[list[Item], str], np.ndarray]  # (items, what the bar says) -> (N, D)
+Encode = Callable[[Sequence[Item], str], np.ndarray]  # (items, what the bar says) -> (N, D)
 
 
 def teacher_name(config: Config) -> str:
@@ -103,7 +104,7 @@ def _load_checkpoint(config: Config) -> Encode:
     }
     cache = EmbeddingCache(Path(mining.dir) / CACHE, facts)
     encoder = Encoder(model, mining.batch_tokens, workers=config.train.workers, cache=cache)
-    return lambda items, label: unit(encoder.encode(items, label))
+    return lambda items, label: unit(encoder.encode(items, label), in_place=True)
 
 
 def forget_teacher(config: Config) -> None:
@@ -228,8 +229,7 @@ def _encode(dataset: PairDataset, teacher: Encode) -> tuple[np.ndarray, np.ndarr
     sides = {"queries": dataset.query, "targets": dataset.target}
     try:
         arrays = [
-            teacher([item_of(i) for i in range(len(dataset))], f"{dataset.name} {side}")
-            for side, item_of in sides.items()
+            teacher(Lazy(item_of, range(len(dataset))), f"{dataset.name} {side}") for side, item_of in sides.items()
         ]
     except ItemError as error:
         rows = (i for i in range(len(dataset)) for item_of in sides.values() if item_of(i).key == error.item.key)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from b3.data.digests import SIZE, first_seen, joined
 from b3.errors import InputError
 
 GRID = 2.0**26
@@ -111,11 +112,9 @@ def group_targets(vectors: np.ndarray, of_row: np.ndarray) -> DistinctTargets:
 
 def distinct_targets(units: np.ndarray) -> DistinctTargets:
     """Group the identical rows of `units` (N, D), float32 on the grid."""
-    number_of: dict[bytes, int] = {}  # by a digest of 128 bits: the rows themselves would be a second copy in memory
-    digests = (hashlib.blake2b(row.data, digest_size=16).digest() for row in units)
-    of_row = np.fromiter((number_of.setdefault(digest, len(number_of)) for digest in digests), np.int64, len(units))
-    if len(number_of) < len(units):
-        units = units[np.unique(of_row, return_index=True)[1]]
+    first, of_row = first_seen(joined(hashlib.blake2b(row.data, digest_size=SIZE).digest() for row in units))
+    if len(first) < len(units):
+        units = units[first]
     return group_targets(units, of_row)
 
 

@@ -20,7 +20,9 @@ import numpy as np
 
 from b3 import distributed
 from b3.console import bar
-from b3.data.items import Item
+from b3.data.digests import first_seen
+from b3.data.items import Item, key_digests
+from b3.data.lazy import Lazy
 from b3.errors import DataError
 from b3.model.batch import balanced, token_batches
 from b3.model.workers import run_ahead, workers_for
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 # On a CPU, where threads share batches, a short list is cut into so many of at least so many tokens.
 SHARED_BATCHES, SHARED_TOKENS = 16, 1024
+MEASURED_AT_ONCE = 1024  # items under way in the threads that measure
+UNIT_ROWS = 8192
 FORWARDS_AT_ONCE = 4  # on a CPU; each holds the activations of a batch
 
 Prepared = tuple[np.ndarray, "Batch | None", list[tuple[int, str]]]  # (rows, their inputs, (row, problem) of others)
@@ -75,7 +79,10 @@ class Measured:
 
 
 def measure(processor: Processor, items: Sequence[Item]) -> Measured:
-    """Measure items in threads (reading and hashing files release the interpreter); problems are noted, not raised."""
+    """Measure items in threads (reading and hashing files release the interpreter); problems are noted, not raised.
+
+    A row costs 40 bytes; items are made block by block where `items` makes them.
+    """
 
     def one(item: Item) -> tuple[bytes, int, str | None]:
         try:
@@ -86,10 +93,13 @@ def measure(processor: Processor, items: Sequence[Item]) -> Measured:
     digests = np.zeros((len(items), 32), dtype=np.uint8)  # a shorter one is followed by zeros
     num_tokens, problems = np.empty(len(items), dtype=np.int64), {}
     with ThreadPoolExecutor(4) as pool:
-        for row, (digest, tokens, problem) in enumerate(pool.map(one, items)):
-            digests[row, : len(digest)], num_tokens[row] = np.frombuffer(digest, dtype=np.uint8), tokens
-            if problem is not None:
-                problems[row] = problem
+        for start in range(0, len(items), MEASURED_AT_ONCE):
+            for row, (digest, tokens, problem) in enumerate(
+                pool.map(one, items[start : start + MEASURED_AT_ONCE]), start
+            ):
+                digests[row, : len(digest)], num_tokens[row] = np.frombuffer(digest, dtype=np.uint8), tokens
+                if problem is not None:
+                    problems[row] = problem
     return Measured(digests, num_tokens, problems)
 
 
@@ -159,20 +169,20 @@ class Encoder:
 
         Raises `ItemError` for the first item that cannot be used (unless on_error is "skip").
         """
-        named, of_input = unique_items(items)
-        measured = measure_over_ranks(self.embedder.processor, named)
-        row_of: dict[bytes, int] = {}  # of a digest, among the distinct ones
-        rows, distinct = np.empty(len(named), dtype=np.int64), list[int]()
-        for i, digest in enumerate(map(bytes, measured.digests)):
-            rows[i] = row_of.setdefault(digest, len(row_of))
-            if rows[i] == len(distinct):
-                distinct.append(i)
-                self._note(named[i], measured.problems.get(i))
-        vectors = np.full((len(distinct), self.embedder.dim), np.nan, dtype=np.float32)
-        is_usable = np.asarray([i not in measured.problems for i in distinct], dtype=bool)
-        lengths = measured.num_tokens[distinct]
-        self._fill(vectors, [named[i] for i in distinct], list(row_of), lengths, is_usable, progress)
-        return vectors[rows[of_input]]
+        items = items if isinstance(items, Sequence) else list(items)
+        named, of_input = first_seen(key_digests(items))  # the rows that differ by name, ...
+        measured = measure_over_ranks(self.embedder.processor, Lazy(items.__getitem__, named))
+        distinct, of_named = first_seen(measured.digests)  # ... and of those the ones that differ by content
+        rows = named[distinct]
+        for i in sorted(measured.problems):
+            if distinct[of_named[i]] == i:
+                self._note(items[int(named[i])], measured.problems[i])
+        vectors = np.full((len(rows), self.embedder.dim), np.nan, dtype=np.float32)
+        is_usable = np.ones(len(named), dtype=bool)
+        is_usable[list(measured.problems)] = False
+        digests, lengths = measured.digests[distinct], measured.num_tokens[distinct]
+        self._fill(vectors, Lazy(items.__getitem__, rows), digests, lengths, is_usable[distinct], progress)
+        return vectors if len(rows) == len(items) else vectors[of_named[of_input]]
 
     def _budget(self, num_tokens: int) -> int:
         """Tokens of a forward pass, for a list of so many; does not depend on threads, ranks or workers."""
@@ -192,36 +202,38 @@ class Encoder:
     def _fill(
         self,
         vectors: np.ndarray,
-        items: list[Item],
-        digests: list[bytes],
+        items: Sequence[Item],
+        digests: np.ndarray,
         lengths: np.ndarray,
         is_usable: np.ndarray,
         label: str | None,
     ) -> None:
         """Fill `vectors` of distinct items: from the cache, or by this and the other ranks."""
-        tag = hashlib.sha256(b"".join(digests)).digest()[:16]
+        tag = hashlib.sha256(digests.data).digest()[:16]
         of_this_list, of_other_lists = self._known(digests, tag, vectors)
         rows = np.flatnonzero(is_usable & ~of_other_lists)
         budget = self._budget(int(lengths[rows].sum()))
-        has_media = [bool(items[row].media) for row in rows]
-        limits = (self.max_items, None) if self.max_media is None else (self.max_media, has_media)
+        limits: tuple[int | None, list[bool] | None] = (self.max_items, None)
+        if self.max_media is not None:
+            limits = self.max_media, [bool(items[row].media) for row in rows.tolist()]
         batches = [rows[batch] for batch in token_batches(lengths[rows], budget, *limits)]
         todo = [batch for batch in batches if not of_this_list[batch].all()]
         share = [todo[i] for i in balanced(_costs(todo, lengths), distributed.world_size())[distributed.rank()]]
         done, problems = self._encode_batches(vectors, items, digests, tag, share, label, sum(map(len, todo)))
-        for rank, (encoded, values) in enumerate(distributed.gather_arrays((done, vectors[done]))):
+        mine = vectors[done if distributed.world_size() > 1 else done[:0]]  # a copy, for the others
+        for rank, (encoded, values) in enumerate(distributed.gather_arrays((done, mine))):
             self.num_encoded += len(encoded)
             if rank != distributed.rank():
                 vectors[encoded] = values
                 if self.cache:
-                    self.cache.remember([digests[row] for row in encoded], tag, values, write=False)
+                    self.cache.remember(digests[encoded], tag, values, write=False)
         if self.cache:
             self.cache.settle()
         for row, problem in (entry for part in distributed.gather_objects(problems) for entry in part):
             vectors[row] = np.nan
             self._note(items[row], problem)
 
-    def _known(self, digests: list[bytes], tag: bytes, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _known(self, digests: np.ndarray, tag: bytes, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What every rank has in its cache, as `EmbeddingCache.lookup`; ranks on other machines may see other disks."""
         if self.cache is None:
             return np.zeros(len(digests), dtype=bool), np.zeros(len(digests), dtype=bool)
@@ -231,8 +243,8 @@ class Encoder:
     def _encode_batches(
         self,
         vectors: np.ndarray,
-        items: list[Item],
-        digests: list[bytes],
+        items: Sequence[Item],
+        digests: np.ndarray,
         tag: bytes,
         batches: list[np.ndarray],
         label: str | None,
@@ -247,7 +259,7 @@ class Encoder:
                     done.append(rows)
                     problems += failed
                     if self.cache:
-                        self.cache.remember([digests[row] for row in rows], tag, values, write=True)
+                        self.cache.remember(digests[rows], tag, values, write=True)
                     if failed and self.on_error == "fail":
                         break  # the other ranks finish their share; all of them raise after the gathering
                     shown.update(min(len(rows) * distributed.world_size(), total - shown.n))
@@ -256,7 +268,9 @@ class Encoder:
                 self.cache.flush()  # also when interrupted
         return np.concatenate(done), problems
 
-    def _forward(self, items: list[Item], batches: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray, list]]:
+    def _forward(
+        self, items: Sequence[Item], batches: list[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, list]]:
         """(rows, raw vectors, problems) of each batch in turn."""
         import torch
 
@@ -347,7 +361,11 @@ def _describe(task: tuple[np.ndarray, list[Item]]) -> str:
     return f"{len(task[1])} items: {shown}" + (", ..." if len(task[1]) > 3 else "")
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray, in_place: bool = False) -> np.ndarray:
     """Rows (N, D) float32 divided by their L2 norm; a zero row stays zero."""
+    units = vectors if in_place else np.empty_like(vectors)
     norms: Callable[..., np.ndarray] = np.linalg.norm
-    return vectors / np.maximum(norms(vectors, axis=1, keepdims=True), 1e-12)
+    for start in range(0, len(vectors), UNIT_ROWS):  # in blocks: the norm takes as much memory as what it is of
+        block = vectors[start : start + UNIT_ROWS]
+        units[start : start + UNIT_ROWS] = block / np.maximum(norms(block, axis=1, keepdims=True), 1e-12)
+    return units

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ import tiny
 
 from b3.config import load_config
 from b3.config.schema import Format
+from b3.data import tables
 from b3.data.datasets import load_datasets, load_pairs
 from b3.data.formats import EXAMPLES, FORMATS
 from b3.errors import DataError
@@ -150,6 +152,32 @@ def test_a_row_that_does_not_fit_is_named_with_one_that_does(
         load(tmp_path, form, [row])
     assert f"row 0: {message}" in str(caught.value)
     assert str(caught.value).endswith(f"a row of format {form}: {json.dumps(EXAMPLES[form][0], ensure_ascii=False)}")
+
+
+@pytest.mark.parametrize("form", ["swift", "tevatron", "llava_hound_caption", "mmeb"])
+def test_blocks_of_rows_are_what_the_rows_are(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    several = {
+        "messages": user("<image><image>which?"), "images": ["a.jpg", "b.jpg"], "positive_messages": [user("<image>")],
+        "positive_images": [["b.jpg"]], "negative_messages": [user("<image>x<image>y"), user("z")],
+        "negative_images": [["b.jpg", "a.jpg"], []],
+    }  # fmt: skip
+    lists = {"qry": "q", "qry_image_path": "", "pos_text": ["", "a"], "pos_image_path": ["a.jpg", ""]}
+    rows = {
+        "swift": [{"messages": user("q"), "positive_messages": [user("p"), user("r")]}, several, EXAMPLES["swift"][0]],
+        "mmeb": [lists, {**lists, "pos_text": ["c"], "pos_image_path": [""]}],
+    }.get(form, EXAMPLES[form] * 3)
+    arguments: dict[str, Any] = {"image_dir": str(tmp_path), "form": form}
+    whole = load_pairs(write(tmp_path, rows), "rows", **arguments)
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 1)
+    parts = load_pairs(write(tmp_path, rows), "rows", **arguments)
+    assert len(parts) == len(whole) > 2 and parts.fingerprint() == whole.fingerprint()
+    for row in range(len(whole)):
+        for side in ("query", "target", "negatives"):
+            one, other = (repr(getattr(data, side)(row)) for data in (whole, parts))
+            assert re.sub("0x[0-9a-f]+", "", one) == re.sub("0x[0-9a-f]+", "", other)
+    broken = {"mmeb": {**lists, "pos_text": ["c"]}}.get(form, {"query": "x"})
+    with pytest.raises(DataError, match=f"row {len(rows)}: "):
+        load_pairs(write(tmp_path, [*rows, broken]), "rows", **arguments)
 
 
 def test_a_recipe_reads_them(tmp_path: Path) -> None:
