@@ -3,7 +3,8 @@
     python scripts/embed.py --model Qwen/Qwen2-VL-2B-Instruct --adapter runs/b3 --input rows.jsonl --out my-index
 
 A row of the .jsonl or .parquet file has a text, an image, or both. The image is a path, bytes, or the struct
-{bytes, path}; in jsonl bytes are base64 text under image_base64. --out then holds embeddings.npy, ids.json, rows.jsonl
+{bytes, path}; in jsonl bytes are base64 text under image_base64. Shards of webdataset (0001.jpg, 0001.txt) are read as
+they are: --input 'shards/*.tar'. --out then holds embeddings.npy, ids.json, rows.jsonl
 and manifest.json, and scripts/search.py searches it. An interrupted run continues; a finished one has nothing to do.
 Several processes share the rows: torchrun --nproc_per_node=8 scripts/embed.py ...
 """
@@ -22,9 +23,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from b3 import distributed
 from b3.data.codes import PRECISIONS
+from b3.data.digests import digest, first_seen, joined
 from b3.data.index import KIND, is_done, model_arguments, save_index
+from b3.data.lazy import Lazy
 from b3.data.own import OwnData, add_rows_arguments, columns_of, instructed, read_rows
 from b3.errors import InputError, command
 from b3.files import sha256, tidy
@@ -35,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="hub name or folder of a model, or of an adapter repository")
     parser.add_argument("--adapter", help="folder or hub name of an adapter to merge")
-    parser.add_argument("--input", type=Path, required=True, help=".jsonl or .parquet file")
+    parser.add_argument(
+        "--input", type=Path, required=True, help=".jsonl or .parquet file, .tar shard, or a pattern of them"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--instruction",
@@ -68,7 +75,9 @@ def identity_of(arguments: argparse.Namespace, data: OwnData) -> dict[str, Any]:
 
     root = arguments.image_dir or arguments.input.parent
     images = hashlib.sha256()  # over the paths and sizes of those that are files
-    for path in dict.fromkeys(row["image"] for row in data.shown if row["image"]):
+    rows = np.asarray([row for row, shown in enumerate(data.shown) if shown["image"]], dtype=np.int64)
+    for row in rows[first_seen(joined(digest(data.shown[row]["image"]) for row in rows.tolist()))[0]].tolist():
+        path = data.shown[row]["image"]
         images.update(f"{os.path.relpath(path, root)}\0{os.path.getsize(path)}\n".encode())
     options = ["dtype", "min_pixels", "max_pixels", "dim", "normalize", "instruction"]
     options += ["precision"] if arguments.precision != "float32" else []
@@ -79,11 +88,18 @@ def identity_of(arguments: argparse.Namespace, data: OwnData) -> dict[str, Any]:
         "input": {
             "path": str(arguments.input.resolve()),
             "path_images": str(root.resolve()),
-            "sha256": sha256(arguments.input),
+            "sha256": content_of(data.files),
             "images_sha256": images.hexdigest(),
         },
         "options": {name: getattr(arguments, name) for name in options} | asdict(columns_of(arguments)),
     }
+
+
+def content_of(files: list[Path]) -> str:
+    """SHA-256 of a file; of several, that of their names and digests."""
+    if len(files) == 1:
+        return sha256(files[0])
+    return hashlib.sha256("".join(f"{file.name}\0{sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def checkpoint_facts(name: str, key_of: Callable[[str], str]) -> dict[str, str]:
@@ -94,7 +110,6 @@ def checkpoint_facts(name: str, key_of: Callable[[str], str]) -> dict[str, str]:
 
 def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]) -> dict[str, Any]:
     """Encode all rows and write the folder; returns the manifest."""
-    import numpy as np
     import torch
     import transformers
 
@@ -111,9 +126,9 @@ def embed(arguments: argparse.Namespace, data: OwnData, identity: dict[str, Any]
     facts["numerics"] = embedder.numerics
     encoder = Encoder(embedder, arguments.batch_tokens, workers=arguments.workers, cache=EmbeddingCache(folder, facts))
     has_place = has_place_for_instructions(embedder)
-    items = [instructed(item, arguments.instruction, has_place) for item in data.items]
+    items = Lazy(lambda row: instructed(data.items[row], arguments.instruction, has_place), range(len(data)))
     vectors = encoder.encode(items, progress="embed")
-    vectors = np.ascontiguousarray(unit(vectors) if arguments.normalize else vectors, dtype=np.float32)
+    vectors = unit(vectors, in_place=True) if arguments.normalize else vectors
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     manifest = {
         **identity,
@@ -157,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     if not distributed.is_first():
         return 0
     if not todo:
-        print(f"{arguments.out} holds these {len(data.ids):,} embeddings already; nothing to do")
+        print(f"{arguments.out} holds these {len(data):,} embeddings already; nothing to do")
         return 0
     print(f"{arguments.out}: {manifest['rows']:,} rows, {manifest['dim']} dimensions, {manifest['seconds']:.1f} s")
     if measured := manifest.get("recall"):

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.input is None:
         items = embedded_items(embedder.reads_images)
     else:
-        items = read_rows(arguments.input, columns_of(arguments), arguments.image_dir).items[:20]
+        items = list(read_rows(arguments.input, columns_of(arguments), arguments.image_dir).items[:20])
     cosines = (embedder.encode(items) * theirs(arguments.url, embedder, items, arguments.name)).sum(axis=1)
     for cosine, item in zip(cosines, items, strict=True):
         print(f"{cosine:9.6f}  {item.describe()}")

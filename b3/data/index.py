@@ -9,16 +9,19 @@ float32.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import eq
 from pathlib import Path
 
 import numpy as np
 
 from b3.data.codes import Codes, Floats, recall, signs
 from b3.data.items import ImageSource, Item
-from b3.data.own import Columns, OwnData, Record, read_rows
+from b3.data.own import OwnData, read_rows
+from b3.data.row_files import Columns, Record
 from b3.errors import InputError
-from b3.files import claim, sync, write_array, write_json, write_text
+from b3.files import atomic, claim, sync, write_array, write_json
 
 KIND = "b3 embeddings"
 ARRAYS = {
@@ -78,8 +81,11 @@ def save_index(folder: Path, vectors: np.ndarray, data: OwnData, manifest: Recor
         if bits is not None:
             write_array(folder / "bits.npy", bits)
         manifest = {**manifest, "recall": recall(vectors, codes, bits)}
-    write_json(folder / "ids.json", data.ids, indent=None, ensure_ascii=False)
-    write_text(folder / "rows.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in data.shown))
+    with atomic(folder / "ids.json") as ids, atomic(folder / "rows.jsonl") as rows:
+        for number, row in enumerate(data.shown):
+            ids.write(f"{', ' if number else '['}{json.dumps(row['id'], ensure_ascii=False)}".encode())
+            rows.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
+        ids.write(b"]\n")
     write_json(folder / "manifest.json", manifest, ensure_ascii=False)
     return manifest
 
@@ -106,7 +112,7 @@ class IndexedImages:
 
     def __init__(self, rows: list[Record], manifest: Record) -> None:
         self._rows, self._manifest = rows, manifest
-        self._items: list[Item] | None = None
+        self._items: Sequence[Item] | None = None
 
     def source(self, row: int) -> ImageSource | None:
         """What `Still` takes, or None: the row has no image, or the input file has moved or changed since."""
@@ -116,13 +122,14 @@ class IndexedImages:
         items = self._input()
         return items[row].image if row < len(items) else None
 
-    def _input(self) -> list[Item]:
+    def _input(self) -> Sequence[Item]:
         if self._items is None:
             names, source = self._manifest["options"], self._manifest["input"]
             columns = Columns(names["text"], names["image"], names["id"])
             try:
                 data = read_rows(source["path"], columns, source["path_images"])
-                self._items = data.items if data.shown == self._rows else []
+                is_same = len(data) == len(self._rows) and all(map(eq, data.shown, self._rows))
+                self._items = data.items if is_same else []
             except InputError:
                 self._items = []
         return self._items

@@ -1,130 +1,106 @@
 """A user's own rows as items.
 
-Rows are a jsonl or parquet file. A row has a text, an image, or both; an image is a path, encoded bytes, or the struct
-{bytes, path} of the `datasets` library; in jsonl bytes come as base64 under `image_base64`. Bytes are read again when
-they are needed, so that memory does not grow with the images.
+Rows are jsonl or parquet files, or tar shards (`b3.data.row_files`). A row has a text, an image, or both; an image is a
+path, encoded bytes, or the struct {bytes, path} of the `datasets` library; in jsonl bytes come as base64 under
+`image_base64`. Bytes are read again when they are needed, and what else a row holds is kept in a file that is mapped
+once it is large, so that memory grows neither with the images nor with the rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from b3.data.images import ImageRef, RowGroups
+import numpy as np
+
+from b3.data.digests import digest, first_seen, joined
+from b3.data.images import ImageRef
 from b3.data.items import Item
+from b3.data.lazy import Lazy
 from b3.data.prompts import PLACEHOLDER
+from b3.data.row_files import READERS, Columns, Record, RowImage, files_of, image_of
+from b3.data.spool import Spool
 from b3.errors import DataError
 
-BASE64_KEY = "image_base64"
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 IMAGE_TOKENS = (PLACEHOLDER, "<|image_pad|>")
-KEEP_GROUPS = 16
-
-Place = tuple[int, int] | int  # of a row in its file: (row group, row in it) of a parquet, byte offset in a jsonl
-Record = dict[str, Any]  # one row, by column
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """Names of the columns; a file may lack those that its rows do not need."""
-
-    text: str = "text"
-    image: str = "image"
-    id: str = "id"
-
-
-@dataclass(frozen=True, slots=True)
 class OwnData:
-    """N rows of a file: what to embed, and what a result shows.
+    """N rows of files: what to embed, and what a result shows.
 
-    shown: {"id", "text", "image"} of each row; `image` is an absolute path, or None where there is none or it is
-        inside the file.
+    Attributes:
+        files: that hold the rows.
+        items: of the rows.
+        shown: {"id", "text", "image"} of each row; `image` is an absolute path, or None where there is none or it is
+            inside the file.
     """
 
-    items: list[Item]
-    shown: list[Record]
+    def __init__(self, files: list[Path], table: pa.Table, columns: Columns, root: Path, instruction: str) -> None:
+        self.files = files
+        self._cells = {name: table[name] for name in table.column_names}
+        self._columns, self._root, self._instruction = columns, root, instruction
+        self.items: Sequence[Item] = Lazy(self._item, range(len(table)))
+        self.shown: Sequence[Record] = Lazy(self._shown, range(len(table)))
+
+    def __len__(self) -> int:
+        return len(self.items)
 
     @property
     def ids(self) -> list[str | int]:
         return [row["id"] for row in self.shown]
 
+    def _get(self, name: str, row: int) -> Any:
+        return self._cells[name][row].as_py()
 
-class RowImages:
-    """The store of a file's images, under names that tell the row, so that an error about an image names it.
+    def _file_of_image(self, row: int) -> str | None:
+        image = self._get("image", row)
+        return image and _absolute(image, self._root)
 
-    Args:
-        root: folder that image paths are relative to.
-    """
+    def _item(self, row: int) -> Item:
+        image, is_inside = self._get("image", row), self._get("is_inside", row)
+        text = prompt(self._get("text", row) or "", bool(image or is_inside), self._instruction)
+        if not (image or is_inside):
+            return Item(text)
+        where, place = self._get("where", row), (self._get("first", row), self._get("second", row))
+        file = str(self.files[self._get("file", row)])
+        store = RowImage(file, self._columns.image, place, self._file_of_image(row))
+        return Item(text, ImageRef(store, f"of {where}" if is_inside else f"'{image}' of {where}"))
 
-    def __init__(self, file: Path, columns: Columns, root: Path) -> None:
-        self.location, self.columns, self.root = str(file), columns, root
-        self._places: dict[str, Path | Place] = {}
-        self._groups = RowGroups(self.location, columns.image, KEEP_GROUPS)
-
-    def add(self, where: str, place: Place, record: Record) -> ImageRef | None:
-        """The image of a row, if it has one. Raises `DataError` if it is no image or a file that is missing."""
-        image = image_of(record, self.columns)
-        if not image:
-            return None
-        if isinstance(image, bytes):
-            name = f"of {where}"
-            self._places[name] = place
-        else:
-            name, file = f"'{image}' of {where}", Path(os.path.abspath(self.root / Path(image).expanduser()))
-            if not file.is_file():
-                raise DataError(f"image '{image}' is not in {self.root}; check --image-dir")
-            self._places[name] = file
-        return ImageRef(self, name)
-
-    def file(self, image: ImageRef | None) -> str | None:
-        """The path of an image; None if it is inside the rows, or None."""
-        place = None if image is None else self._places[image.path]
-        return str(place) if isinstance(place, Path) else None
-
-    def read(self, path: str) -> bytes:
-        place = self._places[path]
-        try:
-            if isinstance(place, Path):
-                return place.read_bytes()
-            if isinstance(place, int):
-                with open(self.location, "rb") as file:
-                    file.seek(place)
-                    record = json.loads(file.readline())
-            else:
-                record = {self.columns.image: self._groups.value(*place)}
-        except OSError as error:
-            raise DataError(f"image {path} in {self.location} cannot be read ({error.strerror}: {place})") from None
-        content = image_of(record, self.columns)
-        assert isinstance(content, bytes)
-        return content
+    def _shown(self, row: int) -> Record:
+        key = self._get("id", row)
+        return {
+            "id": row if key is None else json.loads(key),
+            "text": self._get("text", row) or "",
+            "image": self._file_of_image(row),
+        }
 
 
-def image_of(record: Record, columns: Columns) -> str | bytes | None:
-    """Path or encoded bytes of a row's image; None or empty if it has none. Raises `DataError` for anything else."""
-    image = record.get(columns.image)
-    if packed := record.get(BASE64_KEY):  # may be a data URI
-        try:
-            return base64.b64decode(packed.partition(",")[2] if packed.startswith("data:") else packed, validate=True)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{BASE64_KEY} is not base64 ({error}); correct the row") from None
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if image is not None and not isinstance(image, (str, bytes)):
-        raise DataError(f"'{columns.image}' is {type(image).__name__}; a path or bytes are needed")
-    return image
+def _schema() -> pa.Schema:
+    """Of what is kept of a row: its name, its place, its text, the path of its image, its id as JSON."""
+    import pyarrow as pa
+
+    kinds = {"where": pa.string(), "file": pa.int32(), "first": pa.int64(), "second": pa.int64(), "text": pa.string()}
+    return pa.schema({**kinds, "image": pa.string(), "is_inside": pa.bool_(), "id": pa.string()})
+
+
+def _absolute(image: str, root: Path) -> str:
+    return os.path.abspath(root / Path(image).expanduser())
 
 
 def read_rows(
     file: str | Path, columns: Columns | None = None, image_dir: str | Path | None = None, instruction: str = ""
 ) -> OwnData:
-    """All rows of a jsonl or parquet file.
+    """All rows of a jsonl or parquet file or a tar shard, or of all files that a pattern matches.
 
     Args:
+        file: its last part may be a pattern (``shard-*.tar``); files are read in the order of their names.
         columns: names of the columns.
         image_dir: folder that image paths are relative to (default: the file's own).
         instruction: put before each text.
@@ -133,81 +109,74 @@ def read_rows(
         DataError: naming file and row: it is not readable, is empty, has an image that is missing, or repeats an id.
     """
     file, columns = Path(file), columns or Columns()
-    if not file.is_file():
-        raise DataError(f"{file} does not exist; give a .jsonl or .parquet file")
+    files = files_of(file)
     root = Path(image_dir) if image_dir is not None else file.parent
     if not root.is_dir():
         raise DataError(f"--image-dir {root} is not a folder; give that of the images")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if file.suffix not in readers:
-        raise DataError(f"{file} is neither .jsonl nor .parquet; give one of these")
-    store, data, row_of_id = RowImages(file, columns, root), OwnData([], []), dict[str | int, str]()
-    for where, place, record in readers[file.suffix](file, columns):
-        try:
-            image = store.add(where, place, record)
-            data.items.append(Item(_prompt_of(record.get(columns.text), image, columns, instruction), image))
-            key = _id_of(record.get(columns.id), where, columns, row_of_id, len(data.shown))
-        except DataError as error:
-            raise DataError(f"{file}: {where}: {error}") from None
-        data.shown.append({"id": key, "text": record.get(columns.text) or "", "image": store.file(image)})
-    if not data.items:
+    has_ids: bool | None = None
+    with Spool(_schema()) as spool:
+        for number, part in enumerate(files):
+            for where, place, record in READERS[part.suffix](part, columns):
+                try:
+                    image = _checked_image(record, columns, root)
+                    text, key = record.get(columns.text), record.get(columns.id)
+                    _check_text(text, bool(image), columns, instruction)
+                    if has_ids is None:
+                        has_ids = key is not None
+                    if has_ids != (key is not None):
+                        raise DataError(
+                            f"{'no' if has_ids else 'an'} '{columns.id}', unlike the rows before; give all rows one,"
+                            " or none"
+                        )
+                    path, is_inside = (image, False) if isinstance(image, str) else (None, bool(image))
+                    packed = json.dumps(key if isinstance(key, (str, int)) else str(key)) if has_ids else None
+                    spool.add(where, number, *place, text, path, is_inside, packed)
+                except DataError as error:
+                    raise DataError(f"{part}: {where}: {error}") from None
+        table = spool.table()
+    if not len(table):
         raise DataError(f"{file} has no rows")
-    return data
+    if has_ids:
+        _check_ids(files, table, columns)
+    return OwnData(files, table, columns, root, instruction)
 
 
-def _read_jsonl(file: Path, columns: Columns) -> Iterator[tuple[str, Place, Record]]:
-    """(name, place, values) of each row; blank lines are none."""
-    offset, row = 0, 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            place, offset = offset, offset + len(line)
-            if not line.strip():
-                continue
-            where = f"row {row} (line {number})"
-            row += 1
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{file}: {where} is not JSON ({error}); correct the line") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{file}: {where} is not an object; write {{'{columns.text}': ...}} on each line")
-            yield where, place, record
+def _checked_image(record: Record, columns: Columns, root: Path) -> Any:
+    """Path of a row's image, which is there; its bytes or `INSIDE`; or None."""
+    image = image_of(record, columns.image) or None
+    if isinstance(image, str) and not os.path.isfile(_absolute(image, root)):
+        raise DataError(f"image '{image}' is not in {root}; check --image-dir")
+    return image
 
 
-def _read_parquet(file: Path, columns: Columns) -> Iterator[tuple[str, Place, Record]]:
-    """As `_read_jsonl`; one row group is in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        opened = pq.ParquetFile(file, memory_map=True)
-        present = opened.schema_arrow.names
-        names = [name for name in (columns.text, columns.image, columns.id) if name in present]
-        if columns.text not in names and columns.image not in names:
-            raise DataError(
-                f"{file} has neither column '{columns.text}' nor '{columns.image}'; found {', '.join(present)};"
-                " name them with --text-column and --image-column"
-            )
-        row = 0
-        for group in range(opened.num_row_groups):
-            table = opened.read_row_group(group, columns=names)
-            for index in range(table.num_rows):
-                yield f"row {row}", (group, index), {name: table.column(name)[index].as_py() for name in names}
-                row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as parquet ({str(error).splitlines()[0]})") from None
-
-
-def _prompt_of(text: Any, image: ImageRef | None, columns: Columns, instruction: str) -> str:
+def _check_text(text: Any, has_image: bool, columns: Columns, instruction: str) -> None:
     if text is not None and not isinstance(text, str):
         raise DataError(f"'{columns.text}' is {type(text).__name__}; a text is needed")
-    if image is None and not (text or "").strip():
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"'{columns.text}' is not valid Unicode ({error.reason}); correct it") from None
+    if not has_image and not (text or "").strip():
         raise DataError("neither text nor image; drop it or check the column names")
-    result = prompt(text or "", image is not None, instruction)
-    count = sum(result.count(token) for token in IMAGE_TOKENS)
-    if image is not None and count != 1:
+    whole = prompt(text or "", has_image, instruction)
+    count = sum(whole.count(token) for token in IMAGE_TOKENS)
+    if has_image and count != 1:
         raise DataError(f"the text has {count} image placeholders; at most one {PLACEHOLDER}")
-    return result
+
+
+def _check_ids(files: list[Path], table: pa.Table, columns: Columns) -> None:
+    """Raise `DataError` for the first row with the id of an earlier one."""
+    keys = (key for chunk in table["id"].chunks for key in chunk.to_pylist())
+    first, number = first_seen(joined(digest(key) for key in keys))
+    if len(first) == len(table):
+        return
+    row = int(np.flatnonzero(first[number] != np.arange(len(table)))[0])
+    before = int(first[number[row]])
+    names = [table["where"][i].as_py() for i in (before, row)]
+    parts = [files[table["file"][i].as_py()] for i in (before, row)]
+    earlier = names[0] if parts[0] == parts[1] else f"{names[0]} of {parts[0]}"
+    key = json.loads(table["id"][row].as_py())
+    raise DataError(f"{parts[1]}: {names[1]}: repeats the '{columns.id}' {key!r} of {earlier}; ids must differ")
 
 
 def prompt(text: str, has_image: bool, instruction: str = "") -> str:
@@ -227,21 +196,6 @@ def instructed(item: Item, instruction: str, has_place: bool) -> Item:
     if has_place:
         return Item(item.text, media=item.media, instruction=instruction or None)
     return Item(prompt(item.text or "", bool(item.media), instruction), media=item.media)
-
-
-def _id_of(value: Any, where: str, columns: Columns, row_of_id: dict[str | int, str], number: int) -> str | int:
-    """A row's id, or its number where no row has one; `row_of_id` names the row of each id so far."""
-    if number and (value is None) != (not row_of_id):
-        raise DataError(
-            f"{'no' if value is None else 'an'} '{columns.id}', unlike the rows before; give all rows one, or none"
-        )
-    if value is None:
-        return number
-    key = value if isinstance(value, (str, int)) else str(value)
-    if key in row_of_id:
-        raise DataError(f"repeats the '{columns.id}' {key!r} of {row_of_id[key]}; ids must differ")
-    row_of_id[key] = where
-    return key
 
 
 def add_rows_arguments(parser: argparse.ArgumentParser) -> None:

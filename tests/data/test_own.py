@@ -18,7 +18,8 @@ import pytest
 import tiny
 
 from b3.data.items import Item
-from b3.data.own import Columns, instructed, prompt, read_rows
+from b3.data.own import instructed, prompt, read_rows
+from b3.data.row_files import Columns
 from b3.errors import DataError
 from scripts import embed, search
 
@@ -128,7 +129,7 @@ def test_other_bad_files_are_named(tmp_path: Path) -> None:
         read_rows(write_jsonl(tmp_path / "a.jsonl", [{"text": "t", "id": i} for i in ("x", "y", "x")]))
     with pytest.raises(DataError, match="has no rows"):
         read_rows(write_jsonl(tmp_path / "b.jsonl", []))
-    with pytest.raises(DataError, match=r"neither \.jsonl nor \.parquet"):
+    with pytest.raises(DataError, match=r"is none of \.jsonl, \.parquet, \.tar"):
         read_rows(write_jsonl(tmp_path / "c.csv", []))
     pq.write_table(pa.table({"caption": ["x"]}), tmp_path / "d.parquet")
     with pytest.raises(DataError, match="found caption; name them with --text-column"):
