@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from b3.config import Config, DatasetConfig
-from b3.data.formats import to_pairs
+from b3.data.formats import one_table, to_pairs
 from b3.data.images import FolderImages, ImageRef, ImageStore
 from b3.data.items import Item, Medium, Still, Video, video_at
 from b3.data.mixes import IMAGE, TableImages, holds_images, numbered
 from b3.data.prompts import PLACEHOLDER, target_prefix
 from b3.data.samples import images_digest
+from b3.data.spool import Spool
 from b3.data.tables import (
     EVAL_COLUMNS,
     PAIR_COLUMNS,
@@ -29,15 +31,13 @@ from b3.data.tables import (
     check_rows,
     default_image_dir,
     image_store,
-    load_table,
+    load_blocks,
     parts_of,
 )
 from b3.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
 
 
 class PairDataset:
@@ -69,7 +69,7 @@ class PairDataset:
         self.family = family
         self.images = images
         self.target_prefix = target_prefix
-        self._columns = {column: table.column(column).combine_chunks() for column in table.column_names}
+        self._columns = {column: table.column(column) for column in table.column_names}
         self._num_rows = table.num_rows
         self._pairs = _pairs_of(self._columns["pos_text"])
 
@@ -154,14 +154,14 @@ class PairDataset:
         return images_digest(self.query, len(self)) + images_digest(self.target, len(self))
 
 
-def _pairs_of(texts: pa.Array) -> np.ndarray | None:
+def _pairs_of(texts: pa.ChunkedArray) -> np.ndarray | None:
     """(pairs, 2) int64, row of the table and number of the positive; None if each row has one."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     if not (pa.types.is_list(texts.type) or pa.types.is_large_list(texts.type)):
         return None
-    counts = pc.fill_null(pc.list_value_length(texts), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    counts = pc.fill_null(pc.list_value_length(texts), 0).to_numpy().astype(np.int64)
     rows = np.repeat(np.arange(len(counts)), counts)
     return np.stack([rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]], axis=1)
 
@@ -292,18 +292,31 @@ def _load(
     subset: str,
     split: str,
     columns: tuple[str, ...],
-    check: Callable[[pa.Table, str], None],
+    check: Callable[[pa.Table, str, int], None],
     image_dir: str | None,
     max_rows: int | None,
     form: str = "mmeb",
 ) -> tuple[pa.Table, ImageStore | None]:
     """The first rows of a subset, checked, and the store of their images."""
     where = f"{source} subset {subset} split {split}"
-    rows = load_table(source, subset, split, IMAGE if holds_images(form) else None)
-    is_inside = holds_images(form) and IMAGE not in rows.column_names
-    rows = to_pairs(numbered(rows) if is_inside else rows, form, where)
-    table = check_rows(rows, columns, where).slice(0, max_rows)
-    check(table, where)
+    is_inside, num_read, num_kept, parts = False, 0, 0, list[Spool]()
+    with ExitStack() as stack:
+        for rows in load_blocks(source, subset, split, IMAGE if holds_images(form) else None):
+            if not len(rows):
+                continue
+            is_inside = holds_images(form) and IMAGE not in rows.column_names
+            pairs = to_pairs(numbered(rows, num_read) if is_inside else rows, form, where, num_read)
+            table = check_rows(pairs, columns, where).slice(0, None if max_rows is None else max_rows - num_kept)
+            check(table, where, num_kept)
+            if not parts or parts[-1].schema != table.schema:
+                parts.append(stack.enter_context(Spool(table.schema)))
+            parts[-1].extend(table)
+            num_read, num_kept = num_read + len(rows), num_kept + len(table)
+            if num_kept == max_rows:
+                break
+        if not parts:
+            raise DataError(f"{where}: no rows")
+        table = one_table([part.table() for part in parts])
     if is_inside:
         return table, TableImages(source, subset, split)
     paths = tuple(name for name in table.column_names if name.endswith("_path"))

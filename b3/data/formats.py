@@ -51,8 +51,11 @@ Side = tuple[str, tuple[str, ...]]  # text and image paths
 Pair = tuple[Side, Side, list[Side]]  # query, target, negatives
 
 
-def to_pairs(table: pa.Table, form: str, where: str) -> pa.Table:
-    """A table of `form` in the columns of mmeb. Raises `DataError` naming the first row that does not fit."""
+def to_pairs(table: pa.Table, form: str, where: str, first: int = 0) -> pa.Table:
+    """A table of `form` in the columns of mmeb. Raises `DataError` naming the first row that does not fit.
+
+    first: the number of the table's first row.
+    """
     if form == "mmeb":
         return table
 
@@ -62,8 +65,8 @@ def to_pairs(table: pa.Table, form: str, where: str) -> pa.Table:
         return DataError(f"{where}: row {row}: {what}; a row of format {form}: {example}")
 
     if form in mixes.FORMS:
-        return mixes.to_columns(table, form, unfit)
-    parts, row = [], 0
+        return mixes.to_columns(table, form, unfit, first)
+    parts, row = [], first
     for block in blocks_of(table):
         pairs: list[Pair] = []
         for record in block.to_pylist():
@@ -73,7 +76,7 @@ def to_pairs(table: pa.Table, form: str, where: str) -> pa.Table:
                 raise unfit(row, error) from None
             row += 1
         parts.append(_table(pairs))
-    return _joined(parts)
+    return one_table(parts)
 
 
 def _table(pairs: list[Pair]) -> pa.Table:
@@ -93,24 +96,34 @@ def _table(pairs: list[Pair]) -> pa.Table:
     return pa.table({name: pa.array(values, _kind(name, values)) for name, values in columns.items()})
 
 
-def _joined(parts: list[pa.Table]) -> pa.Table:
-    """Tables one after another; where one has several paths in a cell, and another one, all have lists."""
+def one_table(parts: list[pa.Table]) -> pa.Table:
+    """Tables of the columns of mmeb one after another; where one has lists and another texts, all have lists."""
     import pyarrow as pa
 
+    if len(parts) == 1:
+        return parts[0]
     kinds: dict[str, Any] = {}
     for part in parts:
         for field in part.schema:
             known = kinds.setdefault(field.name, field.type)
-            kinds[field.name] = max(known, field.type, key=lambda kind: str(kind).count("list"))
+            kinds[field.name] = max(known, field.type, key=lambda kind: (_depth(kind), "null" not in str(kind)))
     whole = []
     for part in parts:
         columns = {}
         for name, kind in kinds.items():
-            column = part[name] if name in part.column_names else pa.array([[]] * len(part), kind)
-            same = column.type == kind
-            columns[name] = column if same else pa.array([_as_lists(cell) for cell in column.to_pylist()], kind)
+            if name not in part.column_names:
+                columns[name] = pa.array([[] if pa.types.is_nested(kind) else ""] * len(part), kind)
+            elif _depth(part[name].type) == _depth(kind):
+                columns[name] = part[name].cast(kind)
+            else:
+                columns[name] = pa.array([_as_lists(cell) for cell in part[name].to_pylist()], kind)
         whole.append(pa.table(columns))
     return pa.concat_tables(whole)
+
+
+def _depth(kind: pa.DataType) -> int:
+    """How many lists are within each other."""
+    return str(kind).count("list")
 
 
 def _as_lists(cell: Any) -> list[Any]:

@@ -91,12 +91,12 @@ def holds_images(form: str) -> bool:
     return form in ("vidore", "vidore_qa", "visrag")
 
 
-def to_columns(table: pa.Table, form: str, fail: Callable[[int, Exception], DataError]) -> pa.Table:
+def to_columns(table: pa.Table, form: str, fail: Callable[[int, Exception], DataError], first: int) -> pa.Table:
     """A table of `form` in the columns of mmeb; `fail` makes the error of a row that does not fit."""
     import pyarrow as pa
 
     is_used = [name for name in _EMPTY if not name.endswith("video_path") or form.startswith("llava_hound_")]
-    parts, row = [], 0
+    parts, row = [], first
     for block in blocks_of(table):
         rows = []
         for record in block.to_pylist():
@@ -109,11 +109,11 @@ def to_columns(table: pa.Table, form: str, fail: Callable[[int, Exception], Data
     return pa.concat_tables(parts)
 
 
-def numbered(table: pa.Table) -> pa.Table:
-    """A table whose images were not read, with the row's number in their place."""
+def numbered(table: pa.Table, first: int = 0) -> pa.Table:
+    """A table whose images were not read, with the row's number in their place; `first`: that of its first row."""
     import pyarrow as pa
 
-    return table.append_column(IMAGE, pa.array([str(row) for row in range(table.num_rows)], pa.string()))
+    return table.append_column(IMAGE, pa.array([str(first + row) for row in range(table.num_rows)], pa.string()))
 
 
 class TableImages:

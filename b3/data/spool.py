@@ -45,7 +45,18 @@ class Spool:
             return
         columns = zip(*self._rows, strict=True)
         arrays = [pa.array(values, kind) for values, kind in zip(columns, self.schema.types, strict=True)]
-        batch, self._rows = pa.record_batch(arrays, self.schema), []
+        self._rows = []
+        self._take(pa.record_batch(arrays, self.schema))
+
+    def extend(self, table: pa.Table) -> None:
+        """All rows of a table of this schema."""
+        self._settle()
+        for batch in table.combine_chunks().to_batches():
+            self._take(batch)
+
+    def _take(self, batch: pa.RecordBatch) -> None:
+        import pyarrow as pa
+
         if self._writer is None:
             self._batches.append(batch)
             self._num_bytes += batch.nbytes

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from b3.data.images import ImageStore, open_store
+from b3.data.jsonl import read_jsonl
 from b3.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ PAIR_COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path")
 NEGATIVE_COLUMNS = ("neg_text", "neg_image_path")
 MORE_COLUMNS = ("qry_video_path", "pos_video_path", "neg_video_path", "qry_instruction", "pos_instruction")
 EVAL_COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+BLOCK_ROWS = 16384  # of a table that is read or looked through at a time
 SOURCE_KINDS = ("embedded", "hub", "parquet", "jsonl")
 
 
@@ -66,7 +68,14 @@ def default_image_dir(source: str) -> str | None:
 
 
 def load_table(source: str, subset: str, split: str, leave_out: str | None = None) -> pa.Table:
-    """All rows of a subset and split as an Arrow table.
+    """All rows of a subset and split as one table in memory. Arguments and errors as `load_blocks`."""
+    import pyarrow as pa
+
+    return pa.concat_tables(list(load_blocks(source, subset, split, leave_out)), promote_options="default")
+
+
+def load_blocks(source: str, subset: str, split: str, leave_out: str | None = None) -> Iterator[pa.Table]:
+    """All rows of a subset and split as Arrow tables of bounded size; at least one table.
 
     leave_out: a column that is not read where it holds whole images (bytes, or the struct of the `datasets` library).
     Raises `DataError` naming what is missing and what exists.
@@ -75,12 +84,14 @@ def load_table(source: str, subset: str, split: str, leave_out: str | None = Non
     files = files_of(source, subset, split)
     if files is None:
         table = _load_hub(rest, subset, split)
-        return table.drop_columns([leave_out]) if _is_whole(table.schema, leave_out) else table
+        yield from blocks_of(table.drop_columns([leave_out]) if _is_whole(table.schema, leave_out) else table)
+        return
     if not files:
         known = list_subsets(source, split)
         hint = f"; subsets there: {', '.join(known)}" if known else "; check the path and the split"
         raise DataError(f"no rows of subset '{subset}', split '{split}' in {source}{hint}")
-    return _read_files(kind, files, leave_out)
+    for file in files:
+        yield from _read_file(kind, file, leave_out)
 
 
 def files_of(source: str, subset: str, split: str) -> list[Path] | None:
@@ -112,37 +123,30 @@ def _find_files(kind: str, rest: str, subset: str, split: str) -> list[Path]:
     return sorted(Path(p) for p in glob.glob(rest, recursive=True))
 
 
-def _check_lines(file: Path) -> None:
-    """Raise `DataError` for a line that is no JSON object: pyarrow crashes on some of them (null)."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.lstrip()[:1] not in (b"{", b""):
-                start = line[:40].decode("utf-8", "replace").strip()
-                raise DataError(f"{file} line {number} is no JSON object ({start}); correct it or drop it")
-
-
-def _read_files(kind: str, files: list[Path], leave_out: str | None = None) -> pa.Table:
+def _read_file(kind: str, file: Path, leave_out: str | None = None) -> Iterator[pa.Table]:
     import pyarrow as pa
-    import pyarrow.json
+
+    try:
+        for table in read_jsonl(file) if kind == "jsonl" else _read_parquet(file, leave_out):
+            table.validate(full=True)  # neither reader looks whether texts are UTF-8
+            yield table
+    except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
+        what = str(error).splitlines()[0]
+        name = "jsonl" if kind == "jsonl" else "parquet"
+        raise DataError(f"{file} cannot be read as {name} ({what}); correct or replace the file") from None
+
+
+def _read_parquet(file: Path, leave_out: str | None) -> Iterator[pa.Table]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    tables = []
-    for file in files:
-        try:
-            if kind == "jsonl":
-                _check_lines(file)
-                table = pa.json.read_json(file)
-            else:
-                schema = pq.read_schema(file)
-                names = [name for name in schema.names if name != leave_out] if _is_whole(schema, leave_out) else None
-                table = pq.read_table(file, columns=names)
-            table.validate(full=True)  # neither reader looks whether texts are UTF-8
-            tables.append(table)
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            what = str(error).splitlines()[0]
-            name = "jsonl" if kind == "jsonl" else "parquet"
-            raise DataError(f"{file} cannot be read as {name} ({what}); correct or replace the file") from None
-    return pa.concat_tables(tables, promote_options="default")
+    opened = pq.ParquetFile(file)
+    schema = opened.schema_arrow
+    names = [name for name in schema.names if name != leave_out] if _is_whole(schema, leave_out) else schema.names
+    if not opened.metadata.num_rows:
+        yield schema.empty_table().select(names)
+    for batch in opened.iter_batches(BLOCK_ROWS, columns=names):
+        yield pa.Table.from_batches([batch])
 
 
 def at_revision(name: str) -> tuple[str, str | None]:
@@ -197,8 +201,11 @@ def check_rows(table: pa.Table, columns: tuple[str, ...], where: str) -> pa.Tabl
     return table
 
 
-def check_pairs(table: pa.Table, where: str) -> None:
-    """Raise `DataError` naming the first row with a side that is empty, or whose lists do not fit each other."""
+def check_pairs(table: pa.Table, where: str, first: int = 0) -> None:
+    """Raise `DataError` naming the first row with a side that is empty, or whose lists do not fit each other.
+
+    first: the number of the table's first row.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -206,13 +213,13 @@ def check_pairs(table: pa.Table, where: str) -> None:
         if text not in table.column_names:
             continue
         if video in table.column_names or not all(pa.types.is_large_string(table[c].type) for c in (text, path)):
-            _check_lists(table, side, where)
+            _check_lists(table, side, where, first)
         elif side != "negative":
             empty = pc.and_(pc.equal(pc.utf8_trim_whitespace(table[text]), ""), pc.equal(table[path], ""))
             row = pc.index(empty, True).as_py()
             if row >= 0:
                 raise DataError(
-                    f"{where}: row {row}: the {side} has neither text nor image ({text}, {path}); drop the row"
+                    f"{where}: row {first + row}: the {side} has neither text nor image ({text}, {path}); drop the row"
                 )
 
 
@@ -242,16 +249,13 @@ def parts_of(text: Any, images: Any, videos: Any = None) -> list[tuple[str, list
     return list(zip([one or "" for one in text], named, [v or None for v in videos], strict=True))
 
 
-BLOCK_ROWS = 16384  # rows that are Python objects at a time
-
-
 def blocks_of(rows: Any) -> Iterator[Any]:
     """A table or an array of Arrow in slices of at most `BLOCK_ROWS` rows; at least one."""
     for start in range(0, max(1, len(rows)), BLOCK_ROWS):
         yield rows.slice(start, BLOCK_ROWS)
 
 
-def _check_lists(table: pa.Table, side: str, where: str) -> None:
+def _check_lists(table: pa.Table, side: str, where: str, first: int) -> None:
     """As `check_pairs`, of a side with lists or videos."""
     names = next(entry[1:] for entry in SIDES if entry[0] == side)
     if "qry" in names and "list" in str(table["qry"].type):
@@ -261,7 +265,7 @@ def _check_lists(table: pa.Table, side: str, where: str) -> None:
         for block in blocks_of(table.select([name for name in names if name in table.column_names]))
         for cells in ([record.get(name) for name in names] for record in block.to_pylist())
     )
-    for row, cells in enumerate(cells_of_rows):
+    for row, cells in enumerate(cells_of_rows, first):
         try:
             parts = parts_of(*cells)
         except DataError as error:
@@ -274,9 +278,9 @@ def _check_lists(table: pa.Table, side: str, where: str) -> None:
             )
 
 
-def check_eval(table: pa.Table, where: str) -> None:
+def check_eval(table: pa.Table, where: str, first: int = 0) -> None:
     """Raise `DataError` naming the first evaluation row that is empty or whose candidate lists do not fit."""
-    for row, record in enumerate(table.to_pylist()):
+    for row, record in enumerate(table.to_pylist(), first):
         texts, paths = record["tgt_text"], record["tgt_img_path"]
         if not isinstance(texts, list) or not isinstance(paths, list) or len(texts) != len(paths):
             raise DataError(f"{where}: row {row}: tgt_text and tgt_img_path must be lists of equal length")

@@ -381,5 +381,4 @@ def _write_column(column: Any, folder: Path) -> str:
 def _mapped_column(file: str) -> Any:
     import pyarrow as pa
 
-    column = pa.ipc.open_file(pa.memory_map(file)).read_all().column("column")
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    return pa.ipc.open_file(pa.memory_map(file)).read_all().column("column")

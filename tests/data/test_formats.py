@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
 from b3.config import load_config
 from b3.config.schema import Format
-from b3.data import tables
+from b3.data import jsonl, spool, tables
 from b3.data.datasets import load_datasets, load_pairs
 from b3.data.formats import EXAMPLES, FORMATS
 from b3.errors import DataError
@@ -154,30 +157,51 @@ def test_a_row_that_does_not_fit_is_named_with_one_that_does(
     assert str(caught.value).endswith(f"a row of format {form}: {json.dumps(EXAMPLES[form][0], ensure_ascii=False)}")
 
 
-@pytest.mark.parametrize("form", ["swift", "tevatron", "llava_hound_caption", "mmeb"])
-def test_blocks_of_rows_are_what_the_rows_are(tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["swift", "tevatron", "llava_hound_caption", "mmeb", "texts"])
+def test_blocks_of_rows_are_what_the_rows_are(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     several = {
         "messages": user("<image><image>which?"), "images": ["a.jpg", "b.jpg"], "positive_messages": [user("<image>")],
         "positive_images": [["b.jpg"]], "negative_messages": [user("<image>x<image>y"), user("z")],
         "negative_images": [["b.jpg", "a.jpg"], []],
     }  # fmt: skip
     lists = {"qry": "q", "qry_image_path": "", "pos_text": ["", "a"], "pos_image_path": ["a.jpg", ""]}
+    day = {"qry": "2020-01-01", "qry_image_path": None, "pos_text": "2021", "pos_image_path": "", "n": 1}
     rows = {
+        "texts": [day, {**day, "qry": "no day", "n": 0.5}, {"pos_image_path": "", "pos_text": "p", "qry": "q"}],
         "swift": [{"messages": user("q"), "positive_messages": [user("p"), user("r")]}, several, EXAMPLES["swift"][0]],
         "mmeb": [lists, {**lists, "pos_text": ["c"], "pos_image_path": [""]}],
-    }.get(form, EXAMPLES[form] * 3)
+    }.get(kind) or EXAMPLES[kind] * 3
+    form = "mmeb" if kind == "texts" else kind
     arguments: dict[str, Any] = {"image_dir": str(tmp_path), "form": form}
     whole = load_pairs(write(tmp_path, rows), "rows", **arguments)
     monkeypatch.setattr(tables, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(spool, "MEMORY_BYTES", 0)
     parts = load_pairs(write(tmp_path, rows), "rows", **arguments)
     assert len(parts) == len(whole) > 2 and parts.fingerprint() == whole.fingerprint()
     for row in range(len(whole)):
         for side in ("query", "target", "negatives"):
             one, other = (repr(getattr(data, side)(row)) for data in (whole, parts))
             assert re.sub("0x[0-9a-f]+", "", one) == re.sub("0x[0-9a-f]+", "", other)
-    broken = {"mmeb": {**lists, "pos_text": ["c"]}}.get(form, {"query": "x"})
+    broken = {"mmeb": {**lists, "pos_text": ["c"]}, "texts": {"qry": "q"}}.get(kind, {"query": "x"})
     with pytest.raises(DataError, match=f"row {len(rows)}: "):
         load_pairs(write(tmp_path, [*rows, broken]), "rows", **arguments)
+    file = tmp_path / "rows.jsonl"
+    file.write_text(file.read_text() + "\n\nnull\n")
+    with pytest.raises(DataError, match=rf"line {len(rows) + 4} is no JSON object \(null\)"):
+        load_pairs(f"jsonl:{file}", "rows", **arguments)
+
+
+def test_many_parquet_files_and_a_packed_jsonl_are_one_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"qry": f"q{i}", "qry_image_path": "", "pos_text": f"p{i}", "pos_image_path": ""} for i in range(10)]
+    whole = load_pairs(write(tmp_path, rows), "rows")
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress((tmp_path / "rows.jsonl").read_bytes()))
+    for part in range(3):
+        pq.write_table(pa.Table.from_pylist(rows[4 * part : 4 * part + 4]), tmp_path / f"part-{part}.parquet")
+    monkeypatch.setattr(tables, "BLOCK_ROWS", 3)
+    for source in (f"parquet:{tmp_path}/part-*.parquet", str(tmp_path / "rows.jsonl.gz")):
+        assert load_pairs(source, "rows").fingerprint() == whole.fingerprint()
+        assert load_pairs(source, "rows", max_rows=7).column("qry") == [f"q{i}" for i in range(7)]
 
 
 def test_a_recipe_reads_them(tmp_path: Path) -> None:

@@ -76,16 +76,17 @@ def test_each_row_has_its_own_page(tmp_path: Path, struct: bool) -> None:
 
 def test_loading_reads_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_pages(tmp_path)
-    columns: list[Any] = []
-    real = pq.read_table
-    monkeypatch.setattr(pq, "read_table", lambda file, columns=None: columns_of(columns) or real(file, columns=columns))
+    read: list[list[str]] = []
+    real = pq.ParquetFile.iter_batches
 
-    def columns_of(names: Any) -> None:
-        columns.append(names)
+    def iter_batches(file: Any, rows: int, columns: list[str]) -> Any:
+        read.append(columns)
+        return real(file, rows, columns=columns)
 
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
     monkeypatch.setattr(RowGroups, "value", lambda self, group, row: pytest.fail("an image was read"))
     data = load_pairs(source, "pages", form="visrag")
-    assert len(data) == 12 and columns == [["query", "answer", "source"]] * 2
+    assert len(data) == 12 and read == [["query", "answer", "source"]] * 2
 
 
 def test_pages_of_the_hub_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
