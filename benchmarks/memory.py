@@ -41,7 +41,6 @@ STAGES = {  # function -> stage; the innermost one counts
     "find_communities": "communities",
     "draw_negatives": "negatives",
     "make_report": "report",
-    "save": "write plan",
 }
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "pu", "ro", "sa", "te", "vu", "zi") for b in "bcdfghjklm"]
 

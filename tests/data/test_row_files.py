@@ -17,6 +17,8 @@ import pytest
 import tiny
 
 from b3.data import spool
+from b3.data.datasets import load_pairs
+from b3.data.items import Item
 from b3.data.own import read_rows
 from b3.data.row_files import Columns
 from b3.errors import DataError
@@ -90,6 +92,19 @@ def test_shards_are_embedded_and_searched(shards: Path, tmp_path: Path, capsys: 
     write_shard(shards / "s-1.tar", {"0003.txt": b"other"})
     assert embed.main([*arguments, "--input", str(shards / "s-*.tar"), "--out", str(tmp_path / "index")]) == 2
     assert "input.sha256 was" in capsys.readouterr().err
+
+
+def test_the_page_shows_how_shards_become_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("shards").mkdir()
+    for i in range(2):
+        write_shard(Path(f"shards/{i}.tar"), {f"a/{i}.jpg": PICTURES[i], f"a/{i}.txt": f"text {i}".encode()})
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    exec(page.partition("## Millions of rows")[2].partition("```python\n")[2].partition("```")[0], {})
+    data = load_pairs("jsonl:pairs.jsonl", "pairs", image_dir="images")
+    assert [data.target(i).text for i in range(2)] == ["text 0", "text 1"]
+    for i in range(2):
+        assert data.query(i).open_image().size == Item("", PICTURES[i]).open_image().size
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import train
 from b3.config import load_config
 from b3.data.datasets import load_datasets
 from b3.errors import InputError
-from b3.mining import BatchPlan
+from b3.mining import BatchPlan, recipe
 from b3.mining.recipe import load_plan, mine_recipe
 from scripts import mine as script
 
@@ -93,6 +94,25 @@ def test_a_checkpoint_can_be_the_teacher(root: Path) -> None:
     tiny.write_model(root / "model")
     config = load_config(root / "recipe.yaml", [f"mining.teacher={root / 'model'}"])
     assert mine_recipe(config)["pictures"].manifest["teacher"] == str(root / "model")
+
+
+def test_large_vectors_of_a_teacher_are_mapped_from_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.write_text_model(root / "text")
+    overrides = ["mining.teacher=" + str(root / "text"), "data.datasets=[{subset: words}]"]
+    plans, kinds = [], list[type]()
+    mined = recipe.mine
+
+    def mine(queries: np.ndarray, targets: np.ndarray, **options: Any) -> BatchPlan:
+        kinds.extend((type(queries), type(targets)))
+        return mined(queries, targets, **options)
+
+    monkeypatch.setattr(recipe, "mine", mine)
+    for kept in (1 << 30, 0):
+        monkeypatch.setattr(recipe, "KEPT_BYTES", kept)
+        plans.append(mine_recipe(load_config(root / "recipe.yaml", [*overrides, f"mining.dir={root}/plans-{kept}"])))
+    assert kinds == [np.ndarray] * 2 + [np.memmap] * 2
+    assert np.array_equal(plans[0]["words"].communities, plans[1]["words"].communities)
+    assert not list((root / "plans-0").glob(".*.stages"))
 
 
 @pytest.mark.parametrize(
