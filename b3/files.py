@@ -303,11 +303,8 @@ class Stages:
             return None
 
     def save(self, name: str, key: str, arrays: dict[str, np.ndarray]) -> None:
-        """As `numpy.savez`, but without the date, which a zip archive cannot hold before 1980."""
-        with atomic(self.folder / f"{name}.npz") as stream, zipfile.ZipFile(stream, "w") as archive:
-            for field, array in {"key": np.asarray(key), **arrays}.items():
-                with archive.open(zipfile.ZipInfo(f"{field}.npy"), "w", force_zip64=True) as part:
-                    np.lib.format.write_array(part, np.asarray(array), allow_pickle=False)
+        with atomic(self.folder / f"{name}.npz") as stream:
+            np.savez(stream, key=np.asarray(key), **arrays)  # type: ignore[arg-type]
 
     def remove(self) -> None:
         """Delete the folder: what came of the stages is saved elsewhere."""

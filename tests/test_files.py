@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from b3 import files
 from b3.errors import RunError
-from b3.files import atomic, changes, claim, publish, write_array, write_json, write_text
+from b3.files import atomic, changes, claim, publish, wait_for, write_array, write_json, write_text
 
 REMEDY = "choose another --out"
 
@@ -58,3 +61,30 @@ def test_whose_folder_is_this(tmp_path: Path) -> None:
     assert claim(folder, facts, "index", REMEDY, foreign=lambda name: name.endswith(".json")) is None
     with pytest.raises(RunError, match="is a file; choose another --out"):
         claim(folder / "thesis.txt", facts, "index", REMEDY)
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    """numpy by itself says how many items it has written, and nothing else."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_array(tmp_path / "array.npy", np.arange(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "array.npy"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_of_another_rank_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = iter([False, False, True])
+
+    class Late(type(tmp_path)):  # type: ignore[misc]
+        def exists(self, **options: bool) -> bool:
+            return next(seen)
+
+    wait_for(Late(tmp_path / "manifest.json"))
+    assert not list(seen)
+    monkeypatch.setattr(files, "APPEARS_SECONDS", 0.0)
+    with pytest.raises(RunError, match=r"manifest\.json, which another rank has written, is not here after"):
+        wait_for(tmp_path / "manifest.json")

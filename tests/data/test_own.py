@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from processes import run_python
 
 from b3.data.items import Item
 from b3.data.own import instructed, prompt, read_rows
@@ -165,6 +166,14 @@ def test_the_folder_holds_what_was_asked_for(index: Path, model: Path, rows: Pat
     embedder = Embedder.from_pretrained(model, dtype="float32", max_pixels=6272)
     expected = embedder.encode([{"text": "<|image_1|>\n", "image": rows.parent / "pictures" / "red.png"}])
     assert np.allclose(expected[0], vectors[1], atol=1e-5)
+
+
+def test_two_ranks_write_the_same_bytes(index: Path, model: Path, rows: Path, tmp_path: Path) -> None:
+    arguments = ["--model", model, "--input", rows, "--out", tmp_path / "two", *PIXELS]
+    run_python("scripts/embed.py", *arguments, ranks=2, timeout=300)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in index.iterdir())
+    for name in ("embeddings.npy", "ids.json", "rows.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (index / name).read_bytes()
 
 
 def test_a_second_run_does_nothing_and_other_options_are_refused(

@@ -182,6 +182,8 @@ def main() -> int:
             if problem is not None or options.only is not None:
                 findings += problem is not None
                 print(f"case {number} (seed {options.seed}): {described}: {problem or 'as it should'}", flush=True)
+            if counts.total() % 20 == 0:
+                print(f"{counts.total()} cases in {time.monotonic() - started:.0f} s, {findings} findings", flush=True)
     for kind in kinds:
         print(f"{kind:10} {counts[kind]:>5} cases")
     print(f"{counts.total()} cases, {findings} findings{'' if cases.can_mount else '; nothing could be mounted'}")

@@ -149,3 +149,26 @@ def test_a_pool_ends_while_its_workers_work() -> None:
     pool.close()
     assert time.monotonic() - started < 5
     assert pool.server.returncode == 0
+
+
+def kept_folders(place: Path) -> list[str]:
+    return [path.name for path in place.glob(f"{workers.PREFIX}*")]
+
+
+def test_no_temporary_folder_outlives_its_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that of a server which was killed, nor that of a program which was killed with all it had started."""
+    monkeypatch.setattr(workers.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(workers.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(workers, "PRELOAD", ())
+    lost = tmp_path / f"{workers.PREFIX}lost"
+    (lost / "arrays").mkdir(parents=True)
+    pool = WorkerPool(1)
+    assert kept_folders(tmp_path) == [pool.folder.name], "what nobody holds is deleted when the next one is made"
+    task = pool.submit(pool.job(len), "abc", str)
+    assert pool.result(task) == 3
+    other = WorkerPool(1)
+    assert pool.folder.exists(), "a living pool is left alone"
+    pool.server.kill()
+    for one in (pool, other):
+        one.close()
+    assert kept_folders(tmp_path) == []

@@ -54,3 +54,11 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path, capsys: pyt
     (tmp_path / "out" / "mine.txt").write_text("x")
     assert export.main(["--model", "nothing/there", "--out", str(tmp_path / "out")]) == 2
     assert "is not empty; choose another --out" in capsys.readouterr().err
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert export.main(["--model", "anything", "--out", str(tmp_path / "out")]) == 2
+    assert "an export is one process; start it without torchrun" in capsys.readouterr().err
