@@ -284,6 +284,9 @@ class Embedder(nn.Module):
         if hasattr(backbone, "get_base_model"):
             card = folder / "README.md"
             text = card.read_bytes() if card.exists() else None
+            for config in backbone.peft_config.values():
+                if isinstance(config.target_modules, set):  # its order is another in each process
+                    config.target_modules = sorted(config.target_modules)
             backbone.save_pretrained(str(folder), save_embedding_layers=False)
             card.unlink(missing_ok=True)  # peft's empty model card
             if text is not None:

@@ -67,14 +67,16 @@ def train(config: Config) -> Trained:
     check(config)  # a `Config` may come from a dictionary, not from `load_config`
     check_ranks(config)
     check_machine(config)
-    if (folder / RESULT).exists() and _steps_done(folder) >= config.train.steps:
-        claim_folder(config)
-        return Trained(folder, 0.0, already_complete=True)
     with StopRequest() as request, ExitStack() as held:
+        if distributed.launched_ranks() > 1:
+            distributed.start(config.train.timeout_minutes, overlap=config.model.shard)
+        if distributed.gather_objects(_steps_done(folder) >= config.train.steps)[0]:  # others may not see the file yet
+            claim_folder(config)
+            return Trained(folder, 0.0, already_complete=True)
         datasets = load_datasets(config)
         check_stored_negatives(config, datasets)
         plans = load_plans(config, datasets)
-        distributed.start(config.train.timeout_minutes, overlap=config.model.shard)
+        distributed.start()  # says so where other GPUs are idle
         sampler = build_sampler(config, datasets, plans)  # its checks come before the model is loaded
         facts = data_facts(datasets, plans) | weights_facts(config)
         recipe = decisive(config.model_dump(mode="json"))
@@ -101,7 +103,7 @@ def train(config: Config) -> Trained:
 def _steps_done(folder: Path) -> int:
     try:
         return int(json.loads((folder / RESULT).read_text())["steps"])
-    except (ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return 0
 
 

@@ -172,7 +172,14 @@ class Starts:
             if len(MESSAGE.findall(text)) > 1:
                 problems.append("several messages")
         said = sum(len(MESSAGE.findall(text)) for text in ended.texts)
-        if ended.hit == RANK and sent not in (signal.SIGKILL, signal.SIGSTOP) and any(ended.codes) and not said:
+        begun = sent is None or -sent not in ended.codes  # else it ended as any process, before the program had begun
+        if (
+            ended.hit == RANK
+            and sent not in (signal.SIGKILL, signal.SIGSTOP)
+            and any(ended.codes)
+            and begun
+            and not said
+        ):
             problems.append("no message")
         if left := [path.name for path in self.temporary.iterdir() if not path.name.startswith("torchelastic")]:
             problems.append(f"temporary files are left: {left[:3]}")

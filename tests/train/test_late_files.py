@@ -38,3 +38,9 @@ def test_ranks_agree_on_what_is_scored(root: Path) -> None:
     for subsets in (["words"], ["words", "pictures"]):
         run(root, "eval_mmeb", *command, "--subset_name", *subsets)
         assert [*json.loads((out / "summary.json").read_text())["subsets"]] == subsets
+
+
+def test_ranks_agree_that_a_run_is_complete(root: Path) -> None:
+    for _ in range(2):
+        run(root, "train", str(root / "recipe.yaml"), "train.steps=1")
+    assert (root / "run" / "result.json").exists()
