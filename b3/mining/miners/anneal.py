@@ -102,31 +102,34 @@ def refine(
 
 
 class _State(NamedTuple):
-    """Arrays that the passes share; N rows, C communities, U targets; int32 unless said."""
+    """Arrays that the passes share; N rows, C communities, U targets; int32 unless said.
+
+    What is used as an index is unsigned, which spares the compiled loops a look at its sign.
+    """
 
     indptr: np.ndarray  # int64
-    indices: np.ndarray
+    indices: np.ndarray  # uint32
     weights: np.ndarray  # int8
     targets: np.ndarray  # (N,)
-    groups: np.ndarray  # (N,) community of each row
-    members: np.ndarray  # (C, K)
+    groups: np.ndarray  # (N,) uint32, community of each row
+    members: np.ndarray  # (C, K) uint32
     copies: np.ndarray  # (N,) other members of the own community with the same target
     stay: np.ndarray  # (N,) what the row contributes where it is: weight to its community minus the cost of copies
     least: np.ndarray  # (C,) smallest `stay` of the members, or less
     to_home: np.ndarray  # (N,) weight of each row to the visited community, 0 outside a visit
     pull: np.ndarray  # (C,) largest `to_home - stay` of the members with an edge to the visited community, or more
-    linked: np.ndarray  # (C,) weight of each community to the row being moved
-    seen: np.ndarray  # (C,) bool: whether `linked` is set
+    reached: np.ndarray  # uint32, room for the rows with an edge to the visited community, each at least once
+    linked: np.ndarray  # (C,) weight of each community to the row being moved, 0 between two rows
     in_home: np.ndarray  # (U,) members of the visited community with each target, 0 outside a visit
-    touched: np.ndarray  # (C,) room for the communities with a `pull`
-    candidates: np.ndarray  # (C,) room for the communities that a row could move to
+    touched: np.ndarray  # (C,) uint32, room for the communities with a `pull`
+    candidates: np.ndarray  # (C + 1,) uint32, room for the communities that a row could move to
     crowded: bool  # whether any target occurs twice
 
 
 def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int) -> _State:
     """The state before the first pass, of `groups` (N,) and distinct `targets` (N,)."""
     count = len(groups)
-    members = np.argsort(groups, kind="stable").reshape(num_parts, -1).astype(np.int32)
+    members = np.argsort(groups, kind="stable").reshape(num_parts, -1).astype(np.uint32)
     sources = graph.sources()
     is_inside = groups[sources] == groups[graph.indices]
     inside = np.bincount(sources[is_inside], weights=graph.weights[is_inside], minlength=count).astype(np.int32)
@@ -136,15 +139,17 @@ def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int
     stay = inside - DUPLICATE_COST * copies
     parts = np.zeros(num_parts, np.int32)
     return _State(
-        graph.indptr, graph.indices, graph.weights, targets.astype(np.int32), groups.astype(np.int32), members, copies,
-        stay, stay[members].min(axis=1), np.zeros(count, np.int32), np.full(num_parts, NOTHING), parts.copy(),
-        np.zeros(num_parts, np.bool_), np.zeros(int(targets.max()) + 1, np.int32), parts.copy(), parts.copy(),
+        graph.indptr, graph.indices.astype(np.uint32), graph.weights, targets.astype(np.int32),
+        groups.astype(np.uint32), members, copies,
+        stay, stay[members].min(axis=1), np.zeros(count, np.int32), np.full(num_parts, NOTHING),
+        np.zeros(count + int(np.diff(graph.indptr).max()) * members.shape[1] + 1, np.uint32), parts.copy(),
+        np.zeros(int(targets.max()) + 1, np.int32), parts.astype(np.uint32), np.zeros(num_parts + 1, np.uint32),
         bool((np.bincount(targets) > 1).any()),
     )  # fmt: skip
 
 
 def _jit(function: Any) -> Any:
-    return numba.njit(cache=True)(function)
+    return numba.njit(cache=True, nogil=True)(function)
 
 
 @_jit
@@ -196,58 +201,71 @@ def _offers(groups, to_home, stay, pull, touched, rows, num):  # type: ignore[no
 
 
 @_jit
-def _raise_pull(state, row, num):  # type: ignore[no-untyped-def]
-    """`_offers` of the neighbours of a row."""
-    neighbours = state.indices[state.indptr[row] : state.indptr[row + 1]]
-    return _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, neighbours, num)
+def _reach(to_home, reached, num, neighbours, weights):  # type: ignore[no-untyped-def]
+    """Add a row of the visited community to `to_home` of its neighbours; returns the number of rows reached.
 
-
-@_jit
-def _enter(state, home):  # type: ignore[no-untyped-def]
-    """Fill `in_home`, `to_home`, `pull` for the visited community; returns the number of communities with a `pull`."""
-    num = 0
-    for i in state.members[home]:
-        state.in_home[state.targets[i]] += 1
-        for e in range(state.indptr[i], state.indptr[i + 1]):
-            state.to_home[state.indices[e]] += state.weights[e]
-    for i in state.members[home]:
-        num = _raise_pull(state, i, num)
+    Without a branch, whose outcome could not be foreseen: what is written last stays only if the number grows.
+    """
+    for e in range(len(neighbours)):
+        v = neighbours[e]
+        reached[num] = v
+        num += to_home[v] == 0
+        to_home[v] += weights[e]
     return num
 
 
 @_jit
-def _leave_home(state, home, num):  # type: ignore[no-untyped-def]
+def _enter(state, home):  # type: ignore[no-untyped-def]
+    """Fill `in_home`, `to_home`, `pull` for the visited community; returns the numbers of rows and communities."""
+    far = 0
+    for i in state.members[home]:
+        state.in_home[state.targets[i]] += 1
+        edges = slice(state.indptr[i], state.indptr[i + 1])
+        far = _reach(state.to_home, state.reached, far, state.indices[edges], state.weights[edges])
+    rows = state.reached[:far]
+    return far, _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, rows, 0)
+
+
+@_jit
+def _leave_home(state, home, far, num):  # type: ignore[no-untyped-def]
     """Clear what `_enter` filled."""
     for k in range(num):
         state.pull[state.touched[k]] = NOTHING
+    for k in range(far):
+        state.to_home[state.reached[k]] = 0
     least = state.stay[state.members[home, 0]]
     for i in state.members[home]:
         least = min(least, state.stay[i])
         state.in_home[state.targets[i]] = 0
-        for e in range(state.indptr[i], state.indptr[i + 1]):
-            state.to_home[state.indices[e]] = 0
     state.least[home] = least
 
 
 @_jit
-def _find_candidates(state, order, turn, row):  # type: ignore[no-untyped-def]
-    """Fill `linked`, `seen`, `candidates` for a row; returns the number of candidates, the own community included."""
+def _link(groups, linked, candidates, neighbours, weights):  # type: ignore[no-untyped-def]
+    """Add the edges of a row to `linked` of its neighbours' communities; returns how many these are."""
     num = 0
-    for e in range(state.indptr[row], state.indptr[row + 1]):
-        part = state.groups[state.indices[e]]
-        if not state.seen[part]:
-            state.seen[part] = True
-            state.linked[part] = 0
-            state.candidates[num] = part
-            num += 1
-        state.linked[part] += state.weights[e]
+    for e in range(len(neighbours)):
+        part = groups[neighbours[e]]
+        candidates[num] = part
+        num += linked[part] == 0
+        linked[part] += weights[e]
+    return num
+
+
+@_jit
+def _find_candidates(state, order, turn, row):  # type: ignore[no-untyped-def]
+    """Fill `linked` and `candidates` for a row; returns the number of candidates, the own community included."""
+    edges = slice(state.indptr[row], state.indptr[row + 1])
+    num = _link(state.groups, state.linked, state.candidates, state.indices[edges], state.weights[edges])
     if state.copies[row] == 0:
         return num
+    first = num
     for k in range(1, 9):  # away from a copy, a community without an edge may do: try some
         part = order[(turn + (k if order.size < 10 else k * k * 7919)) % order.size]  # where few: each of them
-        if not state.seen[part]:
-            state.seen[part] = True
-            state.linked[part] = 0
+        is_new = state.linked[part] == 0
+        for place in range(first, num):
+            is_new = is_new and state.candidates[place] != part
+        if is_new:
             state.candidates[num] = part
             num += 1
     return num
@@ -301,8 +319,8 @@ def _recount(state, part, cost):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _swap(state, i, j, home, slot, cost, num):  # type: ignore[no-untyped-def]
-    """Exchange row i of the visited community (at `slot`) with row j of another; returns the communities touched."""
+def _swap(state, i, j, home, slot, cost, far, num):  # type: ignore[no-untyped-def]
+    """Exchange row i of the visited community (at `slot`) with row j of another; returns rows and communities."""
     away, between = state.groups[j], _weight(state.indptr, state.indices, state.weights, i, j)
     inside_i, inside_j = state.linked[away] - between, state.to_home[j] - between
     _move(state, i, j, home, away)
@@ -311,8 +329,8 @@ def _swap(state, i, j, home, slot, cost, num):  # type: ignore[no-untyped-def]
     state.copies[i], state.copies[j] = 0, 0
     for e in range(state.indptr[i], state.indptr[i + 1]):
         state.to_home[state.indices[e]] -= state.weights[e]
-    for e in range(state.indptr[j], state.indptr[j + 1]):
-        state.to_home[state.indices[e]] += state.weights[e]
+    edges = slice(state.indptr[j], state.indptr[j + 1])
+    far = _reach(state.to_home, state.reached, far, state.indices[edges], state.weights[edges])
     state.in_home[state.targets[i]] -= 1
     state.in_home[state.targets[j]] += 1
     state.groups[i], state.groups[j] = away, home
@@ -323,13 +341,13 @@ def _swap(state, i, j, home, slot, cost, num):  # type: ignore[no-untyped-def]
     if state.crowded:
         _recount(state, home, cost)
         _recount(state, away, cost)
-    num = _raise_pull(state, j, num)
+    num = _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, state.indices[edges], num)
     num = _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, state.members[away], num)
     least = state.stay[i]
     for v in state.members[away]:
         least = min(least, state.stay[v])
     state.least[away] = least
-    return num
+    return far, num
 
 
 @_jit
@@ -338,7 +356,7 @@ def _pass(state, order, temperature, cost, stream):  # type: ignore[no-untyped-d
     total = 0
     for turn in range(order.size):
         home = order[turn]
-        touched = _enter(state, home)
+        far, touched = _enter(state, home)
         for slot in range(state.members.shape[1]):
             i = state.members[home, slot]
             num = _find_candidates(state, order, turn, i)
@@ -346,8 +364,8 @@ def _pass(state, order, temperature, cost, stream):  # type: ignore[no-untyped-d
             gain, j = _best_swap(state, i, home, num, cost, floor)
             if j >= 0:
                 total += int(gain)
-                touched = _swap(state, i, j, home, slot, cost, touched)
+                far, touched = _swap(state, i, j, home, slot, cost, far, touched)
             for k in range(num):
-                state.seen[state.candidates[k]] = False
-        _leave_home(state, home, touched)
+                state.linked[state.candidates[k]] = 0
+        _leave_home(state, home, far, touched)
     return total
