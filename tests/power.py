@@ -41,6 +41,7 @@ class Disk:
     _real: dict[str, Callable[..., Any]] = field(default_factory=dict)
     _synced_names: Names = field(default_factory=dict)
     _synced: dict[int, bytes] = field(default_factory=dict)
+    _known: dict[bytes, bytes] = field(default_factory=dict)  # equal bytes are kept once
 
     def __enter__(self) -> Disk:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +88,8 @@ class Disk:
             for name in (*folders, *files):
                 of_folder[name] = self._number(Path(place) / name)
             for name in files:
-                content[of_folder[name]] = (Path(place) / name).read_bytes()
+                data = (Path(place) / name).read_bytes()
+                content[of_folder[name]] = self._known.setdefault(data, data)
         return names, content
 
     def _sync(self, descriptor: int | None) -> None:

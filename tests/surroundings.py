@@ -1,7 +1,7 @@
 """Surroundings that a machine may have, put into a process before its program runs; all are picklable.
 
-`Late`: a file system over a network that shows new files late. `Clock`: a clock that jumps back. `SmallFiles`: a limit
-on the size of files.
+`Power`: a record of what a power failure would leave. `Late`: a file system over a network that shows new files late.
+`Clock`: a clock that jumps back. `SmallFiles`: a limit on the size of files.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import builtins
 import errno
 import io
 import os
+import pickle
 import stat as kinds
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from power import Disk
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,24 @@ class Clock:
             return 1000.0 + calls if calls % 3 == 0 else real() - 86400.0 * (calls % 5)
 
         time.time = jumping
+
+
+@dataclass(frozen=True)
+class Power:
+    """Keep the moments of `power.Disk` of a folder, pickled in a file when the program ends."""
+
+    folder: str
+    file: str
+
+    def __call__(self, rank: int) -> None:
+        disk, leave = Disk(Path(self.folder)).__enter__(), os._exit
+
+        def keep(code: int) -> None:
+            disk.__exit__(None, None, None)
+            Path(self.file).write_bytes(pickle.dumps(disk.moments))
+            leave(code)
+
+        os._exit = keep  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

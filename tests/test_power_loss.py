@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ from power import Disk
 from b3 import files
 from b3.data import archives, tarballs
 from b3.data.index import load_index, save_index
-from b3.data.own import OwnData
 from b3.errors import InputError
 from b3.mining.plan import BatchPlan
 from b3.model.cache import EmbeddingCache
@@ -155,7 +155,7 @@ def test_a_plan_is_old_new_or_refused(tmp_path: Path, again: bool) -> None:
 def test_an_index_is_never_of_two_models(tmp_path: Path) -> None:
     """A run that was killed before its manifest has left another model's vectors."""
     folder = tmp_path / "folder"
-    data = OwnData([], [{"id": n, "text": "a", "image": None} for n in range(3)])
+    data: Any = SimpleNamespace(shown=[{"id": n, "text": "a", "image": None} for n in range(3)])
     manifest = {"kind": "b3 embeddings", "options": {}, "input": {}}
     save_index(folder / "index", np.ones((3, 2), np.float32), data, manifest)
     (folder / "index" / "manifest.json").unlink()
@@ -169,7 +169,8 @@ def test_an_index_is_never_of_two_models(tmp_path: Path) -> None:
 
 
 def test_a_cache_holds_what_was_encoded_or_nothing(tmp_path: Path) -> None:
-    digests, vectors = [bytes([n]) * 32 for n in range(4)], np.arange(8, dtype=np.float32).reshape(4, 2) + 1
+    digests = np.repeat(np.arange(4, dtype=np.uint8)[:, None], 32, axis=1)
+    vectors = np.arange(8, dtype=np.float32).reshape(4, 2) + 1
 
     def write() -> None:
         cache = EmbeddingCache(tmp_path / "folder", {"model": "m"})

@@ -9,6 +9,7 @@ two       the same command twice at once: both end well, or one says who has the
 moved     killed, its folder moved, and continued there
 clock     the time of day jumps back, also to 1970
 late      ranks other than the first see new files three seconds late
+power     the power fails at some moment: what was not synced is lost, or not (`tests/power.py`)
 
 A program ends well, or with exit code 2 and one line; then the same command without the trouble ends with the files of
 an uninterrupted run. Not part of `make test`. Exit code 1 if there is any finding.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -31,10 +33,12 @@ from pathlib import Path
 
 from crash import LIMIT, PRELOAD, Bench
 from paths import CONTEXT, RUNS, Job, Run, contents, differences, prepare, processes
-from surroundings import Clock, Late, SmallFiles, is_one_line
+from power import Moment, Tree
+from surroundings import Clock, Late, Power, SmallFiles, is_one_line
 
 PAGE = 4096
-KINDS = ("full", "readonly", "two", "moved", "clock", "late")
+REFUSED = "refused"
+KINDS = ("full", "readonly", "two", "moved", "clock", "late", "power")
 
 
 def mount(folder: Path, *options: str) -> bool:
@@ -52,6 +56,7 @@ def unmount(folder: Path) -> None:
 class Cases:
     def __init__(self, bench: Bench) -> None:
         self.bench, self.work = bench, bench.work
+        self.moments: dict[str, list[Moment]] = {}
         unmount(self.work)
         self.can_mount = mount(self.work, "-o", "size=64k")
         unmount(self.work)
@@ -59,6 +64,8 @@ class Cases:
     def case(self, rng: random.Random, run: Run, kind: str) -> tuple[str, str | None]:
         """(description, what is wrong or None)."""
         ranks = rng.choice(run.ranks)
+        if kind == "power":
+            run, ranks = run if 1 in run.ranks else RUNS["training"], 1
         if kind == "late":
             ranks = rng.choice([r for r in run.ranks if r > 1] or run.ranks)
         whole, seconds = self.bench.whole(run, ranks)
@@ -66,9 +73,11 @@ class Cases:
         does: Callable[..., str | None] = getattr(self, kind)
         try:
             problem = does(rng, run, ranks, seconds)
-            if problem is None:
-                problem = self.bench.finish(run, ranks, 0) if not self.is_over(run) else None
-            if problem is None and (found := differences(whole, contents(self.work))):
+            if problem is None and not (kind == "power" or self.is_over(run)):
+                problem = self.bench.finish(run, ranks, 0)
+            if problem == REFUSED:
+                problem = None
+            elif problem is None and (found := differences(whole, contents(self.work))):
                 problem = "; ".join(found[:5])
         finally:
             unmount(self.work)
@@ -144,6 +153,22 @@ class Cases:
         job, mark = self.bench.start(run, ranks, 0, Clock())
         problem = self.ends_well(job, mark, ranks)
         return problem or (None if all(p.exitcode == 0 for p in job.processes) else job.text()[-800:])
+
+    def power(self, rng: random.Random, run: Run, ranks: int, seconds: float) -> str | None:
+        if run.name not in self.moments:
+            file = self.bench.root / "moments"
+            job, mark = self.bench.start(run, 1, 0, Power(str(self.work), str(file)))
+            if problem := self.ends_well(job, mark, 1):
+                return problem
+            self.moments[run.name] = pickle.loads(file.read_bytes())
+            shutil.rmtree(self.work)
+        moment = rng.choice(self.moments[run.name])
+        Tree.of(moment, rng.choice(("synced", "named", "mixed", "mixed")), rng).write(self.work)
+        job, mark = self.bench.start(run, 1, 0)
+        problem = self.ends_well(job, mark, 1)
+        if problem is None and job.processes[0].exitcode == 2:
+            return REFUSED  # in one line
+        return problem and f"after {moment.call}: {problem}"
 
     def late(self, rng: random.Random, run: Run, ranks: int, seconds: float) -> str | None:
         if rng.random() < 0.5:

@@ -174,7 +174,8 @@ def contents(folder: Path) -> dict[str, Any]:
         elif file.name == "summary.md":
             found[name] = re.sub(r"[\d,]+ distinct items .*", "", data.decode())
         elif file.suffix in (".yaml", ".md"):
-            found[name] = re.sub(r"workers: \d+", "", data.decode())
+            text = re.sub(r"workers: \d+", "", data.decode())
+            found[name] = text.replace("/elsewhere/", f"/{folder.name}/")  # a finished run tells where it was
         else:
             found[name] = data
     return found
