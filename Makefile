@@ -10,7 +10,7 @@ help:
 	@echo "make docs      the site from docs/, strictly; result in site/"
 	@echo "make test      run all tests                     (ARGS='-k name' to choose)"
 	@echo "make test-core run the fifth that protects most (under two minutes)"
-	@echo "make harden    damaged inputs, signals, kills and bad disks, for MINUTES=10"
+	@echo "make harden    damaged inputs, signals, kills, bad disks and random steps, for MINUTES=10"
 	@echo "make lint      ruff check and format check"
 	@echo "make types     mypy"
 	@echo "make format    let ruff rewrite the code"
@@ -44,10 +44,11 @@ test-core: $(STAMP)
 MINUTES ?= 10
 part = $$(awk 'BEGIN { print $(MINUTES) * $(1) / 10 }')  # tenths of the time
 harden: $(STAMP)
-	$(BIN)/python tests/hardening/mutate_inputs.py --cases 1000000 --minutes $(call part,3) --seed $$$$
+	$(BIN)/python tests/hardening/mutate_inputs.py --cases 1000000 --minutes $(call part,2) --seed $$$$
 	$(BIN)/python tests/hardening/stress.py --starts 1000000 --minutes $(call part,3) --seed $$$$
 	$(BIN)/python tests/hardening/crash.py --kills 1000000 --minutes $(call part,2) --seed $$$$
 	$(BIN)/python tests/hardening/disk.py --cases 1000000 --minutes $(call part,2) --seed $$$$
+	$(BIN)/python tests/hardening/random_steps.py --minutes $(call part,1) --first $$$$000
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
