@@ -178,6 +178,8 @@ class TileSearch:
         if self.kind == "int8":
             rough = (vectors.double() / unit).round().clamp(-127, 127).to(torch.int8)
             back = rough.double() * unit
+            if rough.shape[1] == 1:  # torch's product of int8 is wrong for a single column
+                rough = torch.nn.functional.pad(rough, (0, 1))
         else:
             rough = vectors.to(torch.bfloat16 if self.kind == "bfloat16" else torch.float32)
             back = rough.double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mining import reference
 
@@ -85,6 +85,7 @@ def test_what_the_rough_pass_cannot_decide_is_computed_in_full(method: str, monk
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 400), st.integers(1, 6), st.sampled_from(sorted(SEARCHES)))
+@example(0, 3, 1, "int8")
 def test_any_search_of_a_grid_of_ties_is_exact(seed: int, rows: int, dim: int, method: str) -> None:
     rng = np.random.default_rng(seed)
     queries, targets = (unit_rows(rng.integers(-1, 2, (n, dim)) + 0.01, "rows") for n in (9, rows))
