@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.evidence.grid import Run
 
+READY = ("random_precision", "mined_precision")  # what train.py finds after its first hundred steps
 THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -69,6 +70,7 @@ def execute(run: Run) -> str:
         facts["in_community"] = float(np.average(hits, weights=[report["n"] for report in reports]))
     lines = read_metrics(folder)
     last = lines[-1]
+    facts |= {key: line[key] for line in read_metrics(folder, READY[0]) for key in READY}
     record = {
         "key": key,
         "recipe": run.recipe,
