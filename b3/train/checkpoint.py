@@ -107,6 +107,13 @@ def checkpoint_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def wait_for_checkpoint(folder: Path) -> None:
+    """Return once all files of a checkpoint are here, which another rank has seen complete."""
+    files.wait_for(folder / MARKER)
+    for name in checkpoint_facts(folder)["files"]:
+        files.wait_for(folder / name)
+
+
 def checkpoint_step(folder: Path) -> int:
     match = _FOLDER.match(folder.name)
     assert match is not None, folder

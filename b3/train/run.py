@@ -29,7 +29,9 @@ from b3.train.checkpoint import (
     data_facts,
     decisive,
     newest_checkpoint,
+    prune,
     rewind_log,
+    wait_for_checkpoint,
     weights_facts,
 )
 from b3.train.stop import Stopped, StopRequest
@@ -72,6 +74,8 @@ def train(config: Config) -> Trained:
             distributed.start(config.train.timeout_minutes, overlap=config.model.shard)
         if distributed.gather_objects(_steps_done(folder) >= config.train.steps)[0]:  # others may not see the file yet
             claim_folder(config)
+            if distributed.rank() == 0:
+                prune(folder, config.train.keep_checkpoints)  # a power failure brings back what was being deleted
             return Trained(folder, 0.0, already_complete=True)
         datasets = load_datasets(config)
         check_stored_negatives(config, datasets)
@@ -83,6 +87,8 @@ def train(config: Config) -> Trained:
         distributed.agree("recipe and data", {"recipe": recipe, "data": facts}, "give every machine the same")
         checkpoint, notes = _claim(config, facts, held)
         sampler.start = 0 if checkpoint is None else checkpoint_step(checkpoint)
+        if checkpoint is not None:
+            wait_for_checkpoint(checkpoint)
         started = time.perf_counter()
         trainer = build_trainer(config, datasets, plans, sampler, request)
         if distributed.rank() == 0:

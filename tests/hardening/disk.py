@@ -57,6 +57,7 @@ class Cases:
     def __init__(self, bench: Bench) -> None:
         self.bench, self.work = bench, bench.work
         self.moments: dict[str, list[Moment]] = {}
+        self.refused = False  # whether a program of the last case has ended with exit code 2
         unmount(self.work)
         self.can_mount = mount(self.work, "-o", "size=64k")
         unmount(self.work)
@@ -70,6 +71,7 @@ class Cases:
             ranks = rng.choice([r for r in run.ranks if r > 1] or run.ranks)
         whole, seconds = self.bench.whole(run, ranks)
         shutil.rmtree(self.work, ignore_errors=True)
+        self.refused = False
         does: Callable[..., str | None] = getattr(self, kind)
         try:
             problem = does(rng, run, ranks, seconds)
@@ -92,6 +94,7 @@ class Cases:
     def ends_well(self, job: Job, mark: str, ranks: int) -> str | None:
         codes = job.wait(LIMIT)
         left = processes.end(mark, grace=10.0)
+        self.refused |= 2 in codes
         texts = [job.text(rank) for rank in range(ranks)]
         if left:
             return f"left {len(left)} processes"
@@ -204,14 +207,16 @@ def main() -> int:
             run, kind = RUNS[rng.choice(names)], kinds[number % len(kinds)]
             described, problem = cases.case(rng, run, kind)
             counts[kind] += 1
+            counts[f"{kind}, refused"] += cases.refused
             if problem is not None or options.only is not None:
                 findings += problem is not None
                 print(f"case {number} (seed {options.seed}): {described}: {problem or 'as it should'}", flush=True)
-            if counts.total() % 20 == 0:
-                print(f"{counts.total()} cases in {time.monotonic() - started:.0f} s, {findings} findings", flush=True)
+            if (number + 1) % 20 == 0:
+                print(f"{number + 1} cases in {time.monotonic() - started:.0f} s, {findings} findings", flush=True)
     for kind in kinds:
-        print(f"{kind:10} {counts[kind]:>5} cases")
-    print(f"{counts.total()} cases, {findings} findings{'' if cases.can_mount else '; nothing could be mounted'}")
+        print(f"{kind:10} {counts[kind]:>5} cases, {counts[f'{kind}, refused']} with a program that said no")
+    mounted = "" if cases.can_mount else "; nothing could be mounted"
+    print(f"{sum(counts[kind] for kind in kinds)} cases, {findings} findings{mounted}")
     return int(findings > 0)
 
 

@@ -41,6 +41,10 @@ def test_ranks_agree_on_what_is_scored(root: Path) -> None:
 
 
 def test_ranks_agree_that_a_run_is_complete(root: Path) -> None:
-    for _ in range(2):
-        run(root, "train", str(root / "recipe.yaml"), "train.steps=1")
-    assert (root / "run" / "result.json").exists()
+    command = [str(root / "recipe.yaml"), "train.schedule=constant"]
+    run(root, "train", *command, "train.steps=1")
+    (root / "run" / ".removed-checkpoint-0").mkdir()  # its deletion did not reach the disk
+    run(root, "train", *command, "train.steps=1")
+    assert (root / "run" / "result.json").exists() and not (root / "run" / ".removed-checkpoint-0").exists()
+    run(root, "train", *command, "train.steps=2")  # rank 1 does not see all of the checkpoint yet
+    run(root, "train", *command, "train.steps=3")
