@@ -230,10 +230,13 @@ def _own_folder() -> tuple[Path, int]:
             os.close(lock)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # taken for a leftover before it was locked
         if locks.take(lock) is not False and locks.is_named(lock, folder):
             return folder, lock
-        os.close(lock)  # taken for a leftover before it was locked
+        os.close(lock)
 
 
 _POOLS: dict[int, WorkerPool] = {}

@@ -172,3 +172,21 @@ def test_no_temporary_folder_outlives_its_pool(tmp_path: Path, monkeypatch: pyte
     for one in (pool, other):
         one.close()
     assert kept_folders(tmp_path) == []
+
+
+def test_a_new_folder_that_another_process_has_swept_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks start their pools at once: one may take another's folder for a leftover before it is locked."""
+    make, swept = workers.tempfile.mkdtemp, list[str]()
+
+    def make_and_lose(prefix: str) -> str:
+        name = make(prefix=prefix)
+        if not swept:
+            os.rmdir(name)
+            swept.append(name)
+        return name
+
+    monkeypatch.setattr(workers.tempfile, "mkdtemp", make_and_lose)
+    folder, lock = workers._own_folder()
+    os.close(lock)
+    assert folder.is_dir() and str(folder) not in swept
+    folder.rmdir()
