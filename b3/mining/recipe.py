@@ -21,6 +21,7 @@ from b3.mining.plan import BatchPlan
 from b3.mining.teacher import (
     SIDES,
     forget_teacher,
+    is_teacher_kept,
     keeps_vectors,
     load_teacher,
     missing_vectors,
@@ -97,13 +98,14 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
     missing = [job for job, there in zip(jobs, is_there, strict=True) if not there]
     vectors = missing_vectors(config, jobs) if keeps_vectors(config) else []
     with ExitStack() as held:
-        if distributed.rank() == 0 and (missing or vectors):
+        if distributed.rank() == 0 and (missing or vectors or is_teacher_kept(config)):
             held.enter_context(alone(Path(config.mining.dir), "call of mining", "choose another mining.dir"))
             tidy(Path(config.mining.dir))
         if vectors:
             store_vectors(config, vectors)
         if missing:
             _mine_plans(config, missing, show_progress and distributed.rank() == 0)
+        forget_teacher(config)  # also what a call has left that was killed after its last plan
     for entry, _ in jobs:
         wait_for(Path(config.mining.dir) / entry.subset / "manifest.json")
     plans = {entry.subset: load_plan(config, entry, dataset) for entry, dataset in jobs}
@@ -139,7 +141,6 @@ def _mine_plans(config: Config, jobs: list[Job], show_progress: bool) -> None:
         if arrays is not None:
             _mine_plan(config, *jobs[start + distributed.rank()], *arrays, show_progress and world == 1)
     distributed.barrier()
-    forget_teacher(config)
 
 
 def _on_disk(config: Config, entry: DatasetConfig, side: str, vectors: np.ndarray) -> np.ndarray:

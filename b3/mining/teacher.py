@@ -107,6 +107,11 @@ def _load_checkpoint(config: Config) -> Encode:
     return lambda items, label: unit(encoder.encode(items, label), in_place=True)
 
 
+def is_teacher_kept(config: Config) -> bool:
+    """Whether there is anything for `forget_teacher`."""
+    return (Path(config.mining.dir) / CACHE).exists()
+
+
 def forget_teacher(config: Config) -> None:
     """Delete what `load_teacher` kept: the plans are saved."""
     if distributed.rank() == 0:
@@ -203,7 +208,6 @@ def store_vectors(config: Config, missing: list[tuple[DatasetConfig, PairDataset
     distributed.barrier()
     for entry, _ in missing:
         wait_for(_stored_at(config, entry) / "manifest.json")
-    forget_teacher(config)
 
 
 def _stored_at(config: Config, entry: DatasetConfig) -> Path:

@@ -19,6 +19,7 @@ from b3.data.datasets import load_datasets
 from b3.errors import InputError
 from b3.mining import BatchPlan, recipe
 from b3.mining.recipe import load_plan, mine_recipe
+from b3.mining.teacher import CACHE
 from scripts import mine as script
 
 
@@ -94,6 +95,17 @@ def test_a_checkpoint_can_be_the_teacher(root: Path) -> None:
     tiny.write_model(root / "model")
     config = load_config(root / "recipe.yaml", [f"mining.teacher={root / 'model'}"])
     assert mine_recipe(config)["pictures"].manifest["teacher"] == str(root / "model")
+
+
+def test_what_a_killed_call_kept_of_its_teacher_is_deleted(root: Path) -> None:
+    """Killed after the last plan: nothing is left to mine, and the next call still cleans up."""
+    config = load_config(root / "recipe.yaml")
+    mine_recipe(config)
+    kept = Path(config.mining.dir) / CACHE / "some"
+    kept.mkdir(parents=True)
+    (kept / "shard.safetensors").write_bytes(b"")
+    mine_recipe(config)
+    assert not kept.parent.exists()
 
 
 def test_large_vectors_of_a_teacher_are_mapped_from_files(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
