@@ -203,13 +203,7 @@ def evaluate(
     for name in todo:
         task, dataset = benchmark.task(name), datasets.pop(name)
         _score(folder, task, dataset, encoders.of(task), spec, explain, progress)
-    summary: dict[str, Any] = {}
-    if distributed.rank() == 0:
-        summary = (
-            ranking_summary(folder, subsets, benchmark, spec.options)
-            if is_ranked
-            else _summary(folder, subsets, benchmark)
-        )
+    summary = _summary(folder, subsets, benchmark, spec, is_ranked) if distributed.rank() == 0 else {}
     summary = distributed.gather_objects(summary)[0]
     seconds, num_items = time.perf_counter() - started, encoders.num_encoded
     summary |= {"seconds": round(seconds, 2), "items": num_items, "items_per_second": round(num_items / seconds, 2)}
@@ -253,8 +247,10 @@ def _score(
             write_explanations(folder, dataset, score, explain)
 
 
-def _summary(folder: Path, subsets: list[str], benchmark: Benchmark) -> dict[str, Any]:
+def _summary(folder: Path, subsets: list[str], benchmark: Benchmark, spec: EvalSpec, is_ranked: bool) -> dict[str, Any]:
     """Of the score files in `folder`."""
+    if is_ranked:
+        return ranking_summary(folder, subsets, benchmark, spec.options)
     scores = {name: score for name in subsets if (score := read_score(folder, name)) is not None}
     num_correct = {name: (score["num_correct"], score["num_data"]) for name, score in scores.items()}
     return summarise({name: score["acc"] for name, score in scores.items()}, benchmark, num_correct)
