@@ -24,11 +24,15 @@ from power import Disk
 
 @dataclass(frozen=True)
 class Late:
-    """Files below `folder` that another process has renamed are not there for so many seconds, on some ranks."""
+    """Files below `folder` that another process has renamed are not there for so many seconds, on some ranks.
+
+    since: a time; files that have not changed after it are there.
+    """
 
     folder: str
     seconds: float = 3.0
     ranks: tuple[int, ...] = (1, 2)
+    since: float = 0.0
 
     def __call__(self, rank: int) -> None:
         if rank not in self.ranks:
@@ -46,7 +50,8 @@ class Late:
             except OSError:
                 return False
             # renaming a file sets its time of change
-            return not kinds.S_ISDIR(status.st_mode) and time.time() - status.st_ctime < self.seconds
+            is_new = status.st_ctime > self.since and time.time() - status.st_ctime < self.seconds
+            return is_new and not kinds.S_ISDIR(status.st_mode)
 
         def reading(real: Callable[..., Any]) -> Callable[..., Any]:
             def call(path: Any, *arguments: Any, **options: Any) -> Any:

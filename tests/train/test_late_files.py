@@ -21,7 +21,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, program: str, *arguments: str) -> None:
-    job = Job(root / "logs", *arguments, ranks=2, program=program, prepare=Late(str(root)))
+    since = (root / "recipe.yaml").stat().st_ctime  # the last of what the ranks are given
+    job = Job(root / "logs", *arguments, ranks=2, program=program, prepare=Late(str(root), since=since))
     assert job.wait() == [0, 0], [job.text(rank) for rank in range(2)]
 
 
