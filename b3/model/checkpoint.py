@@ -152,6 +152,30 @@ def model_type(folder: Path) -> str:
     return str(read_json(folder / "config.json").get("model_type"))
 
 
+def check_width(folder: Path) -> None:
+    """Raise `InputError` if config.json gives the text model another width than its embedding has among the weights.
+
+    Upstream makes such weights before it refuses them, of whatever size config.json says. Where no embedding is found
+    or something cannot be read nothing is said: what loads it does.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    width, widths = None, set[int]()
+    with contextlib.suppress(Exception), _silence():
+        text = AutoConfig.from_pretrained(folder).get_text_config()
+        width = getattr(text, "embedding_size", text.hidden_size)
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(str(file), "numpy") as weights:
+                names = [n for n in weights.keys() if n.endswith(("embed_tokens.weight", "word_embeddings.weight"))]  # noqa: SIM118
+                widths.update(weights.get_slice(name).get_shape()[-1] for name in names)
+    if width is not None and widths and width not in widths:
+        raise InputError(
+            f"backbone in {folder} cannot be loaded: config.json gives hidden_size {width}, the weights have"
+            f" {min(widths)}; take both from one checkpoint"
+        )
+
+
 def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
     """A checkpoint as upstream's model, in eval mode, parameters frozen; `options` are further arguments of its loader.
 
@@ -159,6 +183,7 @@ def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype, device
     """
     import torch
 
+    check_width(folder)
     try:
         with _silence():
             model, info = model_class.from_pretrained(

@@ -124,6 +124,7 @@ def _claim(config: Config, facts: dict[str, Any], held: ExitStack) -> tuple[Path
             held.enter_context(alone(Path(config.output_dir), "run", "choose another output_dir"))
             tidy(Path(config.output_dir))
             notes = claim_folder(config, facts) + other_versions(Path(config.output_dir))
+            prune(Path(config.output_dir), config.train.keep_checkpoints)  # a run that was cut off may not save again
             newest = newest_checkpoint(Path(config.output_dir))
             if newest is not None:
                 check_format(newest)

@@ -241,6 +241,17 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert len(lines) == 1 and message in lines[0]
 
 
+def test_a_checkpoint_whose_deletion_was_cut_off_is_deleted(root: Path, tmp_path: Path) -> None:
+    """A power failure brings it back, and a run that had saved its last step does not save again."""
+    overrides = ["data.datasets=[{subset: words}]", f"output_dir={tmp_path / 'run'}", "train.steps=1"]
+    assert start(root, "unused", *overrides).returncode == 0
+    (tmp_path / "run" / "result.json").unlink()
+    (tmp_path / "run" / ".removed-checkpoint-0").mkdir()
+    assert start(root, "unused", *overrides).returncode == 0
+    assert (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / ".removed-checkpoint-0").exists()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_named_and_costs_no_step(root: Path, tmp_path: Path, workers: int) -> None:
     """The run stops at the batch with the broken image, and goes on from there once it is mended."""

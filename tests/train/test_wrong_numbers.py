@@ -158,6 +158,20 @@ def test_weights_of_more_layers_than_the_config_has_are_refused(root: Path) -> N
         Embedder.from_pretrained(root / "model", dtype="float32")
 
 
+def test_a_config_of_another_width_is_refused_before_memory_is_taken(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without hidden_size upstream would first make an embedding of width 8,192."""
+    import transformers
+
+    monkeypatch.setattr(transformers.Qwen2VLForConditionalGeneration, "from_pretrained", lambda *a, **k: 1 / 0)
+    config = json.loads((root / "model" / "config.json").read_text())
+    del config["text_config"]["hidden_size"]
+    (root / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"config.json gives hidden_size 8192, the weights have \d+; take both"):
+        Embedder.from_pretrained(root / "model", dtype="float32")
+
+
 def test_an_adapter_of_a_checkpoint_of_another_name_is_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Equal shapes: nothing else can tell."""
     assert train.main([str(root / "recipe.yaml")]) == 0
