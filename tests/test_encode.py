@@ -144,6 +144,19 @@ def test_another_model_or_flag_meets_an_empty_cache(model: Embedder, tmp_path: P
         assert other.num_encoded == 3
 
 
+def test_digests_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    """The cache looks by the first eight bytes, and then at all of them."""
+    first, second = np.zeros((1, 32), dtype=np.uint8), np.zeros((1, 32), dtype=np.uint8)
+    second[0, 31] = 1
+    cache, tag = EmbeddingCache(tmp_path, FACTS), bytes(16)
+    cache.remember(first, tag, np.ones((1, 4), dtype=np.float32), write=True)
+    cache.flush()
+    for digests, is_known in ((first, True), (second, False)):
+        vectors = np.zeros((1, 4), dtype=np.float32)
+        own, other = cache.lookup(digests, tag, vectors)
+        assert (bool(own[0]), bool(other[0]), vectors.any()) == (is_known, False, is_known)
+
+
 def test_a_changed_image_is_encoded_again(model: Embedder, tmp_path: Path) -> None:
     path, text = tmp_path / "x.png", "<|image_1|>\nRepresent the given image.\n"
     Image.new("RGB", (64, 64), "red").save(path)

@@ -60,6 +60,20 @@ def test_a_folder_has_one_writer_and_is_free_after_its_end(
     assert not any(folder.iterdir())
 
 
+def test_a_lock_that_its_last_holder_took_away_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking: what is locked then has no name any more, and would keep nobody out."""
+    take, files = locks.take, [tmp_path / LOCK]
+
+    def late(descriptor: int) -> bool | None:
+        if files:
+            files.pop().unlink()
+        return take(descriptor)
+
+    monkeypatch.setattr(locks, "take", late)
+    with alone(tmp_path, "run", "go"):
+        assert not files and (tmp_path / LOCK).exists()
+
+
 def test_a_file_that_only_looks_unfinished_is_kept(tmp_path: Path) -> None:
     for name in ("notes.tmp", ".notes.tmp", ".weights.0123456g.tmp"):
         (tmp_path / name).touch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,25 +23,33 @@ def images_digest(item_of: Callable[[int], Item], count: int) -> str:
     parquet file parts of the file are read; those inside a table of rows are left out.
     """
     rows: list[int] = np.unique(np.linspace(0, count - 1, min(LOOKED_AT, count)).astype(int)).tolist()
-    digests = dict.fromkeys(digest for row in rows for digest in _digests(item_of(row)))
+    files = FileDigests()
+    digests = dict.fromkeys(digest for row in rows if (digest := _digest(item_of(row), files)) is not None)
     return hashlib.sha256("".join(digests).encode()).hexdigest()[:32] if digests else ""
 
 
-def _digests(item: Item) -> Iterator[str]:
-    stills: Iterable[Still] = (one for m in item.media for one in ([m] if isinstance(m, Still) else m.frames[:1]))
-    for still in stills:
-        source = still.source
-        try:
-            if isinstance(source, ImageRef) and isinstance(source.store, ParquetImages):
-                yield sampled_sha256(Path(source.store.location))
-            elif isinstance(source, ImageRef) and isinstance(source.store, FolderImages):
-                yield hashlib.sha256(source.store.read(source.path)).hexdigest()
-            elif isinstance(source, (str, Path)):
-                yield hashlib.sha256(Path(source).read_bytes()).hexdigest()
-            elif isinstance(source, bytes):
-                yield hashlib.sha256(source).hexdigest()
-            elif not isinstance(source, ImageRef):
-                yield content_key(source)
-        except (DataError, OSError):
-            yield "unreadable"
-        return
+class FileDigests(dict[str, str]):
+    """`sampled_sha256` by path, each once: all images that are looked at may be in one file."""
+
+    def __missing__(self, path: str) -> str:
+        self[path] = digest = sampled_sha256(Path(path))
+        return digest
+
+
+def _digest(item: Item, files: FileDigests) -> str | None:
+    """Of the first image or frame of an item; None where it has none that is looked at."""
+    stills = (one for medium in item.media for one in ([medium] if isinstance(medium, Still) else medium.frames[:1]))
+    source = next((still.source for still in stills), None)
+    try:
+        if isinstance(source, ImageRef):
+            if isinstance(source.store, ParquetImages):
+                return files[str(source.store.location)]
+            if isinstance(source.store, FolderImages):
+                return hashlib.sha256(source.store.read(source.path)).hexdigest()
+            return None
+        content = Path(source).read_bytes() if isinstance(source, (str, Path)) else source
+        if isinstance(content, bytes):
+            return hashlib.sha256(content).hexdigest()
+        return None if content is None else content_key(content)
+    except (DataError, OSError):
+        return "unreadable"

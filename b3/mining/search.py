@@ -140,6 +140,11 @@ def fast_int8(dim: int) -> bool:
     return products
 
 
+def fast_kinds(dim: int) -> list[str]:
+    """Kinds of products that this CPU has instructions for, the fastest first; float32 is always one."""
+    return [*["bfloat16"] * fast_bfloat16(), *["int8"] * fast_int8(dim), "float32"]
+
+
 COARSE = 0.02  # a rounding error of targets above which int8 would leave too many candidates
 
 
@@ -159,10 +164,9 @@ class TileSearch:
 
         self.targets, self.depth = targets, depth
         self.unit = float(max(np.abs(part).max() for part in np.array_split(targets, -(-len(targets) // TILE)))) / 127
-        for self.kind in [kind] if kind else [*(["bfloat16"] if fast_bfloat16() else []), "int8", "float32"]:
-            if kind is None and self.kind == "int8" and not fast_int8(targets.shape[1]):
-                continue
-            rounded = [self._rounded(part, self.unit) for part in torch.from_numpy(targets).split(TILE)]
+        parts = torch.from_numpy(targets).split(TILE)
+        for self.kind in [kind] if kind else fast_kinds(targets.shape[1]):
+            rounded = [self._rounded(part, self.unit) for part in parts]
             self.target_error = max(float(error.max()) for _, error in rounded)
             if kind or self.kind != "int8" or self.target_error < COARSE:
                 break

@@ -57,6 +57,14 @@ def plain(model: Embedder, rows: list[int]) -> tuple[float, dict[str, torch.Tens
     return float(loss.detach()), gradients(model)
 
 
+def test_a_step_keeps_a_learned_temperature_in_its_bounds(folder: Path) -> None:
+    model, loss = embedder(folder, "lora"), InfoNCE(0.02, learn_temperature=True)
+    with torch.no_grad():
+        loss.log_scale.fill_(10.0)  # type: ignore[union-attr]
+    CachedStep(model, loss)(collator(model, 64)([(0, i) for i in range(4)]), 0)
+    assert loss.scale().item() == pytest.approx(100.0)
+
+
 @pytest.mark.parametrize("chunk_tokens", [16, 50, 200])
 @pytest.mark.parametrize("share", [True, False])
 def test_cached_equals_plain_with_repeated_rows(folder: Path, chunk_tokens: int, share: bool) -> None:
