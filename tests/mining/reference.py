@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from b3.mining.vectors import unit_rows
+from b3.mining.vectors import mix64, seeded_order, unit_rows
 
 
 def clustered(
@@ -69,3 +69,52 @@ def dense(graph: object) -> np.ndarray:
     matrix = np.zeros((len(graph), len(graph)), dtype=int)  # type: ignore[arg-type]
     matrix[graph.sources(), graph.indices] = graph.weights  # type: ignore[attr-defined]
     return matrix
+
+
+def swaps(
+    matrix: np.ndarray, groups: np.ndarray, targets: np.ndarray, temperatures: list[float], seed: int, cost: int
+) -> tuple[np.ndarray, list[int]]:
+    """(groups, gains) of annealed swaps over a dense matrix of weights (N, N), each swap valued from scratch."""
+    size = int((groups == 0).sum())
+    members = [np.flatnonzero(groups == part).tolist() for part in range(len(groups) // size)]
+    groups, gains = groups.copy(), []
+
+    def value(rows: list[int]) -> int:
+        _, copies = np.unique(targets[rows], return_counts=True)
+        return int(matrix[np.ix_(rows, rows)].sum()) // 2 - cost * int((copies * (copies - 1) // 2).sum())
+
+    def swapped(rows: list[int], out: int, into: int) -> list[int]:
+        return [into if row == out else row for row in rows]
+
+    for number, temperature in enumerate(temperatures):
+        order, drawn, total = seeded_order(seed + number, len(members)), int(mix64(seed, 7, number)[0]), 0
+        for turn, home in enumerate(order):
+            for slot in range(size):
+                i, floor = members[home][slot], 0.0
+                if temperature > 0:  # SplitMix64, one number for each row
+                    drawn = (drawn + 0x9E3779B97F4A7C15) % 2**64
+                    x = (drawn ^ (drawn >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+                    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+                    floor = temperature * float(np.log((((x ^ (x >> 31)) >> 12) + 0.5) / 2**52))
+                places = [int(groups[v]) for v in np.flatnonzero(matrix[i])]
+                if (targets[members[home]] == targets[i]).sum() > 1:
+                    steps = [k if len(order) < 10 else k * k * 7919 for k in range(1, 9)]
+                    places += [int(order[(turn + step) % len(order)]) for step in steps]
+                best, partner = floor, -1
+                for away in dict.fromkeys(places):
+                    before = value(members[home]) + value(members[away])
+                    for v in members[away] if away != home else []:
+                        gain = value(swapped(members[home], i, v)) + value(swapped(members[away], v, i)) - before
+                        if gain > best:
+                            best, partner = gain, v
+                if partner >= 0:
+                    away = int(groups[partner])
+                    members[home], members[away] = (
+                        swapped(members[home], i, partner),
+                        swapped(members[away], partner, i),
+                    )
+                    groups[i], groups[partner], total = away, home, total + int(best)
+        gains.append(total)
+        if temperature == 0 and total == 0:
+            break
+    return groups, gains

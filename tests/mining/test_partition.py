@@ -10,7 +10,8 @@ from mining import reference
 
 from b3.mining.communities import members_of
 from b3.mining.graph import Graph, kept_rows
-from b3.mining.miners.anneal import DUPLICATE_COST, objective, refine
+from b3.mining.miners import anneal
+from b3.mining.miners.anneal import DUPLICATE_COST, objective, refine, temperatures
 from b3.mining.miners.paper import authors_repair, metis_parts
 from b3.mining.miners.random import random_groups
 
@@ -57,6 +58,26 @@ def test_refinement_keeps_sizes_and_never_lowers_the_objective(
     assert sum(gains) >= 0
     assert objective(graph, after, targets) == objective(graph, before, targets) + sum(gains)
     assert objective(graph, after, targets) == plain_objective(graph, after, targets)
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+@settings(max_examples=25, deadline=None)
+@given(sizes, st.integers(0, 200), st.integers(0, 2**31), st.integers(1, 60), st.integers(1, 8))
+def test_swaps_are_those_of_the_plain_rule(
+    narrow: bool, shape: tuple[int, int], edges: int, seed: int, num_targets: int, passes: int
+) -> None:
+    """Row for row, ties, copies and draws included, whatever the width of the numbers."""
+    parts, size = shape[0] + 1, shape[1] + 1
+    rows = parts * size
+    graph = random_graph(rows, edges, seed)
+    targets = np.random.default_rng(seed).integers(0, num_targets, rows)
+    before = random_groups(rows, size, seed)
+    plain = reference.swaps(reference.dense(graph), before, targets, temperatures(passes), seed, DUPLICATE_COST)
+    with pytest.MonkeyPatch.context() as patch:
+        if not narrow:
+            patch.setattr(anneal, "MOST_NARROW", 0)
+        groups, gains = refine(graph, before, targets, size, passes, seed)
+    assert (groups.tolist(), gains) == ((plain[0].tolist(), plain[1]) if sum(plain[1]) > 0 else (before.tolist(), []))
 
 
 def test_refinement_ends_where_no_swap_gains() -> None:

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from b3.config.schema import MiningOptions
 from b3.console import Clock
@@ -29,6 +33,7 @@ DUPLICATE_COST = 8
 HOTTEST, COOLEST = 6.0, 0.4
 COLD_PASSES = 3
 NOTHING = np.int32(-(1 << 30))
+MOST_NARROW = 1 << 16  # values that two bytes hold
 
 
 def cut(problem: Problem, options: MiningOptions, clock: Clock) -> np.ndarray:
@@ -108,21 +113,20 @@ class _State(NamedTuple):
     """
 
     indptr: np.ndarray  # int64
-    indices: np.ndarray  # uint32
-    weights: np.ndarray  # int8
+    edges: np.ndarray  # uint32, `_pack` of each neighbour and weight
     targets: np.ndarray  # (N,)
-    groups: np.ndarray  # (N,) uint32, community of each row
+    groups: np.ndarray  # (N,) uint16 or uint32, community of each row
     members: np.ndarray  # (C, K) uint32
     copies: np.ndarray  # (N,) other members of the own community with the same target
-    stay: np.ndarray  # (N,) what the row contributes where it is: weight to its community minus the cost of copies
+    stay: np.ndarray  # (N,) int16 or int32, what the row contributes where it is: weight inside minus cost of copies
     least: np.ndarray  # (C,) smallest `stay` of the members, or less
-    to_home: np.ndarray  # (N,) weight of each row to the visited community, 0 outside a visit
+    to_home: np.ndarray  # (N,) int16 or int32, weight of each row to the visited community, 0 outside a visit
     pull: np.ndarray  # (C,) largest `to_home - stay` of the members with an edge to the visited community, or more
     reached: np.ndarray  # uint32, room for the rows with an edge to the visited community, each at least once
     linked: np.ndarray  # (C,) weight of each community to the row being moved, 0 between two rows
     in_home: np.ndarray  # (U,) members of the visited community with each target, 0 outside a visit
-    touched: np.ndarray  # (C,) uint32, room for the communities with a `pull`
-    candidates: np.ndarray  # (C + 1,) uint32, room for the communities that a row could move to
+    touched: np.ndarray  # uint32, room for the communities with a `pull`
+    candidates: np.ndarray  # uint32, room for the communities that a row could move to
     crowded: bool  # whether any target occurs twice
 
 
@@ -138,18 +142,61 @@ def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int
     copies = (sizes[group.ravel()] - 1).astype(np.int32)
     stay = inside - DUPLICATE_COST * copies
     parts = np.zeros(num_parts, np.int32)
+    # What the loops read at random: two bytes where they suffice, so that it stays in the cache
+    label: Any = np.uint16 if num_parts <= MOST_NARROW else np.uint32
+    number: Any = np.int16 if DUPLICATE_COST * members.shape[1] < MOST_NARROW // 2 else np.int32
     return _State(
-        graph.indptr, graph.indices.astype(np.uint32), graph.weights, targets.astype(np.int32),
-        groups.astype(np.uint32), members, copies,
-        stay, stay[members].min(axis=1), np.zeros(count, np.int32), np.full(num_parts, NOTHING),
+        graph.indptr, _pack(graph), targets.astype(np.int32), groups.astype(label), members, copies,
+        stay.astype(number), stay[members].min(axis=1), np.zeros(count, number), np.full(num_parts, NOTHING),
         np.zeros(count + int(np.diff(graph.indptr).max()) * members.shape[1] + 1, np.uint32), parts.copy(),
-        np.zeros(int(targets.max()) + 1, np.int32), parts.astype(np.uint32), np.zeros(num_parts + 1, np.uint32),
-        bool((np.bincount(targets) > 1).any()),
+        np.zeros(int(targets.max()) + 1, np.int32), np.zeros(num_parts + 1, np.uint32),
+        np.zeros(num_parts + 1, np.uint32), bool((np.bincount(targets) > 1).any()),
     )  # fmt: skip
+
+
+def _pack(graph: Graph) -> np.ndarray:
+    """(E,) uint32: twice the neighbour of each edge, and 1 more where the weight is 2."""
+    edges = graph.indices.astype(np.uint32)
+    edges <<= 1
+    edges |= graph.weights == 2
+    return edges
 
 
 def _jit(function: Any) -> Any:
     return numba.njit(cache=True, nogil=True)(function)
+
+
+@_jit
+def _neighbour(edge):  # type: ignore[no-untyped-def]
+    return edge >> np.uint32(1)
+
+
+@_jit
+def _weight(edge):  # type: ignore[no-untyped-def]
+    return np.int32(1) + np.int32(edge & np.uint32(1))
+
+
+@intrinsic
+def _prefetch(typing, array, place):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of an element, without waiting for it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        element = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
+        builder.call(function, [element, number(0), number(3), number(1)])  # to read, to keep, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@_jit
+def _fetch(indptr, edges, row):  # type: ignore[no-untyped-def]
+    """Ask for the edges of a row that is read soon: memory takes longer to answer than a row takes to work off."""
+    for e in range(indptr[row], indptr[row + 1], 16):
+        _prefetch(edges, e)
 
 
 @_jit
@@ -164,17 +211,17 @@ def _uniform(stream):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _weight(indptr, indices, weights, row, other):  # type: ignore[no-untyped-def]
+def _between(indptr, edges, row, other):  # type: ignore[no-untyped-def]
     """Weight of the edge between two rows, 0 if there is none."""
     low, end = indptr[row], indptr[row + 1]
     high = end
     while low < high:
         middle = (low + high) >> 1
-        if indices[middle] < other:
+        if _neighbour(edges[middle]) < other:
             low = middle + 1
         else:
             high = middle
-    return np.int32(weights[low]) if low < end and indices[low] == other else np.int32(0)
+    return _weight(edges[low]) if low < end and _neighbour(edges[low]) == other else np.int32(0)
 
 
 @_jit
@@ -188,51 +235,42 @@ def _copies(targets, members, row):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _offers(groups, to_home, stay, pull, touched, rows, num):  # type: ignore[no-untyped-def]
-    """Raise `pull` of the communities of `rows` to what these offer; returns the number of communities touched."""
-    for v in rows:
-        part, offer = groups[v], to_home[v] - stay[v]
-        if offer > pull[part]:
-            if pull[part] == NOTHING:
-                touched[num] = part
-                num += 1
-            pull[part] = offer
-    return num
+def _offer(pull, touched, num, part, offer):  # type: ignore[no-untyped-def]
+    """Raise the `pull` of a community to an offer; returns the number of communities touched.
 
-
-@_jit
-def _reach(to_home, reached, num, neighbours, weights):  # type: ignore[no-untyped-def]
-    """Add a row of the visited community to `to_home` of its neighbours; returns the number of rows reached.
-
-    Without a branch, whose outcome could not be foreseen: what is written last stays only if the number grows.
+    Here and in the loops over edges there is no branch, whose outcome could not be foreseen: what is written last stays
+    only if the number grows.
     """
-    for e in range(len(neighbours)):
-        v = neighbours[e]
-        reached[num] = v
-        num += to_home[v] == 0
-        to_home[v] += weights[e]
-    return num
+    before = pull[part]
+    touched[num] = part
+    pull[part] = max(before, offer)
+    return num + (before == NOTHING)
 
 
 @_jit
 def _enter(state, home):  # type: ignore[no-untyped-def]
     """Fill `in_home`, `to_home`, `pull` for the visited community; returns the numbers of rows and communities."""
-    far = 0
+    to_home, reached, far = state.to_home, state.reached, 0
     for i in state.members[home]:
         state.in_home[state.targets[i]] += 1
-        edges = slice(state.indptr[i], state.indptr[i + 1])
-        far = _reach(state.to_home, state.reached, far, state.indices[edges], state.weights[edges])
-    rows = state.reached[:far]
-    return far, _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, rows, 0)
+        for edge in state.edges[state.indptr[i] : state.indptr[i + 1]]:
+            v = _neighbour(edge)
+            reached[far] = v
+            far += to_home[v] == 0
+            to_home[v] += _weight(edge)
+    num = 0
+    for v in reached[:far]:
+        num = _offer(state.pull, state.touched, num, state.groups[v], to_home[v] - state.stay[v])
+    return far, num
 
 
 @_jit
 def _leave_home(state, home, far, num):  # type: ignore[no-untyped-def]
     """Clear what `_enter` filled."""
-    for k in range(num):
-        state.pull[state.touched[k]] = NOTHING
-    for k in range(far):
-        state.to_home[state.reached[k]] = 0
+    for part in state.touched[:num]:
+        state.pull[part] = NOTHING
+    for v in state.reached[:far]:
+        state.to_home[v] = 0
     least = state.stay[state.members[home, 0]]
     for i in state.members[home]:
         least = min(least, state.stay[i])
@@ -241,22 +279,14 @@ def _leave_home(state, home, far, num):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _link(groups, linked, candidates, neighbours, weights):  # type: ignore[no-untyped-def]
-    """Add the edges of a row to `linked` of its neighbours' communities; returns how many these are."""
-    num = 0
-    for e in range(len(neighbours)):
-        part = groups[neighbours[e]]
-        candidates[num] = part
-        num += linked[part] == 0
-        linked[part] += weights[e]
-    return num
-
-
-@_jit
 def _find_candidates(state, order, turn, row):  # type: ignore[no-untyped-def]
     """Fill `linked` and `candidates` for a row; returns the number of candidates, the own community included."""
-    edges = slice(state.indptr[row], state.indptr[row + 1])
-    num = _link(state.groups, state.linked, state.candidates, state.indices[edges], state.weights[edges])
+    groups, linked, candidates, num = state.groups, state.linked, state.candidates, 0
+    for edge in state.edges[state.indptr[row] : state.indptr[row + 1]]:
+        part = groups[_neighbour(edge)]
+        candidates[num] = part
+        num += linked[part] == 0
+        linked[part] += _weight(edge)
     if state.copies[row] == 0:
         return num
     first = num
@@ -291,22 +321,10 @@ def _best_swap(state, row, home, num, cost, floor):  # type: ignore[no-untyped-d
                 same = 1 if state.targets[v] == state.targets[row] else 0
                 gain -= cost * (there - same + state.in_home[state.targets[v]] - same)
             if state.to_home[v] != 0:
-                gain -= 2 * _weight(state.indptr, state.indices, state.weights, row, v)
+                gain -= 2 * _between(state.indptr, state.edges, row, v)
             if gain > best:
                 best, partner = gain, v
     return best, partner
-
-
-@_jit
-def _move(state, row, other, home, away):  # type: ignore[no-untyped-def]
-    """Account for `row` going from `home` to `away` in what its neighbours contribute, `other` excepted."""
-    for e in range(state.indptr[row], state.indptr[row + 1]):
-        v, w = state.indices[e], state.weights[e]
-        if v != other:
-            if state.groups[v] == home:
-                state.stay[v] -= w
-            elif state.groups[v] == away:
-                state.stay[v] += w
 
 
 @_jit
@@ -321,19 +339,28 @@ def _recount(state, part, cost):  # type: ignore[no-untyped-def]
 @_jit
 def _swap(state, i, j, home, slot, cost, far, num):  # type: ignore[no-untyped-def]
     """Exchange row i of the visited community (at `slot`) with row j of another; returns rows and communities."""
-    away, between = state.groups[j], _weight(state.indptr, state.indices, state.weights, i, j)
-    inside_i, inside_j = state.linked[away] - between, state.to_home[j] - between
-    _move(state, i, j, home, away)
-    _move(state, j, i, away, home)
-    state.stay[i], state.stay[j] = inside_i, inside_j
+    _fetch(state.indptr, state.edges, j)
+    groups, stay, to_home, away = state.groups, state.stay, state.to_home, state.groups[j]
+    between = _between(state.indptr, state.edges, i, j)
+    inside_i, inside_j = state.linked[away] - between, to_home[j] - between
+    for edge in state.edges[state.indptr[i] : state.indptr[i + 1]]:
+        v, w = _neighbour(edge), _weight(edge)
+        part = groups[v]
+        to_home[v] -= w
+        stay[v] += w * (np.int32(part == away) - np.int32(part == home))
+    for edge in state.edges[state.indptr[j] : state.indptr[j + 1]]:
+        v, w = _neighbour(edge), _weight(edge)
+        part = groups[v]
+        state.reached[far] = v
+        far += to_home[v] == 0
+        to_home[v] += w
+        stay[v] += w * (np.int32(part == home) - np.int32(part == away))
+        num = _offer(state.pull, state.touched, num, part, to_home[v] - stay[v])
+    stay[i], stay[j] = inside_i, inside_j
     state.copies[i], state.copies[j] = 0, 0
-    for e in range(state.indptr[i], state.indptr[i + 1]):
-        state.to_home[state.indices[e]] -= state.weights[e]
-    edges = slice(state.indptr[j], state.indptr[j + 1])
-    far = _reach(state.to_home, state.reached, far, state.indices[edges], state.weights[edges])
     state.in_home[state.targets[i]] -= 1
     state.in_home[state.targets[j]] += 1
-    state.groups[i], state.groups[j] = away, home
+    groups[i], groups[j] = away, home
     state.members[home, slot] = j
     for q in range(state.members.shape[1]):
         if state.members[away, q] == j:
@@ -341,11 +368,10 @@ def _swap(state, i, j, home, slot, cost, far, num):  # type: ignore[no-untyped-d
     if state.crowded:
         _recount(state, home, cost)
         _recount(state, away, cost)
-    num = _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, state.indices[edges], num)
-    num = _offers(state.groups, state.to_home, state.stay, state.pull, state.touched, state.members[away], num)
-    least = state.stay[i]
+    least = stay[i]
     for v in state.members[away]:
-        least = min(least, state.stay[v])
+        num = _offer(state.pull, state.touched, num, away, to_home[v] - stay[v])
+        least = min(least, stay[v])
     state.least[away] = least
     return far, num
 
@@ -355,9 +381,10 @@ def _pass(state, order, temperature, cost, stream):  # type: ignore[no-untyped-d
     """One visit to every community in the given order; returns the gain of the objective."""
     total = 0
     for turn in range(order.size):
-        home = order[turn]
+        home, following = order[turn], order[min(turn + 1, order.size - 1)]
         far, touched = _enter(state, home)
         for slot in range(state.members.shape[1]):
+            _fetch(state.indptr, state.edges, state.members[following, slot])
             i = state.members[home, slot]
             num = _find_candidates(state, order, turn, i)
             floor = temperature * np.log(_uniform(stream)) if temperature > 0 else 0.0
@@ -365,7 +392,7 @@ def _pass(state, order, temperature, cost, stream):  # type: ignore[no-untyped-d
             if j >= 0:
                 total += int(gain)
                 far, touched = _swap(state, i, j, home, slot, cost, far, touched)
-            for k in range(num):
-                state.linked[state.candidates[k]] = 0
+            for part in state.candidates[:num]:
+                state.linked[part] = 0
         _leave_home(state, home, far, touched)
     return total
