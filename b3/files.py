@@ -21,6 +21,7 @@ import numpy as np
 
 from b3 import locks
 from b3.errors import RunError
+from b3.memory import room_for
 
 SHOWN_CHANGES = 3
 APPEARS_SECONDS = 90.0  # NFS looks for new names at least once a minute
@@ -281,6 +282,25 @@ def claim(
     return record
 
 
+def _member(stored: Any, name: str) -> np.ndarray:
+    """An array of an .npz file that is open, read into where there is room for it."""
+    with stored.zip.open(f"{name}.npy") as stream:
+        is_simple = np.lib.format.read_magic(stream) == (1, 0)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream) if is_simple else ((), True, None)
+        if is_fortran or not shape or dtype.hasobject:
+            array: np.ndarray = stored[name]
+            return array
+        array = room_for(shape, dtype)
+        rest = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+        while len(rest):
+            num = stream.readinto(rest[: 1 << 22])
+            if not num:
+                raise EOFError(f"{name} is cut off")
+            rest = rest[num:]
+        stream.read(1)  # the end, where the checksum is compared
+    return array
+
+
 class Stages:
     """Arrays of finished stages in a folder, each under a key of all that it depends on; others are ignored."""
 
@@ -298,7 +318,7 @@ class Stages:
             with np.load(self.folder / f"{name}.npz", allow_pickle=False) as stored:
                 if str(stored["key"]) != key:
                     return None
-                return {field: stored[field] for field in stored.files if field != "key"}
+                return {field: _member(stored, field) for field in stored.files if field != "key"}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
 

@@ -1,10 +1,12 @@
 """How memory grows with the rows: the peak of each stage of scripts/embed.py and scripts/mine.py, and bytes per row.
 
     python -m benchmarks.memory --rows 50000 200000 [--programs embed mine] [--dim 32]
+    python -m benchmarks.memory --folder DIR                    mine DIR/recipe.yaml, of `python -m benchmarks.rows`
 
 Each program runs on jsonl files of that many distinct short texts with a tiny random text encoder. Counted is memory
 that belongs to the process alone (RssAnon), not files that it maps, which the system takes back as it needs. A stage
-is told by the functions that the program is in. With PYTHONPATH another version of b3 is measured.
+is told by the functions that the program is in. With PYTHONPATH another version of b3 is measured. --folder also says
+the most that was resident, mapped files included, and the seconds of each stage.
 """
 
 from __future__ import annotations
@@ -38,10 +40,13 @@ STAGES = {  # function -> stage; the innermost one counts
     "normalise": "normalise",
     "rank_targets": "rank",
     "build_graph": "graph",
+    "refine": "swaps",
+    "balanced_kmeans": "pieces",
     "find_communities": "communities",
     "draw_negatives": "negatives",
     "make_report": "report",
 }
+PAUSE = 0.0025  # seconds between two looks at the stage; memory is looked at half as often
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "pu", "ro", "sa", "te", "vu", "zi") for b in "bcdfghjklm"]
 
 
@@ -83,7 +88,8 @@ def run_child(program: str, folder: Path) -> None:
     else:
         from scripts.mine import main as start
 
-        (folder / "recipe.yaml").write_text(recipe(folder))
+        if not (folder / "recipe.yaml").exists():
+            (folder / "recipe.yaml").write_text(recipe(folder))
         arguments = [str(folder / "recipe.yaml")]
 
     def watch() -> None:
@@ -96,7 +102,7 @@ def run_child(program: str, folder: Path) -> None:
                 frame = frame.f_back
             if stage != notes[-1][1]:
                 notes.append((time.monotonic(), stage))
-            time.sleep(0.002)
+            time.sleep(PAUSE)
 
     threading.Thread(target=watch, daemon=True).start()
     code = start(arguments)
@@ -104,29 +110,38 @@ def run_child(program: str, folder: Path) -> None:
     sys.exit(code)
 
 
-def anonymous(process: int) -> int:
-    """Bytes of memory that belong to a process alone; 0 once it has ended."""
+def resident(process: int) -> tuple[int, int]:
+    """Bytes of memory that belong to a process alone, and all that it has resident; 0 once it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
+        return 0, 0
+    sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines if line.endswith("kB")}
+    return sizes.get("RssAnon", 0), sizes.get("VmRSS", 0)
 
 
-def peaks(program: str, folder: Path) -> dict[str, int]:
-    """The most bytes that a program had in each of its stages."""
+def peaks(program: str, folder: Path, index: int = 0) -> dict[str, int]:
+    """The most bytes that a program had in each of its stages; index 0: of its own, 1: resident."""
+    return {stage: sizes[index] for stage, sizes in watch(program, folder).items()}
+
+
+def watch(program: str, folder: Path) -> dict[str, tuple[int, int, float]]:
+    """By stage of a program: the most bytes of its own and resident, and seconds."""
     child = subprocess.Popen([sys.executable, __file__, "--child", program, "--folder", str(folder)])
     samples = []
     while child.poll() is None:
-        samples.append((time.monotonic(), anonymous(child.pid)))
-        time.sleep(0.005)
+        samples.append((time.monotonic(), *resident(child.pid)))
+        time.sleep(2 * PAUSE)
     if child.returncode:
         raise SystemExit(f"{program} ended with code {child.returncode}")
     notes = json.loads((folder / f"{program}.json").read_text())
-    result: dict[str, int] = {}
-    for at, size in samples:
+    result: dict[str, tuple[int, int, float]] = {}
+    last = samples[0][0]
+    for at, own, whole in samples:
         stage = next((name for start, name in reversed(notes) if start <= at), "start")
-        result[stage] = max(result.get(stage, 0), size)
+        before = result.get(stage, (0, 0, 0.0))
+        result[stage] = max(before[0], own), max(before[1], whole), before[2] + at - last
+        last = at
     return result
 
 
@@ -136,10 +151,15 @@ def main() -> None:
     parser.add_argument("--programs", nargs="+", default=["embed", "mine"], choices=("embed", "mine"))
     parser.add_argument("--dim", type=int, default=32, help="numbers of a vector")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="of benchmarks.rows: mine its recipe")
     arguments = parser.parse_args()
     if arguments.child:
         run_child(arguments.child, arguments.folder)
+    if arguments.folder:
+        print("| stage | GB of its own | GB resident | seconds |\n|---|---:|---:|---:|")
+        for stage, (own, whole, seconds) in watch("mine", arguments.folder).items():
+            print(f"| {stage} | {own / 1e9:.2f} | {whole / 1e9:.2f} | {seconds:.0f} |")
+        return
     from b3.model.backbones.tiny import make_tiny_text_model
 
     with tempfile.TemporaryDirectory() as name:

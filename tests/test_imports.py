@@ -19,7 +19,7 @@ pytestmark = pytest.mark.core
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = re.compile(r"^\[project\.optional-dependencies\]\n(.*?)^\[", re.MULTILINE | re.DOTALL)
 FLOORS = [
-    ("registry", "errors", "peers", "signals"),
+    ("registry", "errors", "memory", "peers", "signals"),
     ("locks",),
     ("files", "console", "html", "distributed"),
     ("config",),

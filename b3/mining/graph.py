@@ -11,10 +11,11 @@ import numpy as np
 
 from b3.config.schema import MiningOptions
 from b3.console import Clock
+from b3.memory import room_for
 from b3.mining.rankings import Rankings
 from b3.mining.vectors import DistinctTargets, mix64, uniform
 
-EDGE_BLOCK = 1 << 22
+EDGE_BLOCK = 1 << 20  # entries of some twelve arrays
 SPARE_EDGES = 1_500_000  # where targets repeat, a small data set keeps over m edges per row, up to this many in all
 
 
@@ -43,22 +44,27 @@ class Graph:
 
     def degrees(self) -> np.ndarray:
         """(N,) int64: sum of the weights at each row."""
-        total = np.concatenate([[0], np.cumsum(self.weights, dtype=np.int64)])
-        return total[self.indptr[1:]] - total[self.indptr[:-1]]
+        from b3.mining.graph_kernels import degrees
 
-    def sources(self) -> np.ndarray:
-        """(E,) int32: the row that each entry of `indices` is a neighbour of."""
-        return np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.indptr))
+        total: np.ndarray = degrees(self.indptr, self.weights)
+        return total
 
-    def restrict(self, rows: np.ndarray) -> Graph:
-        """The graph over `rows` (ascending), renumbered 0, 1, ..."""
+    def inside(self, groups: np.ndarray) -> np.ndarray:
+        """(N,) int32: the weight of each row's edges to rows of its own group, of `groups` (N,)."""
+        from b3.mining.graph_kernels import inside
+
+        total: np.ndarray = inside(self.indptr, self.indices, self.weights, groups)
+        return total
+
+    def restrict(self, rows: np.ndarray, in_place: bool = False) -> Graph:
+        """The graph over `rows` (ascending), renumbered 0, 1, ...; `in_place`: in the memory of this one, then lost."""
+        from b3.mining.graph_kernels import restrict
+
         if len(rows) == len(self):
             return self
-        place = places(rows, len(self))
-        sources, targets = place[self.sources()], place[self.indices]
-        is_inside = (sources >= 0) & (targets >= 0)
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(sources[is_inside], minlength=len(rows)))])
-        return Graph(indptr.astype(np.int64), targets[is_inside], self.weights[is_inside])
+        indices, weights = (a if in_place else np.empty_like(a) for a in (self.indices, self.weights))
+        indptr = restrict(self.indptr, self.indices, self.weights, rows, places(rows, len(self)), indices, weights)
+        return Graph(indptr, indices[: indptr[-1]], weights[: indptr[-1]])
 
 
 def places(members: np.ndarray, num_rows: int) -> np.ndarray:
@@ -85,7 +91,10 @@ def window_rows(
     Returns (indptr (n + 1,) int64, rows (E,) int32), both in these numbers.
     """
     by_slot, slots, phase = _slots(distinct, seed)
-    degrees, neighbours = [np.zeros(1, dtype=np.int64)], []
+    degrees, num = [np.zeros(1, dtype=np.int64)], 0
+    # edges of a row at most: `_reached` rounds up once for each target
+    most = min(rankings.m * int(distinct.counts.max()), budget + rankings.m)
+    neighbours = room_for(int((place >= 0).sum()) * most, np.int32)
     step = max(1, EDGE_BLOCK // max(rankings.m, budget))
     for start in range(0, len(rankings), step):
         rows = start + np.flatnonzero(place[start : start + step] >= 0)
@@ -95,8 +104,10 @@ def window_rows(
         ends = place[by_slot[at]]
         is_member = ends >= 0
         degrees.append(np.bincount(np.repeat(np.arange(len(rows)), num_near)[is_member], minlength=len(rows)))
-        neighbours.append(ends[is_member])
-    return np.cumsum(np.concatenate(degrees)), np.concatenate(neighbours)
+        count = int(is_member.sum())
+        neighbours[num : num + count] = ends[is_member]
+        num += count
+    return np.cumsum(np.concatenate(degrees)), neighbours[:num]
 
 
 def _reached(
@@ -161,26 +172,16 @@ def build_graph(
     members: (n,) rows, ascending: the graph over these alone, renumbered; default: all.
     """
     assert edges in ("union", "mutual")
-    from scipy import sparse
+    from b3.mining.graph_kernels import count_both, fill_both, weigh
 
     members = np.arange(len(rankings)) if members is None else members
     indptr, rows = window_rows(rankings, distinct, budget, seed, places(members, len(rankings)))
-    forth = sparse.csr_array((np.ones(len(rows), dtype=np.int8), rows, indptr), shape=(len(members), len(members)))
-    # Row j of the transpose lists the i whose window holds j's target; the other direction is looked up there.
-    back = forth.T.tocsr()
-    sources = np.repeat(members, np.diff(back.indptr))
-    ranks = rankings.rank_of(sources, distinct.of_row[members[back.indices]])
-    is_mutual = ranks >= rankings.p
-    if edges == "mutual":
-        back.data = is_mutual.astype(np.int8)
-    else:
-        back.data = np.where(is_mutual, 2, 1).astype(np.int8)
-        if veto:
-            back.data[(ranks >= 0) & ~is_mutual] = 0
-    back.eliminate_zeros()
-    both = back.maximum(back.T.tocsr()).tocsr()
-    both.sort_indices()
-    return Graph(both.indptr.astype(np.int64), both.indices.astype(np.int32, copy=False), both.data)
+    # Of an edge from i to j: where row j has i's target.
+    weights = weigh(rankings.order, rankings.p, distinct.of_row, members, indptr, rows, edges == "union", veto)
+    ends = count_both(indptr, rows, weights)
+    graph = Graph(ends, room_for(int(ends[-1]), np.int32), room_for(int(ends[-1]), np.int8))
+    fill_both(indptr, rows, weights, graph.indptr, graph.indices, graph.weights)
+    return graph
 
 
 @dataclass
@@ -212,7 +213,7 @@ class Problem:
 
     @cached_property
     def graph(self) -> Graph:
-        """The graph over `rows`, built when it is first asked for."""
+        """The graph over `rows`, built when it is first asked for; `del problem.graph` frees it."""
         options, num_rows = self.options, len(self.rankings)
         with self.clock.stage("graph"):
             budget = max(options.m, SPARE_EDGES // num_rows)

@@ -9,6 +9,7 @@ import numpy as np
 
 from b3.console import Progress
 from b3.errors import InputError
+from b3.memory import room_for
 from b3.mining.search import make_search, pair_scores
 from b3.mining.vectors import DistinctTargets
 
@@ -106,7 +107,7 @@ def rank_targets(
     step = block_rows or step
     first, last = (len(queries) * k // share[1] for k in (share[0], share[0] + 1))
     count = last - first
-    order = np.empty((count, p + m), dtype=np.int32)
+    order = room_for((count, p + m), np.int32)
     positive_scores, best_scores, total_mass = (np.zeros(count) for _ in range(3))
     for start in range(first, last, step):
         rows = slice(start, min(start + step, last))

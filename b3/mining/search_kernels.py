@@ -153,12 +153,18 @@ def finish(queries, targets, keys, ids, counts, error, result_error, unit, best_
 
 
 @_jit
+def place_of(ids, wanted):  # type: ignore[no-untyped-def]
+    """The place of a number in distinct ids (k,) int32, -1 if it has none: a maximum, as a loop that breaks is slow."""
+    target, place = np.int32(wanted), np.int32(-1)
+    for k in range(len(ids)):
+        place = max(place, np.int32(k) if ids[k] == target else np.int32(-1))
+    return place
+
+
+@_jit
 def rank_of(order, rows, targets):  # type: ignore[no-untyped-def]
     """(E,) int32: the column of row ``rows[e]`` of `order` (N, k) that holds ``targets[e]``, -1 if none does."""
-    ranks = np.full(len(rows), -1, dtype=np.int32)
+    ranks = np.empty(len(rows), dtype=np.int32)
     for e in range(len(rows)):
-        for rank in range(order.shape[1]):
-            if order[rows[e], rank] == targets[e]:
-                ranks[e] = rank
-                break
+        ranks[e] = place_of(order[rows[e]], targets[e])
     return ranks

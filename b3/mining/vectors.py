@@ -19,6 +19,7 @@ import numpy as np
 
 from b3.data.digests import SIZE, first_seen, joined
 from b3.errors import InputError
+from b3.memory import room_for
 
 GRID = 2.0**26
 BLOCK_ROWS = 8192
@@ -50,7 +51,7 @@ def unit_rows(array: np.ndarray, side: str) -> np.ndarray:
 
     Raises `InputError` naming `side` ("queries" or "targets") and the first row that is not finite or is zero.
     """
-    units = np.empty(array.shape, dtype=np.float32)
+    units = room_for(array.shape, np.float32)
     for start in range(0, len(array), BLOCK_ROWS):
         block = np.array(array[start : start + BLOCK_ROWS], dtype=np.float64, order="C")
         scale = np.abs(block).max(axis=1)
@@ -114,8 +115,16 @@ def distinct_targets(units: np.ndarray) -> DistinctTargets:
     """Group the identical rows of `units` (N, D), float32 on the grid."""
     first, of_row = first_seen(joined(hashlib.blake2b(row.data, digest_size=SIZE).digest() for row in units))
     if len(first) < len(units):
-        units = units[first]
+        units = _taken(units, first)
     return group_targets(units, of_row)
+
+
+def _taken(units: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``units[rows]``, where there is room for it."""
+    taken = room_for((len(rows), units.shape[1]), units.dtype)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        taken[start : start + BLOCK_ROWS] = units[rows[start : start + BLOCK_ROWS]]
+    return taken
 
 
 def _splitmix(x: np.ndarray) -> np.ndarray:

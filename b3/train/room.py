@@ -8,11 +8,11 @@ each worker, whatever the number of steps.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from b3.console import num_bytes
 from b3.errors import DataError, RunError
+from b3.memory import free_memory
 from b3.model.workers import TASKS_AHEAD
 
 if TYPE_CHECKING:
@@ -20,20 +20,6 @@ if TYPE_CHECKING:
     from b3.train.sampler import BatchPlanSampler
 
 SAMPLE_ROWS = 8
-
-
-def free_memory() -> int | None:
-    """Bytes that processes of this machine (or container) can still take, or None where that is unknown."""
-    limits = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        limits.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-        cgroup = Path("/sys/fs/cgroup")
-        most, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        limits.append(int(most) - int(used))
-    except (OSError, ValueError, StopIteration):  # another system, no such limit ("max")
-        pass
-    return min(limits, default=None)
 
 
 def check_first_batch(collator: StepCollator, sampler: BatchPlanSampler, workers: int) -> None:

@@ -67,7 +67,8 @@ def weights(orders: list[list[int]], number: np.ndarray, p: int, m: int, edges: 
 def dense(graph: object) -> np.ndarray:
     """(N, N) weights of a `Graph`."""
     matrix = np.zeros((len(graph), len(graph)), dtype=int)  # type: ignore[arg-type]
-    matrix[graph.sources(), graph.indices] = graph.weights  # type: ignore[attr-defined]
+    sources = np.repeat(np.arange(len(graph)), np.diff(graph.indptr))  # type: ignore[arg-type, attr-defined]
+    matrix[sources, graph.indices] = graph.weights  # type: ignore[attr-defined]
     return matrix
 
 

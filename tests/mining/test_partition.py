@@ -26,7 +26,7 @@ def random_graph(rows: int, edges: int, seed: int) -> Graph:
     np.fill_diagonal(matrix, 0)
     sources, indices = np.nonzero(matrix)
     indptr = np.concatenate([[0], np.cumsum(np.bincount(sources, minlength=rows))])
-    return Graph(indptr.astype(np.int64), indices.astype(np.int64), matrix[sources, indices])
+    return Graph(indptr.astype(np.int64), indices.astype(np.int32), matrix[sources, indices].astype(np.int8))
 
 
 def plain_objective(graph: Graph, labels: np.ndarray, targets: np.ndarray) -> int:

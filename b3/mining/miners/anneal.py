@@ -40,13 +40,15 @@ def cut(problem: Problem, options: MiningOptions, clock: Clock) -> np.ndarray:
     """(n,) int64 community of each row, -1 for the n mod K rows in none; every community has exactly K rows."""
     size, seed = options.community_size, options.seed
     positions = kept_rows(problem.graph, len(problem), size, seed)
-    graph, targets = problem.graph.restrict(positions), problem.targets[positions]
+    graph, targets = problem.graph.restrict(positions, in_place=True), problem.targets[positions]
+    del problem.graph  # its memory is the restricted one's, and then that of the swaps
     with clock.stage("partition"):
         groups = random_groups(len(positions), size, seed)
     if options.refine_passes:
         with clock.stage("refine"):
             before = objective(graph, groups, targets)
-            groups, gains = refine(graph, groups, targets, size, options.refine_passes, seed, clock.progress)
+            passes = options.refine_passes
+            groups, gains = refine(graph, groups, targets, size, passes, seed, clock.progress, in_place=True)
             problem.facts |= {"objective_before_refinement": before, "refinement_gains": gains}
     return problem.place(positions, groups)
 
@@ -57,7 +59,7 @@ def objective(graph: Graph, groups: np.ndarray, targets: np.ndarray) -> int:
     For the union graph of distinct targets this is the number of window hits inside communities (eq. 6 of the paper
     asks to maximise the hard negatives that share a batch), minus what the veto dropped.
     """
-    inside = int(graph.weights[groups[graph.sources()] == groups[graph.indices]].sum(dtype=np.int64)) // 2
+    inside = int(graph.inside(groups).sum(dtype=np.int64)) // 2
     _, copies = np.unique(groups * (int(targets.max()) + 1) + targets, return_counts=True)
     return inside - DUPLICATE_COST * int((copies * (copies - 1) // 2).sum())
 
@@ -78,6 +80,7 @@ def refine(
     passes: int,
     seed: int,
     progress: Callable[[str, int, int], None] | None = None,
+    in_place: bool = False,
 ) -> tuple[np.ndarray, list[int]]:
     """`passes` rounds of annealed swaps; stops early when a cold round finds none. Never lowers the objective.
 
@@ -86,6 +89,7 @@ def refine(
         groups: (N,) int64, community of each row; all of size K.
         targets: (N,) int64, distinct target of each row.
         progress: called as ``progress("refine", passes done, passes)``.
+        in_place: the edges take the memory of the graph, which is lost.
 
     Returns (groups (N,) int64, gain of each pass); (the given groups, []) if nothing better was found.
     """
@@ -93,7 +97,7 @@ def refine(
     gains: list[int] = []
     if num_parts < 2 or community_size < 2 or passes == 0:
         return groups, gains
-    state = _start(graph, groups, targets, num_parts)
+    state = _start(graph, groups, targets, num_parts, in_place)
     for number, temperature in enumerate(temperatures(passes)):
         stream = mix64(seed, 7, number)[:1].copy()
         gains.append(int(_pass(state, seeded_order(seed + number, num_parts), temperature, DUPLICATE_COST, stream)))
@@ -130,23 +134,20 @@ class _State(NamedTuple):
     crowded: bool  # whether any target occurs twice
 
 
-def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int) -> _State:
+def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int, in_place: bool = False) -> _State:
     """The state before the first pass, of `groups` (N,) and distinct `targets` (N,)."""
     count = len(groups)
     members = np.argsort(groups, kind="stable").reshape(num_parts, -1).astype(np.uint32)
-    sources = graph.sources()
-    is_inside = groups[sources] == groups[graph.indices]
-    inside = np.bincount(sources[is_inside], weights=graph.weights[is_inside], minlength=count).astype(np.int32)
     # (community, target) as one number: rows that share it are copies of each other
     _, group, sizes = np.unique(groups * (int(targets.max()) + 1) + targets, return_inverse=True, return_counts=True)
     copies = (sizes[group.ravel()] - 1).astype(np.int32)
-    stay = inside - DUPLICATE_COST * copies
+    stay = graph.inside(groups) - DUPLICATE_COST * copies
     parts = np.zeros(num_parts, np.int32)
     # What the loops read at random: two bytes where they suffice, so that it stays in the cache
     label: Any = np.uint16 if num_parts <= MOST_NARROW else np.uint32
     number: Any = np.int16 if DUPLICATE_COST * members.shape[1] < MOST_NARROW // 2 else np.int32
     return _State(
-        graph.indptr, _pack(graph), targets.astype(np.int32), groups.astype(label), members, copies,
+        graph.indptr, _pack(graph, in_place), targets.astype(np.int32), groups.astype(label), members, copies,
         stay.astype(number), stay[members].min(axis=1), np.zeros(count, number), np.full(num_parts, NOTHING),
         np.zeros(count + int(np.diff(graph.indptr).max()) * members.shape[1] + 1, np.uint32), parts.copy(),
         np.zeros(int(targets.max()) + 1, np.int32), np.zeros(num_parts + 1, np.uint32),
@@ -154,9 +155,9 @@ def _start(graph: Graph, groups: np.ndarray, targets: np.ndarray, num_parts: int
     )  # fmt: skip
 
 
-def _pack(graph: Graph) -> np.ndarray:
+def _pack(graph: Graph, in_place: bool) -> np.ndarray:
     """(E,) uint32: twice the neighbour of each edge, and 1 more where the weight is 2."""
-    edges = graph.indices.astype(np.uint32)
+    edges = graph.indices.view(np.uint32) if in_place else graph.indices.astype(np.uint32)
     edges <<= 1
     edges |= graph.weights == 2
     return edges

@@ -15,6 +15,7 @@ import numpy as np
 
 from b3.config.schema import MiningOptions
 from b3.console import Clock
+from b3.memory import room_for
 from b3.mining.graph import Problem, kept_rows
 from b3.mining.vectors import BLOCK_ROWS, GRID, DistinctTargets, mix64
 
@@ -33,7 +34,7 @@ def cut(problem: Problem, options: MiningOptions, clock: Clock) -> np.ndarray:
 
 def pair_vectors(queries: np.ndarray, distinct: DistinctTargets) -> np.ndarray:
     """(N, D) float32 on the grid: directions of query + target; the query's where the two are opposite."""
-    vectors = np.empty_like(queries)
+    vectors = room_for(queries.shape, queries.dtype)
     for start in range(0, len(queries), BLOCK_ROWS):
         rows = slice(start, start + BLOCK_ROWS)
         total = queries[rows].astype(np.float64) + distinct.vectors[distinct.of_row[rows]]
