@@ -286,12 +286,14 @@ def _member(stored: Any, name: str) -> np.ndarray:
     """An array of an .npz file that is open, read into where there is room for it."""
     with stored.zip.open(f"{name}.npy") as stream:
         is_simple = np.lib.format.read_magic(stream) == (1, 0)
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream) if is_simple else ((), True, None)
+        shape, is_fortran, dtype = (
+            np.lib.format.read_array_header_1_0(stream) if is_simple else ((), True, np.dtype("O"))
+        )
         if is_fortran or not shape or dtype.hasobject:
             array: np.ndarray = stored[name]
             return array
         array = room_for(shape, dtype)
-        rest = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+        rest = array.reshape(-1).view(np.uint8).data
         while len(rest):
             num = stream.readinto(rest[: 1 << 22])
             if not num:
