@@ -37,7 +37,7 @@ def check(config: Config) -> None:
     if low is not None and high is not None and low > high:
         raise ConfigError(f"model.min_pixels {low} exceeds model.max_pixels {high}")
     batch, entries = config.batch, config.data.datasets
-    if batch.policy != "random" and batch.random_steps > train.steps:
+    if batch.policy != "random" and batch.random_steps != "auto" and batch.random_steps > train.steps:
         raise ConfigError(f"batch.random_steps {batch.random_steps} exceeds train.steps {train.steps}")
     num_labelled = sum(entry.family == "classification" for entry in entries)
     if batch.policy == "b3_merged" and num_labelled < 2:

@@ -286,9 +286,12 @@ class BatchConfig(Section):
         description="b3: mined communities of one data set; b3_merged: all classification sets are one; b3_mixed:"
         " communities of all; random: random rows of one data set (fair control); random_mixed: of all",
     )
-    random_steps: int = Field(
-        0, ge=0, description="the first so many steps draw random batches of one data set, as policy random: a warm-up"
+    random_steps: Count | Literal["auto"] = Field(
+        0,
+        description="the first so many steps draw random batches of one data set, as policy random: a warm-up; auto:"
+        " until the student finds the share `ready` of its targets in them, asked every 50 steps",
     )
+    ready: float = Field(0.5, gt=0, le=1, description="the share at which random_steps auto ends")
 
     @property
     def mined(self) -> bool:

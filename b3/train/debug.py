@@ -82,7 +82,7 @@ def debug_config(config: Config, ranks: int = 1, on_gpu: bool = False) -> Config
     step = math.lcm(ranks, small_k)
     tree["batch"] |= {
         "size": step * math.ceil(min(config.batch.size, SIZE) / step),
-        "random_steps": min(config.batch.random_steps, 1),
+        "random_steps": min(config.batch.random_steps, 1) if config.batch.random_steps != "auto" else 1,
     }
     tree["train"] |= {
         "steps": STEPS,

@@ -36,6 +36,7 @@ def finish(config: Config, trainer: Any, datasets: list[PairDataset], plans: lis
     write_text(folder / "README.md", card)
     result = {
         "steps": config.train.steps,
+        "random_steps": trainer.sampler.random_steps,
         "seconds": round(seconds, 2),
         "last": metrics[-1] if metrics else None,
         "evaluation": last,

@@ -84,7 +84,7 @@ class Trainer:
         self.schedule = build_schedule(self.optimizer, train.schedule, train.warmup_steps, train.steps)
         self.window = Window(embedder, low_precision=train.bf16 or embedder.dtype == torch.bfloat16)
         self.bad_rows = BadRows(self.folder, sampler.start)
-        self.done = sampler.start  # steps that were applied
+        self.first = self.done = sampler.start  # steps that were applied, before this part of the run and now
         self.is_shared_error = False  # every rank is about to raise the same
 
     def run(self, checkpoint: Path | None) -> bool:
@@ -109,7 +109,7 @@ class Trainer:
             self.trackers.close()  # after an error nothing that may wait for a network comes before the message
             return finished
         except InputError:
-            if self.is_shared_error and self.done > self.sampler.start:
+            if self.is_shared_error and self.done > self.first:
                 self.save()  # a bad row must not cost the steps before it
             raise
         finally:
@@ -120,7 +120,6 @@ class Trainer:
         train, evaluation = self.config.train, self.config.eval
         max_norm = train.max_grad_norm or float("inf")
         evaluate_every = evaluation.every if evaluation is not None else None
-        asked_at = hardness.asked_at(self.config)
         for step in range(self.done, train.steps):
             inputs = self.next_batch(batches)
             self.embedder.train()
@@ -138,7 +137,9 @@ class Trainer:
             is_stopped = self.request.agreed() and not is_last
             if self.done % train.log_every == 0:
                 self.log(norm, learning_rate)
-            if self.done == asked_at:
+            if self.sampler.random_steps is None and self.done % hardness.EVERY == 0 and self.is_ready():
+                batches = self.batches()  # those that were read ahead are random ones
+            if self.done == hardness.asked_at(self.config, self.sampler.random_steps):
                 self.ask_hardness()
             if evaluate_every is not None and (is_last or self.done % evaluate_every == 0):
                 self.evaluate()
@@ -146,6 +147,11 @@ class Trainer:
                 self.save()
             if is_stopped:
                 return False
+        if self.sampler.random_steps is None and self.is_first:
+            self.bar.note(
+                f"all batches were random: at no step did the student find {self.config.batch.ready:.0%} of its"
+                " targets in them; train longer, start from a trained model, or lower batch.ready"
+            )
         return True
 
     def batches(self) -> Iterator[tuple[StepInputs, list[Replaced]]]:
@@ -233,13 +239,32 @@ class Trainer:
         self.bar.show(summary)
         self.trackers.log("train", line, self.done)
 
-    def ask_hardness(self) -> None:
-        """Say whether mined batches are too hard for the student as it is; a collective call."""
+    @contextmanager
+    def asking(self) -> Iterator[Encoder]:
+        """An encoder of the student as it is, whose use changes nothing in training."""
         started = time.perf_counter()
         with undisturbed(self.embedder, self.config.train.bf16):
-            encoder = Encoder(self.embedder, workers=self.config.train.workers, on_error="skip")
-            found = hardness.measure(self.config, self.collator.datasets, self.sampler, self.done, encoder)
+            yield Encoder(self.embedder, workers=self.config.train.workers, on_error="skip")
         self.window.started += time.perf_counter() - started  # not the time of steps
+
+    def is_ready(self) -> bool:
+        """Let mined batches begin if the student finds enough of its targets in random ones; a collective call."""
+        with self.asking() as encoder:
+            found = hardness.precision(self.collator.datasets, self.sampler, self.done, encoder)
+        is_ready = found >= self.config.batch.ready
+        if is_ready:
+            self.sampler.begin_plans(self.done)
+        if self.is_first:
+            line = {"step": self.done, "ready_precision": found, "random_steps": self.sampler.random_steps}
+            checkpoints.append_log(self.metrics, line)
+            if is_ready:
+                self.bar.note(f"the student finds {found:.0%} of its targets: mined batches after step {self.done}")
+        return is_ready
+
+    def ask_hardness(self) -> None:
+        """Say whether mined batches are too hard for the student as it is; a collective call."""
+        with self.asking() as encoder:
+            found = hardness.measure(self.config, self.collator.datasets, self.sampler, self.done, encoder)
         if self.is_first:
             line = {"step": self.done, "mined_precision": found.mined, "random_precision": found.random}
             checkpoints.append_log(self.metrics, line)
@@ -271,7 +296,12 @@ class Trainer:
             self.loss.save(staged)
             checkpoints.save_moments(staged, self.optimizer, self.parameters)
             write_json(staged / checkpoints.RANDOM, random_states, indent=None)
-            facts = {"step": self.done, "world_size": len(random_states), "window": self.window.state()}
+            facts = {
+                "step": self.done,
+                "world_size": len(random_states),
+                "random_steps": self.sampler.random_steps,
+                "window": self.window.state(),
+            }
             checkpoints.publish(staged, self.folder, facts)
             checkpoints.prune(self.folder, self.config.train.keep_checkpoints)
         distributed.barrier()

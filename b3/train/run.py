@@ -86,9 +86,11 @@ def train(config: Config) -> Trained:
         recipe = decisive(config.model_dump(mode="json"))
         distributed.agree("recipe and data", {"recipe": recipe, "data": facts}, "give every machine the same")
         checkpoint, notes = _claim(config, facts, held)
-        sampler.start = 0 if checkpoint is None else checkpoint_step(checkpoint)
         if checkpoint is not None:
             wait_for_checkpoint(checkpoint)
+            sampler.start = checkpoint_step(checkpoint)
+            if sampler.random_steps is None:
+                sampler.random_steps = checkpoint_facts(checkpoint)["random_steps"]
         started = time.perf_counter()
         trainer = build_trainer(config, datasets, plans, sampler, request)
         if distributed.rank() == 0:

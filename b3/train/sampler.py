@@ -44,7 +44,7 @@ class BatchPlanSampler(Sampler[list[Any]]):
         pools: number of the pool of each data set; data sets of one pool share batches. Default: a pool each.
         frozen: every epoch has the batches of the first one in a new order.
         random_steps: so many steps at the start draw random rows of one data set, as plans of `random_rows` without
-            `pools` would; the step after them has the first batch of the plans.
+            `pools` would; the step after them has the first batch of the plans. None: all, until `begin_plans`.
 
     Raises:
         InputError: |B| does not fit K, the ranks, the rows of a data set or the weights.
@@ -64,7 +64,7 @@ class BatchPlanSampler(Sampler[list[Any]]):
         weights: Sequence[float] | None = None,
         pools: Sequence[int] | None = None,
         frozen: bool = False,
-        random_steps: int = 0,
+        random_steps: int | None = 0,
     ) -> None:
         if batch_size % world_size:
             raise InputError(f"batch size {batch_size} does not divide over {world_size} ranks")
@@ -79,7 +79,7 @@ class BatchPlanSampler(Sampler[list[Any]]):
         weights = list(weights) if weights is not None else [1.0] * count
         self.epochs = Epochs(self._pools(plans, weights, pool_of), seed, frozen)
         self.random_steps, self.random_epochs = random_steps, self.epochs
-        if random_steps:
+        if random_steps != 0:
             rows = [np.sort(np.concatenate([_communities(p).ravel(), _remainder(p)]))[:, None] for p in plans]
             self.random_epochs = Epochs(self._pools(rows, weights, range(count)), seed, frozen)
 
@@ -103,9 +103,17 @@ class BatchPlanSampler(Sampler[list[Any]]):
         """Choose the epoch of the next iteration (only without `steps`)."""
         self.epoch = epoch
 
+    def pools_at(self, step: int) -> list[Pool]:
+        """Those whose batches a step may have."""
+        return (self.random_epochs if self.random_steps is None or step < self.random_steps else self.epochs).pools
+
+    def begin_plans(self, step: int) -> None:
+        """Let the random batches end after so many steps, and the next iteration start there."""
+        self.random_steps = self.start = step
+
     def batch(self, step: int) -> np.ndarray:
         """The whole batch of a step counted from the beginning of training: (|B|, 2) int64, data set and row."""
-        if step < self.random_steps:
+        if self.random_steps is None or step < self.random_steps:
             return self.random_epochs.batch(step)
         return self.epochs.batch(step - self.random_steps)
 
@@ -137,6 +145,7 @@ def random_rows(num_rows: int) -> np.ndarray:
 def build_sampler(config: Config, datasets: list[PairDataset], plans: list[BatchPlan]) -> BatchPlanSampler:
     """Batches of this rank under the recipe's policy, from the first step on; `start` moves them to another."""
     batch, entries = config.batch, config.data.datasets
+    random_steps = 0 if batch.policy == "random" else batch.random_steps
     return BatchPlanSampler(
         plans if batch.mined else [random_rows(len(dataset)) for dataset in datasets],
         batch.size,
@@ -148,7 +157,7 @@ def build_sampler(config: Config, datasets: list[PairDataset], plans: list[Batch
         weights=[entry.weight for entry in entries],
         pools=pool_numbers(config),
         frozen=config.mining.preset == "paper",
-        random_steps=0 if batch.policy == "random" else batch.random_steps,
+        random_steps=None if random_steps == "auto" else random_steps,
     )
 
 

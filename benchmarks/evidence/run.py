@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.evidence.grid import Run
 
-READY = ("random_precision", "mined_precision")  # what train.py finds after its first hundred steps
+READY = ("mined_precision", "random_precision")  # what train.py finds after its first hundred steps
 THREADS = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -52,7 +52,7 @@ def execute(run: Run) -> str:
     """Train, measure and record one run; its key."""
     import numpy as np
 
-    from b3.train.checkpoint import read_metrics
+    from b3.train.checkpoint import RESULT, read_metrics
     from b3.train.run import train
     from benchmarks.evidence.measure import batch_facts, bed_ranks, emoji_ranks
 
@@ -71,6 +71,8 @@ def execute(run: Run) -> str:
     lines = read_metrics(folder)
     last = lines[-1]
     facts |= {key: line[key] for line in read_metrics(folder, READY[0]) for key in READY}
+    known = json.loads((folder / RESULT).read_text())["random_steps"]
+    facts["random_steps"] = config.train.steps if known is None else known
     record = {
         "key": key,
         "recipe": run.recipe,

@@ -17,7 +17,7 @@ from b3.mining.recipe import mine_recipe
 from b3.model.encode import Encoder
 from b3.train import hardness
 from b3.train.build import load_plans
-from b3.train.sampler import build_sampler
+from b3.train.sampler import BatchPlanSampler, build_sampler, random_rows
 from train import main
 
 
@@ -55,8 +55,14 @@ def precision_by_loops(config: Config, batches: list[np.ndarray], model: Embedde
     return float(np.mean(won))
 
 
+def first_of_each(sampler: BatchPlanSampler, step: int, each: int) -> list[np.ndarray]:
+    """The next batches of either data set."""
+    batches = [sampler.batch(i) for i in range(step, step + 40)]
+    return [batch for number in (0, 1) for batch in [b for b in batches if b[0, 0] == number][:each]]
+
+
 def test_precision_is_that_of_a_loop_over_pairs(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardness, "QUERIES", 30)  # three batches of 12
+    monkeypatch.setattr(hardness, "QUERIES", 30)  # four batches of 12
     config = load_config(recipe)
     model = Embedder.from_pretrained(config.model.name, dtype="float32")
     datasets = load_datasets(config)
@@ -64,7 +70,18 @@ def test_precision_is_that_of_a_loop_over_pairs(recipe: Path, monkeypatch: pytes
     random = build_sampler(load_config(recipe, ["batch.policy=random"]), datasets, [])
     found = hardness.measure(config, datasets, sampler, 5, Encoder(model))
     for share, drawn in ((found.mined, sampler), (found.random, random)):
-        assert share == precision_by_loops(config, [drawn.batch(step) for step in (5, 6, 7)], model)
+        assert share == pytest.approx(precision_by_loops(config, first_of_each(drawn, 5, 2), model), abs=1e-9)
+
+
+def test_each_data_set_counts_as_often_as_its_batches() -> None:
+    """Whose batches come next is chance, and data sets differ."""
+    sampler = BatchPlanSampler([random_rows(640), random_rows(128), random_rows(64)], 64, random_steps=None)
+    found = hardness.next_batches(sampler, 7)
+    assert [number for batch, _ in found for number in {*batch[:, 0].tolist()}].count(0) == 3
+    shares = {number: sum(share for batch, share in found if batch[0, 0] == number) for number in range(3)}
+    assert len(found) == 9 and shares == pytest.approx({0: 10 / 13, 1: 2 / 13, 2: 1 / 13})
+    (batch, share) = hardness.next_batches(BatchPlanSampler(random_rows(2048), 1024, steps=9), 3)[0]
+    assert share == 1 and len(batch) == 1024
 
 
 @pytest.mark.parametrize(
@@ -77,7 +94,9 @@ def test_precision_is_that_of_a_loop_over_pairs(recipe: Path, monkeypatch: pytes
     ],
 )
 def test_when_a_run_asks(recipe: Path, overrides: list[str], step: int | None) -> None:
-    assert hardness.asked_at(load_config(recipe, overrides)) == step
+    config = load_config(recipe, overrides)
+    assert hardness.asked_at(config, config.batch.random_steps) == step  # type: ignore[arg-type]
+    assert hardness.asked_at(config, None) is None
 
 
 def test_too_hard_is_less_than_half_of_the_control_or_a_control_that_finds_little() -> None:
@@ -87,7 +106,7 @@ def test_too_hard_is_less_than_half_of_the_control_or_a_control_that_finds_littl
     assert found.is_too_hard
     said = found.advice(100)
     assert "10 % of the targets in mined batches and 40 % in random ones" in said
-    assert "batch.random_steps=1000" in said
+    assert "batch.random_steps=auto" in said
 
 
 def test_a_run_says_so_once_and_trains_as_if_it_had_not_asked(
