@@ -1,6 +1,6 @@
 """How memory grows with the rows: the peak of each stage of scripts/embed.py and scripts/mine.py, and bytes per row.
 
-    python -m benchmarks.memory --rows 50000 200000 [--programs embed mine] [--dim 32]
+    python -m benchmarks.memory --rows 50000 200000 [--programs embed search mine] [--dim 32]
     python -m benchmarks.memory --folder DIR                    mine DIR/recipe.yaml, of `python -m benchmarks.rows`
 
 Each program runs on jsonl files of that many distinct short texts with a tiny random text encoder. Counted is memory
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from itertools import islice
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # behind PYTHONPATH
@@ -37,6 +38,9 @@ STAGES = {  # function -> stage; the innermost one counts
     "measure_over_ranks": "measure",
     "_fill": "encode",
     "save_index": "write index",
+    "load_index": "load index",
+    "nearest": "search",
+    "show": "show",
     "normalise": "normalise",
     "rank_targets": "rank",
     "build_graph": "graph",
@@ -85,6 +89,13 @@ def run_child(program: str, folder: Path) -> None:
 
         model, out = str(folder.parent / "model"), str(folder / "index")
         arguments = ["--model", model, "--input", str(folder / "rows.jsonl"), "--out", out, "--dtype", "float32"]
+    elif program == "search":  # a hundred queries, in what embed wrote
+        from scripts.search import main as start
+
+        queries = folder / "queries.jsonl"
+        with (folder / "rows.jsonl").open() as lines:
+            queries.write_text("".join(islice(lines, 100)))
+        arguments = ["--index", str(folder / "index"), "--queries", str(queries), "--json"]
     else:
         from scripts.mine import main as start
 
@@ -148,7 +159,10 @@ def watch(program: str, folder: Path) -> dict[str, tuple[int, int, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs=2, default=(50_000, 200_000), help="two numbers of rows")
-    parser.add_argument("--programs", nargs="+", default=["embed", "mine"], choices=("embed", "mine"))
+    programs = ["embed", "search", "mine"]
+    parser.add_argument(
+        "--programs", nargs="+", default=programs, choices=programs, help="search needs embed before it"
+    )
     parser.add_argument("--dim", type=int, default=32, help="numbers of a vector")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="of benchmarks.rows: mine its recipe")

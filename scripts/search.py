@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from b3 import html
 from b3.data.codes import Floats, Hits, nearest
 from b3.data.index import Index, IndexedImages, load_index, model_arguments
 from b3.data.items import Item
+from b3.data.lazy import Lazy
 from b3.data.own import add_rows_arguments, columns_of, instructed, prompt, read_rows
 from b3.errors import DataError, InputError, RunError, command
 from b3.files import write_text
@@ -60,22 +62,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_queries(arguments: argparse.Namespace) -> list[tuple[str, Item]]:
-    """(label, item) of each query."""
+def read_queries(arguments: argparse.Namespace) -> tuple[Sequence[str], Sequence[Item]]:
+    """Label and item of each query."""
     single = arguments.query is not None or arguments.query_image is not None
     if single == (arguments.queries is not None):
         raise InputError("give either --query and/or --query-image, or --queries")
     if arguments.queries is not None:
         data = read_rows(arguments.queries, columns_of(arguments), arguments.image_dir)
-        labels = [f"{row['id']}: {line_of(row['text'] or row['image'] or '(image)')}" for row in data.shown]
-        return list(zip(labels, data.items, strict=True))
+
+        def label_of(row: int) -> str:
+            shown = data.shown[row]
+            return f"{shown['id']}: {line_of(shown['text'] or shown['image'] or '(image)')}"
+
+        return Lazy(label_of, range(len(data))), data.items
     text, image = arguments.query or "", arguments.query_image
     if image is None and not text.strip():
         raise InputError("--query is empty; give a text")
     if image is not None and not image.is_file():
         raise DataError(f"--query-image {image} does not exist")
     label = " + ".join(part for part in (text, image and str(image)) if part)
-    return [(label, Item(prompt(text, image is not None), image))]
+    return [label], [Item(prompt(text, image is not None), image)]
 
 
 def model_of(arguments: argparse.Namespace, manifest: dict[str, Any]) -> Embedder:
@@ -103,26 +109,27 @@ def cut(vectors: np.ndarray, dim: int, manifest: dict[str, Any]) -> np.ndarray:
     return unit(vectors[:, :dim]) if manifest["options"]["normalize"] else vectors[:, :dim]
 
 
-def search(index: Index, queries: np.ndarray, top: int, dim: int | None = None) -> list[Hits]:
+def search(index: Index, queries: np.ndarray, top: int, dim: int | None = None) -> Iterator[Hits]:
     """The `top` rows per query (Q, D), compared by the first `dim` numbers; see `b3.data.codes.nearest`.
 
     Raises `InputError` for a `dim` that the index does not have.
     """
     if dim is None:
-        return nearest(index.vectors, queries, top, index.bits)
+        return (nearest(index.vectors, query[None], top, index.bits)[0] for query in queries)
     if dim > index.vectors.width:
         raise InputError(f"--dim {dim} exceeds the {index.vectors.width} numbers of a vector of the index; lower it")
     if index.bits is not None:
         raise InputError(f"--dim {dim} is not for an index of signs; embed the rows with --dim {dim}")
     whole = index.vectors.take(slice(None))
-    return nearest(Floats(cut(whole, dim, index.manifest)), cut(queries, dim, index.manifest), top)
+    vectors = Floats(cut(whole, dim, index.manifest))
+    return (nearest(vectors, query[None], top)[0] for query in cut(queries, dim, index.manifest))
 
 
 def line_of(text: str, most: int = 70) -> str:
     return shorten(" ".join(text.split()), most)
 
 
-def show(label: str, hits: Hits, rows: list[dict[str, Any]], as_json: bool = False) -> None:
+def show(label: str, hits: Hits, rows: Sequence[dict[str, Any]], as_json: bool = False) -> None:
     """Print the results of one query, as a table or as a line of JSON."""
     if as_json:
         print(
@@ -138,7 +145,7 @@ def show(label: str, hits: Hits, rows: list[dict[str, Any]], as_json: bool = Fal
     print()
 
 
-def render(results: list[tuple[str, Item, Hits]], rows: list[dict[str, Any]], manifest: dict[str, Any]) -> str:
+def render(results: list[tuple[str, Item, Hits]], rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> str:
     """A page without outside parts: each query, and its results with thumbnails."""
     images = IndexedImages(rows, manifest)
     parts = ["<h1>Search results</h1>"]
@@ -165,16 +172,19 @@ def main(argv: list[str] | None = None) -> int:
         serve(index, model_of(arguments, index.manifest), arguments.port, arguments.instruction)
         return 0
     from b3.integrations.items import has_place_for_instructions
+    from b3.model.encode import Encoder, unit
 
-    queries = read_queries(arguments)
+    labels, items = read_queries(arguments)
     model = model_of(arguments, index.manifest)
     has_place = has_place_for_instructions(model)
-    queries = [(label, instructed(item, arguments.instruction, has_place)) for label, item in queries]
-    query_vectors = model.encode([item for _, item in queries], normalize=index.manifest["options"]["normalize"])
-    hits_by_query = search(index, query_vectors, arguments.top, arguments.dim)
-    results = [(label, item, hits) for (label, item), hits in zip(queries, hits_by_query, strict=True)]
-    for label, _, hits in results:
+    asked = Lazy(lambda row: instructed(items[row], arguments.instruction, has_place), range(len(items)))
+    vectors = Encoder(model, workers=0).encode(asked)
+    vectors = unit(vectors) if index.manifest["options"]["normalize"] else vectors
+    results = []
+    for label, item, hits in zip(labels, asked, search(index, vectors, arguments.top, arguments.dim), strict=True):
         show(label, hits, index.rows, arguments.json)
+        if arguments.html:
+            results.append((label, item, hits))
     if arguments.html:
         write_text(arguments.html, render(results, index.rows, index.manifest))
         print(f"page: {arguments.html}", file=sys.stderr if arguments.json else sys.stdout)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -97,11 +97,19 @@ class Searcher:
         """Rows that pass the filters: a part of the text, in any case, and with or without an image."""
         if kind not in ("all", "text", "image"):
             raise InputError(f"kind is {kind!r}; give all, text or image")
-        part, rows = contains.lower(), range(len(self.index.rows))
-        kept = [row for row in rows if not part or part in str(self.index.rows[row]["text"]).lower()]
-        if kind != "all":
-            kept = [row for row in kept if self.has_image(row) == (kind == "image")]
-        return np.asarray(kept, dtype=np.int64)
+        rows = np.arange(len(self.index.rows))
+        if part := contains.lower():
+            as_written = json.dumps(part, ensure_ascii=False)[1:-1]  # a line without it need not be read as JSON
+            likely = [row for row, line in enumerate(self.index.rows.texts()) if as_written in line.lower()]
+            kept = [row for row in likely if part in str(self.index.rows[row]["text"]).lower()]
+            rows = np.asarray(kept, dtype=np.int64)
+        return rows if kind == "all" else rows[self.with_image[rows] == (kind == "image")]
+
+    @cached_property
+    def with_image(self) -> np.ndarray:
+        """(N,) bool: which rows have an image."""
+        num = len(self.index.rows)
+        return np.fromiter(map(self.has_image, range(num)), dtype=bool, count=num)
 
     def hits(self, query: np.ndarray, rows: np.ndarray, top: int) -> Hits:
         index = self.index

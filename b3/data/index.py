@@ -18,6 +18,7 @@ import numpy as np
 
 from b3.data.codes import Codes, Floats, recall, signs
 from b3.data.items import ImageSource, Item
+from b3.data.lines import Lines
 from b3.data.own import OwnData, read_rows
 from b3.data.row_files import Columns, Record
 from b3.errors import InputError
@@ -35,11 +36,11 @@ FILES = {*TEXTS, *(name for names in ARRAYS.values() for name in names)}
 
 @dataclass(frozen=True)
 class Index:
-    """A folder that was read. rows: what each row shows. bits: of precision binary, else None."""
+    """A folder. rows: what each row shows, read when it is asked for. bits: of precision binary, else None."""
 
     vectors: Floats | Codes
     bits: np.ndarray | None
-    rows: list[Record]
+    rows: Lines
     manifest: Record
 
 
@@ -98,7 +99,7 @@ def load_index(folder: Path) -> Index:
     names = ARRAYS[precision_of(manifest)]
     try:
         first, *others = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in names)
-        rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n") if line]
+        rows = Lines(folder / "rows.jsonl")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{folder} is not complete ({error}); run scripts/embed.py again") from None
     if first.ndim != 2 or any(len(array) != len(rows) for array in (first, *others)):
@@ -110,7 +111,7 @@ def load_index(folder: Path) -> Index:
 class IndexedImages:
     """Images of the indexed rows: from their files, or out of the input file, which is read when first needed."""
 
-    def __init__(self, rows: list[Record], manifest: Record) -> None:
+    def __init__(self, rows: Sequence[Record], manifest: Record) -> None:
         self._rows, self._manifest = rows, manifest
         self._items: Sequence[Item] | None = None
 

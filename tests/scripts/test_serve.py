@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
 from b3 import Embedder
-from b3.data.index import load_index
+from b3.data.codes import Floats
+from b3.data.index import Index, load_index
+from b3.data.lines import Lines
 from scripts import embed, search
 from scripts.serve import HOST, MOST_BYTES, Searcher, SearchServer
 
@@ -93,6 +96,27 @@ def test_filters(server: SearchServer) -> None:
     whole = {hit["id"]: hit["score"] for hit in find(server, text="red")["results"]}
     part = {hit["id"]: hit["score"] for hit in find(server, text="red", kind="text")["results"]}
     assert part == {name: whole[name] for name in part} and len(part) == 2
+
+
+@pytest.mark.parametrize("part", ['say "no"', "A\\b", "ΌΔΟΣ", "line\nbreak", "é\t", "x"])
+def test_a_filter_finds_what_json_writes_otherwise(tmp_path: Path, part: str) -> None:
+    texts = ['You say "NO" now', "a\\B", "όδος", "ΌΔΟΣ\nend", "a line\nbreak", "É\ttab", "none of these"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"id": 0, "text": t, "image": None}, ensure_ascii=False) + "\n" for t in texts))
+    searcher = Searcher(Index(Floats(np.zeros((7, 1))), None, Lines(file), {}), None)  # type: ignore[arg-type]
+    plain = [row for row, text in enumerate(texts) if part.lower() in text.lower()]
+    assert searcher.rows_of(part, "all").tolist() == plain
+    assert bool(plain) == (part != "x")
+
+
+def test_only_rows_that_are_shown_are_read(
+    place: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read: list[int] = []
+    row_at = Lines._row
+    monkeypatch.setattr(Lines, "_row", lambda self, start: read.append(start) or row_at(self, start))
+    assert search.main(["--index", str(place[0]), "--query", "a red disc", "--json", "--top", "2"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["results"]) == len(read) == 2
 
 
 @pytest.mark.parametrize("row", [1, 2])
