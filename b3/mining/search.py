@@ -25,7 +25,7 @@ PROBED_SHARE = 0.2  # share of the cells that a query looks into
 MIN_CELL_TARGETS = 64
 MAX_TRAINING_TARGETS = 256  # per cell
 MAX_ON_GPU = 2048  # results and cells per query that faiss takes on a GPU
-ROOM = 4  # a query's candidates are thinned out when they exceed this many times the depth
+ROOM = 8  # a query's candidates are thinned out when they exceed this many times the depth
 
 Search = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -172,6 +172,9 @@ class TileSearch:
                 break
         self.rough_targets = [part for part, _ in rounded]
         self.result_error = 2.0**-9 if self.kind == "bfloat16" else 0.0
+        self.scores = torch.empty(
+            0, dtype={"bfloat16": torch.bfloat16, "int8": torch.int32}.get(self.kind, torch.float32)
+        )
         self.threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(self.threads)
 
@@ -190,20 +193,23 @@ class TileSearch:
         return rough, (vectors.double() - back).norm(dim=1)
 
     def _tile(self, queries: Any, targets: Any) -> np.ndarray:
-        """(n, T) rough scores of both `_rounded`, as `b3.mining.search_kernels` reads them."""
+        """(n, T) rough scores of both `_rounded`, as `b3.mining.search_kernels` reads them, until the next tile."""
         import torch
 
+        shape = len(queries), len(targets)
+        if self.scores.numel() < shape[0] * shape[1]:  # kept: to the system, fresh memory is more work than the product
+            self.scores = self.scores.new_empty(shape[0] * shape[1])
+        scores: Any = self.scores[: shape[0] * shape[1]].view(shape)
         if self.kind == "int8":
-            tile: np.ndarray = torch._int_mm(queries, targets.T).numpy()
-            return tile
+            torch._int_mm(queries, targets.T, out=scores)
+            return scores.numpy()
         bits: Any = torch.int16 if self.kind == "bfloat16" else torch.int32
-        tile = (queries @ targets.T).view(bits).numpy()
-        return tile
+        return torch.matmul(queries, targets.T, out=scores).view(bits).numpy()
 
     def __call__(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         import torch
 
-        from b3.mining.search_kernels import collect, finish
+        from b3.mining.search_kernels import NO_FLOOR, collect, finish
 
         count, most = len(queries), self.depth * ROOM
         exact = torch.from_numpy(np.ascontiguousarray(queries))
@@ -217,7 +223,7 @@ class TileSearch:
         room = most + 2 * TILE
         keys = np.empty((count, room), dtype=np.int16 if self.result_error else np.int32)
         candidate_ids = np.empty((count, room), dtype=np.int32)
-        counts, floors = np.zeros(count, dtype=np.int64), np.full(count, np.iinfo(np.int64).min)
+        counts, floors = np.zeros(count, dtype=np.int64), np.full(count, NO_FLOOR)
         shares = [slice(s[0], s[-1] + 1) for s in np.array_split(np.arange(count), self.threads) if len(s)]
         for number, part in enumerate(self.rough_targets):
             with torch.inference_mode(), full_precision():

@@ -13,6 +13,11 @@ from typing import Any
 import numba
 import numpy as np
 
+from b3.mining.prefetch import prefetch
+
+AHEAD = 4  # candidates whose vectors are asked for early
+NO_FLOOR = np.iinfo(np.int64).min
+
 
 def _jit(function: Any) -> Any:
     return numba.njit(cache=True, nogil=True)(function)
@@ -93,6 +98,20 @@ def _add(scores, first, floor, low, flip, keys, ids, count):  # type: ignore[no-
 
 
 @_jit
+def _first_floor(scores, depth, flip, error, result_error, narrow, unit):  # type: ignore[no-untyped-def]
+    """The `_floor` of a first tile, from the largest scores of 4 depth groups of it: near that of all, for less."""
+    groups = 4 * depth
+    best = scores[:groups].copy()
+    for start in range(groups, len(scores) - groups + 1, groups):
+        for g in range(groups):
+            best[g] = max(best[g], scores[np.uint64(start + g)])
+    for g in range(groups):
+        if best[g] < 0:
+            best[g] ^= flip
+    return _floor(best, depth, error, result_error, narrow, unit)
+
+
+@_jit
 def collect(tile, first, keys, ids, counts, floors, error, result_error, unit, depth, most):  # type: ignore[no-untyped-def]
     """Add the targets of a tile that may belong to the top `depth` of each query.
 
@@ -109,6 +128,8 @@ def collect(tile, first, keys, ids, counts, floors, error, result_error, unit, d
             counts[i] = -1
             continue
         flip = 0 if unit[i] > 0 else 0x7FFF if narrow else 0x7FFFFFFF
+        if floors[i] == NO_FLOOR and tile.shape[1] >= 4 * depth:
+            floors[i] = _first_floor(tile[i], depth, flip, error[i], result_error, narrow, unit[i])
         low = tile[i, :1].copy()
         low[0] = max(floors[i], 0)
         count = _add(tile[i], first, floors[i], low[0], flip, keys[i], ids[i], counts[i])
@@ -125,6 +146,13 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
     for k in range(len(a)):
         total += np.float64(a[k]) * np.float64(b[k])
     return total
+
+
+@_jit
+def _fetch(vectors, row):  # type: ignore[no-untyped-def]
+    """Ask for a row of (n, D) float32 vectors."""
+    for start in range(0, vectors.shape[1], 16):
+        prefetch(vectors, row * vectors.shape[1] + start)
 
 
 @_jit
@@ -146,6 +174,7 @@ def finish(queries, targets, keys, ids, counts, error, result_error, unit, best_
         candidates = np.sort(ids[i, :count])  # then a stable sort by score breaks ties by id
         scores = np.empty(count)
         for c in range(count):
+            _fetch(targets, candidates[min(c + AHEAD, count - 1)])
             scores[c] = -_dot(queries[i], targets[candidates[c]])
         order = np.argsort(scores, kind="mergesort")[:depth]
         for c in range(depth):

@@ -13,15 +13,12 @@ from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from b3.config.schema import MiningOptions
 from b3.console import Clock
 from b3.mining.graph import Graph, Problem, kept_rows
 from b3.mining.miners.random import random_groups
+from b3.mining.prefetch import prefetch
 from b3.mining.vectors import mix64, seeded_order
 
 # Four times the best edge: rows with equal targets stay apart wherever a swap allows. At 4, labels of the embedded data
@@ -177,27 +174,11 @@ def _weight(edge):  # type: ignore[no-untyped-def]
     return np.int32(1) + np.int32(edge & np.uint32(1))
 
 
-@intrinsic
-def _prefetch(typing, array, place):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of an element, without waiting for it."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        element = builder.bitcast(builder.gep(data, [arguments[1]]), byte)
-        builder.call(function, [element, number(0), number(3), number(1)])  # to read, to keep, data
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp), generate
-
-
 @_jit
 def _fetch(indptr, edges, row):  # type: ignore[no-untyped-def]
     """Ask for the edges of a row that is read soon: memory takes longer to answer than a row takes to work off."""
     for e in range(indptr[row], indptr[row + 1], 16):
-        _prefetch(edges, e)
+        prefetch(edges, e)
 
 
 @_jit
