@@ -54,6 +54,7 @@ class Tower:
     layers, width: number of equal layers, and numbers of a token between two of them.
     causal: whether a token sees only those before it. full_attention: the width of attention over whole sequences,
     summed over the layers that have it; None: layers times width.
+    pooled: (weights, trained) of those that only the last token of an item passes.
     """
 
     weights: int
@@ -63,6 +64,7 @@ class Tower:
     kept: Kept
     causal: bool = False
     full_attention: int | None = None
+    pooled: tuple[int, int] = (0, 0)
 
     @property
     def attention(self) -> int:

@@ -66,9 +66,13 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def tower_flops(tower: Tower, tokens: int, squares: int, backward: bool) -> float:
-    """Operations for `tokens` tokens whose sequence lengths squared add up to `squares`."""
+    """Operations for `tokens` tokens whose sequence lengths squared add up to `squares`.
+
+    What only last tokens pass is left out.
+    """
     passes = 3 if backward else 1
-    linear = (4 if backward else 2) * tower.weights * tokens + 2 * tower.trained * tokens
+    weights, trained = tower.weights - tower.pooled[0], tower.trained - tower.pooled[1]
+    linear = (4 if backward else 2) * weights * tokens + 2 * trained * tokens
     return float(linear + passes * (2 if tower.causal else 4) * squares * tower.attention)
 
 

@@ -162,12 +162,12 @@ def test_a_patch_embedding_by_matrix_product_is_the_convolution(folder: Path) ->
     """On the device no convolution runs; its state dictionary is upstream's."""
     model = embedder(folder, "lora")
     names = set(model.core.visual.state_dict())
-    patches, grids = torch.randint(0, 256, (16, 3, 196), dtype=torch.uint8), np.asarray([[1, 4, 4]])
-    expected = model.features(patches, grids)
+    patches, patch_embed = torch.rand(16, 3 * 2 * 196), model.core.visual.patch_embed
+    expected = type(patch_embed).forward(patch_embed, patches)
     with pretend_device() as session:
         move(model)
-        features = model.features(patches, grids)
+        embedded = patch_embed(patches.to(model.device))
         assert names == set(model.core.visual.state_dict())
-    assert tiny.relative(host(features), expected.detach()) < TOLERANCE
+    assert tiny.relative(host(embedded), expected.detach()) < TOLERANCE
     assert "convolution" not in session.operations
     assert "patch_embed.proj.weight" in names

@@ -20,6 +20,7 @@ from b3.model.attention import Packing, is_bucketed, kernel_arguments, kernel_na
 from b3.model.batch import Batch
 from b3.model.checkpoint import load_tokenizer, load_transformers, write_our_modules
 from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
+from b3.model.last_layer import keep_last_tokens, keeps_last_tokens
 from b3.model.media_processor import MediaProcessor
 from b3.model.settings import Settings
 
@@ -54,6 +55,7 @@ class VisionLanguage(Embedder):
 
         model = load_transformers(getattr(transformers, cls.upstream), folder, dtype, device)
         use_packed_attention(attention, *(getattr(model.model, name) for name in cls.packed_towers))
+        keep_last_tokens(model.model)
         backbone: nn.Module = model
         return backbone
 
@@ -128,11 +130,14 @@ class VisionLanguage(Embedder):
         return [*self.layers(), *self.vision_layers()]
 
     def cost(self) -> Cost:
-        text = self.core.language_model.config
-        kept = with_further_adapters(self.kept(), self.core.language_model, text.num_hidden_layers * text.hidden_size)
-        weights = linear_weights(self.core.language_model)
-        language = Tower(*weights, text.num_hidden_layers, text.hidden_size, kept, causal=True)
-        return Cost(language, self.vision_cost(), patches=4)
+        language = self.core.language_model
+        text = language.config
+        kept = with_further_adapters(self.kept(), language, text.num_hidden_layers * text.hidden_size)
+        pooled = linear_weights(language.layers[-1].mlp) if keeps_last_tokens(language) else (0, 0)
+        tower = Tower(
+            *linear_weights(language), text.num_hidden_layers, text.hidden_size, kept, causal=True, pooled=pooled
+        )
+        return Cost(tower, self.vision_cost(), patches=4)
 
     def kept(self) -> Kept:
         """Of a layer of the text model, with an adapter on the default targets."""
@@ -155,7 +160,9 @@ class VisionLanguage(Embedder):
             **self.language_arguments(batch, features),
             **kernel_arguments(batch.layout),
         ).last_hidden_state.squeeze(0)
-        return finish(hidden.index_select(0, batch.layout.boundaries[1:].long() - 1), normalize, self.settings.dim)
+        if not keeps_last_tokens(language):
+            hidden = hidden.index_select(0, batch.layout.boundaries[1:] - 1)
+        return finish(hidden, normalize, self.settings.dim)
 
 
 def with_further_adapters(kept: Kept, language: nn.Module, unit: int) -> Kept:

@@ -1,0 +1,84 @@
+"""The last decoder layer runs its MLP for pooled tokens alone, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from b3 import Embedder, registry
+from b3.data.items import as_item
+from b3.model.adapter import AdapterSpec, attach_adapter
+from b3.model.backbones.tiny import make_tiny_qwen
+from b3.model.batch import collate
+from b3.model.last_layer import keeps_last_tokens
+
+KINDS = [name for name in registry.BACKBONES if registry.load("backbone", name).reads_images]
+TEXTS = ["a red square", "a blue circle on a lamp", "house, tree and river; the cat sleeps", "a"]
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+
+
+def load(folder: Path) -> Embedder:
+    return Embedder.from_pretrained(folder, dtype="float32")
+
+
+def vectors(model: Embedder) -> Tensor:
+    embedded: Tensor = model(collate([model.processor(as_item({"text": text})) for text in TEXTS]))
+    return embedded
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_mlp_runs_for_pooled_tokens(kind: str, tmp_path: Path) -> None:
+    model = load(registry.load("backbone", kind).tiny(tmp_path, TEXTS * 10))
+    seen: list[int] = []
+    for layer in model.layers():
+        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    vectors(model)
+    assert seen[-1] == len(TEXTS) < seen[0] == sum(len(model.processor(as_item({"text": t})).input_ids) for t in TEXTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_and_gradients_are_those_of_the_whole_layer(kind: str, tmp_path: Path) -> None:
+    model = load(registry.load("backbone", kind).tiny(tmp_path, TEXTS * 10)).double()
+    spec = AdapterSpec(dropout=0.0, target_modules=r".*language_model\..*(q_proj|o_proj|gate_proj|down_proj)")
+    model.backbone = attach_adapter(model.backbone, spec)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for p in trained:
+            p += torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype) / 10
+    found = []
+    for is_whole in (False, True):
+        if is_whole:
+            del model.layers()[-1].forward
+        embedded = vectors(model)
+        weights = torch.linspace(-1, 1, embedded.numel(), dtype=embedded.dtype).view_as(embedded)
+        found.append((embedded, *torch.autograd.grad((embedded * weights).sum(), trained)))
+    assert any("layers.1.mlp.gate_proj" in name for name, p in model.named_parameters() if p.requires_grad)
+    for kept, whole in zip(*found, strict=True):
+        assert whole.abs().max() > 0
+        assert (kept - whole).abs().max() < 1e-6 * whole.abs().max()  # norms are in float32
+
+
+def test_layers_that_others_read_stay_whole(tmp_path: Path) -> None:
+    """One of linear attention, which has no boundaries to pool by, and one that DeepStack adds to."""
+    text = {"rope_parameters": ROPE, "num_hidden_layers": 1}
+    vision = {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
+    stacked = load(make_tiny_qwen(tmp_path / "stacked", TEXTS * 10, "qwen3_vl", text, vision))
+    linear = {
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25},
+        "head_dim": 32,
+        "layer_types": ["full_attention", "linear_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    vision = {"patch_size": 16, "num_position_embeddings": 64}
+    hybrid = load(make_tiny_qwen(tmp_path / "hybrid", TEXTS * 10, "qwen3_5", linear, vision))
+    for model in (stacked, hybrid):
+        assert not keeps_last_tokens(model.core.language_model)
+        assert vectors(model).shape == (len(TEXTS), model.dim)
+        alone = torch.cat([model(collate([model.processor(as_item({"text": text}))])) for text in TEXTS])
+        assert (vectors(model) - alone).abs().max() < 2e-6
