@@ -88,7 +88,9 @@ def load_blocks(source: str, subset: str, split: str, leave_out: str | None = No
         return
     if not files:
         known = list_subsets(source, split)
-        hint = f"; subsets there: {', '.join(known)}" if known else "; check the path and the split"
+        hint = f"; subsets there: {', '.join(known)}" if known else "; check the split"
+        if kind != "embedded" and not Path(rest).exists():
+            hint = ", where nothing is"
         raise DataError(f"no rows of subset '{subset}', split '{split}' in {source}{hint}")
     for file in files:
         yield from _read_file(kind, file, leave_out)
