@@ -91,7 +91,7 @@ def test_the_released_recipe_starts_and_prints_its_plan(layout: Path, mined: Con
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["data.source=parquet:/nowhere"], "no rows of subset 'ImageNet_1K', split 'original' in parquet:/nowhere, where nothing is"),
+        (["data.source=parquet:/nowhere"], "split 'original' in parquet:/nowhere, where nothing is"),
         (["mining.dir=/nowhere"], "no batch plan in /nowhere/ImageNet_1K; mine it first"),
         (["train.bf16=true"], "train.bf16 true needs a GPU and none is visible"),
         (["model.dtype=bfloat16"], "model.dtype bfloat16 needs a GPU and none is visible"),
