@@ -1,7 +1,7 @@
 """The last decoder layer, without what nobody reads.
 
-The vector is the last token's final hidden state. In the last layer the other tokens are only keys and values to it: the
-MLP, most of a layer, runs for the last tokens alone. Vectors and gradients stay what they are, up to rounding.
+The vector is the last token's final hidden state. In the last layer the other tokens are only keys and values to it:
+the MLP, most of a layer, runs for the last tokens alone. Vectors and gradients stay what they are, up to rounding.
 """
 
 from __future__ import annotations
