@@ -1,15 +1,17 @@
 """Partitioners on a real teacher graph, ranking against faiss, and memory: one table.
 
-    python benchmarks/mining.py --wordnet DIR [--parts partition,sizes,rank,memory,emoji] [--rounds 3]
+    python benchmarks/mining.py --wordnet DIR [--parts partition,sizes,swaps,rank,memory,emoji] [--rounds 3]
 
 WordNet lemma -> definition, 100,000 rows, MiniLM, 384 dimensions (benchmarks/wordnet.py makes DIR), p = 30, m = 100.
 Each row of the tables is a process of its own, so that memory is its own peak. faiss is IndexFlatIP on as many threads;
-ranking is timed on a part of the queries, arms in turn, and scaled. Further rows for the memory test are noisy copies.
+ranking is timed on a part of the queries, arms in turn, and scaled; it and the swaps in processor time. Further rows
+for the memory test are noisy copies.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -63,6 +65,25 @@ def measure_partition(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def measure_swaps(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Processor time of the swaps of one plan, with all that they prepare, once the compiled code is loaded."""
+    from b3.files import Stages
+    from b3.mining import mine
+
+    queries, targets = (np.load(folder / f"{side}.npy", mmap_mode="r") for side in ("queries", "targets"))
+    stages, times = Stages(folder / "stages-32"), []
+    (stages.folder / "communities.npz").unlink(missing_ok=True)
+
+    def progress(stage: str, done: int, of: int) -> None:
+        if stage == "refine":
+            times.append(time.process_time())
+
+    mine(queries[:2000], targets[:2000], hard_negatives=0)
+    plan = mine(queries, targets, hard_negatives=0, stages=stages, progress=progress, **options)
+    digest = hashlib.sha256(plan.communities.tobytes()).hexdigest()[:16]
+    return {"seconds": times[-1] - times[0], "plan": digest, "load": os.getloadavg()[0]}
+
+
 def measure_rank(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Top 130 of all rows by one arm: ours by kind of product, or faiss; a part of the queries, scaled."""
     from b3.mining.vectors import unit_rows
@@ -76,16 +97,16 @@ def measure_rank(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
         index = faiss.IndexFlatIP(queries.shape[1])
         index.add(targets)
         index.search(queries[:64], 130)
-        start = time.perf_counter()
+        start = time.process_time()
         _, ids = index.search(queries, 130)
     else:
         from b3.mining.search import TileSearch
 
         search = TileSearch(targets, 130, options["arm"])
         search(queries[:64])
-        start = time.perf_counter()
+        start = time.process_time()
         ids = np.concatenate([search(queries[i : i + 1024])[0] for i in range(0, count, 1024)])
-    seconds = (time.perf_counter() - start) * len(targets) / count
+    seconds = (time.process_time() - start) * len(targets) / count
     return {"seconds": seconds, "ids": np.asarray(ids[:256]).tolist()}
 
 
@@ -171,7 +192,7 @@ def partition_row(name: str, found: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wordnet", type=Path, required=True)
-    parser.add_argument("--parts", default="partition,sizes,rank,memory,emoji")
+    parser.add_argument("--parts", default="partition,sizes,swaps,rank,memory,emoji")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--queries", type=int, default=8192, help="of the ranking comparison; seconds are scaled to all"
@@ -198,6 +219,12 @@ def main() -> None:
                 for size in SIZES
                 for name in ("random", "paper", "anneal")
             ],
+        )
+    if "swaps" in parts:
+        times = [run("swaps", folder, {}) for _ in range(arguments.rounds)]
+        table(
+            ["swaps, K = 32", "processor s", "plan", "load"],
+            [[f"{i + 1}", f"{t['seconds']:.1f}", t["plan"], f"{t['load']:.1f}"] for i, t in enumerate(times)],
         )
     if "rank" in parts:
         arms = ("bfloat16", "int8", "float32", "faiss")
