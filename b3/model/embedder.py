@@ -67,6 +67,11 @@ class Tower:
     pooled: tuple[int, int] = (0, 0)
 
     @property
+    def depth(self) -> float:
+        """Layers that all tokens pass, the last one for its share of weights that are not `pooled`."""
+        return self.layers * (1 - self.pooled[0] / max(1, self.weights))
+
+    @property
     def attention(self) -> int:
         """What the operations of attention grow with."""
         return self.layers * self.width if self.full_attention is None else self.full_attention

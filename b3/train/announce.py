@@ -192,8 +192,9 @@ def _kept_numbers(config: Config, tower: Tower, mixed: bool, tokens: int) -> tup
     layer = kept.layer + kept.mixed * mixed
     if config.model.train == "adapter":
         layer += kept.dora * config.adapter.use_dora + kept.dropout * (config.adapter.dropout > 0)
-    each = 1 + mixed if config.model.gradient_checkpointing else layer  # with it, every layer's input
-    return (kept.outside + tower.layers * each) * unit, layer * unit
+    # with checkpointing every layer keeps its input alone
+    layers = tower.layers * (1 + mixed) if config.model.gradient_checkpointing else tower.depth * layer
+    return (kept.outside + layers) * unit, layer * unit
 
 
 def memory_note(told: Estimate, weights: int, free: int) -> str | None:

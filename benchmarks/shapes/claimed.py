@@ -19,7 +19,6 @@ from torch.utils.flop_counter import flop_registry
 
 from b3.config import Config, load_config
 from b3.model.adapter import AdapterSpec, attach_adapter, norms_once, under_autocast
-from b3.model.attention import use_packed_attention
 from b3.model.backbones import qwen3_vl as qwen3_vl_file
 from b3.model.backbones.qwen_vl import grid_weights
 from b3.model.batch import Batch
@@ -180,7 +179,7 @@ def fewer(full: Any, layers: int | None, vision_layers: int | None, depth: str) 
     full._attn_implementation = "sdpa"
 
 
-def qwen2_vl(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
+def qwen2_vl(config: dict[str, Any], layers: int | None, vision_layers: int | None) -> Any:
     """(backbone on meta, a class around it)."""
     import transformers.models.qwen2_vl.modeling_qwen2_vl as upstream
     from transformers import Qwen2VLConfig
@@ -190,41 +189,36 @@ def qwen2_vl(config: dict[str, Any], layers: int | None, vision_layers: int | No
     full = Qwen2VLConfig(**config)
     fewer(full, layers, vision_layers, "depth")
     model = upstream.Qwen2VLForConditionalGeneration(full)
-    use_packed_attention(attention, model.model.visual, model.model.language_model)
     return model, Qwen2VL
 
 
-def qwen3_5(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
+def qwen3_5(config: dict[str, Any], layers: int | None, vision_layers: int | None) -> Any:
     import transformers.models.qwen3_5.modeling_qwen3_5 as upstream
     from transformers import Qwen3_5Config
 
-    from b3.model.backbones.qwen3_5 import Qwen3_5, keep_items_apart
+    from b3.model.backbones.qwen3_5 import Qwen3_5
 
     full = Qwen3_5Config(**config)
     fewer(full, layers, vision_layers, "depth")
     model = upstream.Qwen3_5ForConditionalGeneration(full)
-    use_packed_attention(attention, model.model.visual, model.model.language_model)
-    keep_items_apart(model.model.language_model)
     return model, Qwen3_5
 
 
-def qwen3_vl(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
+def qwen3_vl(config: dict[str, Any], layers: int | None, vision_layers: int | None) -> Any:
     import transformers.models.qwen3_vl.modeling_qwen3_vl as upstream
     from transformers import Qwen3VLConfig
 
-    from b3.model.backbones.qwen3_vl import Qwen3VL, add_by_number
+    from b3.model.backbones.qwen3_vl import Qwen3VL
 
     full = Qwen3VLConfig(**config)
     if vision_layers is not None:  # all mergers have weights, the first of them runs
         full.vision_config.deepstack_visual_indexes = [0, *full.vision_config.deepstack_visual_indexes[1:]]
     fewer(full, layers, vision_layers, "depth")
     model = upstream.Qwen3VLForConditionalGeneration(full)
-    use_packed_attention(attention, model.model.visual, model.model.language_model)
-    add_by_number(model.model.language_model)
     return model, Qwen3VL
 
 
-def internvl(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
+def internvl(config: dict[str, Any], layers: int | None, vision_layers: int | None) -> Any:
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     from b3.model.backbones.internvl import InternVL
@@ -232,11 +226,10 @@ def internvl(config: dict[str, Any], layers: int | None, vision_layers: int | No
     full = InternVLConfig(**config)
     fewer(full, layers, vision_layers, "num_hidden_layers")
     model = InternVLForConditionalGeneration(full)
-    use_packed_attention(attention, model.model.language_model)
     return model, InternVL
 
 
-def text_encoder(config: dict[str, Any], layers: int | None, vision_layers: int | None, attention: str) -> Any:
+def text_encoder(config: dict[str, Any], layers: int | None, vision_layers: int | None) -> Any:
     from transformers import AutoConfig, AutoModel
 
     from b3.model.backbones.text_encoder import TextEncoder
@@ -246,7 +239,6 @@ def text_encoder(config: dict[str, Any], layers: int | None, vision_layers: int 
         full.num_hidden_layers = layers
     full._attn_implementation = "sdpa"
     model = AutoModel.from_config(full, add_pooling_layer=False)
-    use_packed_attention(attention, model)
     return model, TextEncoder
 
 
@@ -266,7 +258,8 @@ def build(config: Config, layers: int | None, vision_layers: int | None) -> Embe
     kernel = "sdpa" if config.model.attention == "sdpa" else "varlen"
     with torch.device("meta"):
         torch.set_default_dtype(torch.float32 if is_full or config.model.dtype == "float32" else torch.bfloat16)
-        backbone, kind = BACKBONES[facts["model_type"]](facts, layers, vision_layers, kernel)
+        backbone, kind = BACKBONES[facts["model_type"]](facts, layers, vision_layers)
+        kind.take_packed(backbone, kernel)
         torch.set_default_dtype(default)
         backbone.requires_grad_(False)
         if is_full:

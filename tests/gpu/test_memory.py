@@ -83,7 +83,7 @@ def measured() -> tuple[dict[str, Any], dict[str, Any], tuple[Any, Any]]:
     files = list(recipes().values())
     groups = [at_size(*depths(file), **case(file, [])) for file in files]
     kinds = [
-        {**case(str(ROOT / f"configs/{name}.yaml"), overrides), "layers": 2, "vision_layers": 1}
+        {**case(str(ROOT / f"configs/{name}.yaml"), overrides), "layers": 4, "vision_layers": 1}
         for name, overrides in KINDS.values()
     ]
     recipe = str(ROOT / "configs/b3_qwen2vl_2b.yaml")

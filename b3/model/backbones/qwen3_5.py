@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from b3.model.attention import Packing, packed, spread
 from b3.model.backbones.qwen_vl import QwenVL, grid_weights
@@ -53,11 +52,9 @@ class Qwen3_5(QwenVL):
         return make_tiny_qwen(folder, texts, "qwen3_5", text, {"patch_size": 16, "num_position_embeddings": 64}, seed)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
-        model: Any = super().load(folder, dtype, device, attention)
+    def take_packed(cls, model: Any, attention: str) -> None:
+        super().take_packed(model, attention)
         keep_items_apart(model.model.language_model)
-        backbone: nn.Module = model
-        return backbone
 
     def layout(self, batch: Batch) -> Packing:
         return Packing.of(batch.lengths)  # linear attention reads buckets, whatever full attention reads

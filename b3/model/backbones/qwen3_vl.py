@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from b3.model.backbones.qwen_vl import QwenVL, grid_weights
 from b3.model.backbones.qwen_vl_images import HALF
@@ -38,11 +38,9 @@ class Qwen3VL(QwenVL):
         return make_tiny_qwen(folder, texts, "qwen3_vl", text, vision, seed)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
-        model: Any = super().load(folder, dtype, device, attention)
+    def take_packed(cls, model: Any, attention: str) -> None:
+        super().take_packed(model, attention)
         add_by_number(model.model.language_model)
-        backbone: nn.Module = model
-        return backbone
 
     def kept(self) -> Kept:
         """With the norms of q and k, in float32: per unit of width, as the shapes of 2B and 8B tell."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -70,12 +69,10 @@ class QwenVL(VisionLanguage):
         return int(self.core.visual.config.hidden_size)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
-        model: Any = super().load(folder, dtype, device, attention)
+    def take_packed(cls, model: Any, attention: str) -> None:
+        super().take_packed(model, attention)
         patch_embed = model.model.visual.patch_embed
         patch_embed.forward = types.MethodType(_embedded_patches, patch_embed)
-        backbone: nn.Module = model
-        return backbone
 
     def features(self, patches: Tensor, grids: np.ndarray) -> Tensor:
         """(S, F) features of the media tokens of (P, 3, n) uint8 patches."""

@@ -105,9 +105,14 @@ class TextEncoder(Embedder):
         from transformers import AutoModel
 
         model = load_transformers(AutoModel, folder, dtype, device, add_pooling_layer=False)
-        use_packed_attention(attention, model)
+        cls.take_packed(model, attention)
         backbone: nn.Module = model
         return backbone
+
+    @classmethod
+    def take_packed(cls, model: Any, attention: str) -> None:
+        """Make upstream's model take packed texts."""
+        use_packed_attention(attention, model)
 
     @classmethod
     def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, settings: Settings) -> TextEncoder:

@@ -54,10 +54,15 @@ class VisionLanguage(Embedder):
         import transformers
 
         model = load_transformers(getattr(transformers, cls.upstream), folder, dtype, device)
-        use_packed_attention(attention, *(getattr(model.model, name) for name in cls.packed_towers))
-        keep_last_tokens(model.model)
+        cls.take_packed(model, attention)
         backbone: nn.Module = model
         return backbone
+
+    @classmethod
+    def take_packed(cls, model: Any, attention: str) -> None:
+        """Make upstream's model take packed items, and compute what their vectors need alone."""
+        use_packed_attention(attention, *(getattr(model.model, name) for name in cls.packed_towers))
+        keep_last_tokens(model.model)
 
     @classmethod
     def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, settings: Settings) -> Embedder:
