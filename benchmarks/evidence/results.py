@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,18 @@ def difference(cell: Cell, control: Cell, draws: int = DRAWS) -> tuple[float, fl
     assert pairs, "no seed in common"
     own, other = (list(side) for side in zip(*pairs, strict=True))
     delta = (cell.values[own] - control.values[other]) * cell.weights * len(cell.weights)
-    random = np.random.default_rng(0)
-    seeds, queries = delta.shape
-    by_query = random.multinomial(queries, np.full(queries, 1 / queries), size=draws) / queries
-    by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
+    by_query, by_seed = _resampled(*delta.shape, draws)
     drawn = ((by_query @ delta.T) * by_seed).sum(axis=1)
     low, high = np.quantile(drawn, [0.025, 0.975])
     return float(delta.mean()), float(low), float(high)
+
+
+@lru_cache(maxsize=4)
+def _resampled(seeds: int, queries: int, draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of queries (draws, queries) and of seeds (draws, seeds) in each draw."""
+    random = np.random.default_rng(0)
+    by_query = random.multinomial(queries, np.full(queries, 1 / queries), size=draws) / queries
+    return by_query, random.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds
 
 
 class Results:

@@ -79,9 +79,10 @@ def listing(
     precision: bool = False,
     control_question: str | None = None,
     shared: Sequence[str] = ("size", "student", "examples"),
+    part: str | None = None,
 ) -> str:
     """One line a setting: labels, recorded facts, score, and differences from each of the arms `controls` with the same
-    value of the axes `shared` (in `control_question`, if it is another one).
+    value of the axes `shared` (in `control_question`, if it is another one). `part` as of `Results.cell`.
     """
     seen: list[dict[str, Any]] = []
     for labels, _, _ in results.questions[question]:
@@ -89,7 +90,7 @@ def listing(
             seen.append(labels)
     body = []
     for labels in seen:
-        cell = results.cell(question, precision, **labels)
+        cell = results.cell(question, precision, part, **labels)
         if cell is None:
             continue
         values = [str(labels.get(axis, "")) for axis in axes]
@@ -97,7 +98,7 @@ def listing(
         line = [*values, *("" if x != x else f"{x:.2f}" for x in known), _shown(cell)]
         for arm in controls:
             same = {axis: labels[axis] for axis in shared if axis in labels}
-            other = results.cell(control_question or question, precision, **{**same, "arm": arm})
+            other = results.cell(control_question or question, precision, part, **{**same, "arm": arm})
             line.append("" if other is not None and other.records == cell.records else _gap(cell, other))
         body.append(line)
     heads = [*axes, *(f.replace("_", " ") for f in facts), "score", *(f"− {arm}" for arm in controls)]
