@@ -96,11 +96,15 @@ def mine_recipe(config: Config, show_progress: bool = False) -> dict[str, BatchP
     distributed.agree("data", fingerprints, "give every machine the same rows")
     is_there = distributed.gather_objects(is_there)[0]  # other machines may not see a new file yet
     missing = [job for job, there in zip(jobs, is_there, strict=True) if not there]
+    finished = [_stages(config, entry) for (entry, _), there in zip(jobs, is_there, strict=True) if there]
+    is_left = is_teacher_kept(config) or any(stages.folder.exists() for stages in finished)
     vectors = missing_vectors(config, jobs) if keeps_vectors(config) else []
     with ExitStack() as held:
-        if distributed.rank() == 0 and (missing or vectors or is_teacher_kept(config)):
+        if distributed.rank() == 0 and (missing or vectors or is_left):
             held.enter_context(alone(Path(config.mining.dir), "call of mining", "choose another mining.dir"))
             tidy(Path(config.mining.dir))
+            for stages in finished:  # left by a call that was killed, or whose deletion a power failure undid
+                stages.remove()
         if vectors:
             store_vectors(config, vectors)
         if missing:

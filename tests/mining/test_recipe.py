@@ -183,6 +183,18 @@ def plan_files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.npy"))}
 
 
+def test_stages_beside_a_finished_plan_are_deleted(root: Path) -> None:
+    """A call was killed between the two, or a power failure undid the deletion."""
+    config = load_config(root / "recipe.yaml")
+    mine_recipe(config)
+    left = root / "mining" / ".pictures.stages" / "rankings.npz"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    before = plan_files(root / "mining")
+    mine_recipe(config)
+    assert not left.parent.exists() and plan_files(root / "mining") == before
+
+
 def test_one_two_and_three_ranks_give_the_same_bytes(root: Path) -> None:
     tiny.write_model(root / "teacher-model")
     teacher = f"mining.teacher={root / 'teacher-model'}"
