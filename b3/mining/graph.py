@@ -176,8 +176,8 @@ def build_graph(
 
     members = np.arange(len(rankings)) if members is None else members
     indptr, rows = window_rows(rankings, distinct, budget, seed, places(members, len(rankings)))
-    # Of an edge from i to j: where row j has i's target.
-    weights = weigh(rankings.order, rankings.p, distinct.of_row, members, indptr, rows, edges == "union", veto)
+    weights = room_for(len(rows), np.int8)  # of an edge from i to j: by where row j has i's target
+    weigh(rankings.order, rankings.p, distinct.of_row, members, indptr, rows, edges == "union", veto, weights)
     ends = count_both(indptr, rows, weights)
     graph = Graph(ends, room_for(int(ends[-1]), np.int32), room_for(int(ends[-1]), np.int8))
     fill_both(indptr, rows, weights, graph.indptr, graph.indices, graph.weights)

@@ -29,16 +29,15 @@ def _holds(ascending, value):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def weigh(order, p, target_of, members, indptr, rows, is_union, veto):  # type: ignore[no-untyped-def]
-    """(E,) int8 weight of each directed edge, 0 where it is dropped: see `b3.mining.graph.build_graph`.
+def weigh(order, p, target_of, members, indptr, rows, is_union, veto, weights):  # type: ignore[no-untyped-def]
+    """Fill the weight of each directed edge, 0 where it is dropped: see `b3.mining.graph.build_graph`.
 
     Args:
         order: (N, p + m) of the rankings; p; target_of: (N,) distinct target of each row.
-        members: (n,) rows; indptr (n + 1,), rows (E,): directed edges, which are sorted here.
+        members: (n,) rows; indptr (n + 1,), rows (E,): directed edges, which are sorted here. weights: (E,) int8.
     """
     for i in range(len(members)):
         rows[indptr[i] : indptr[i + 1]].sort()
-    weights = np.empty(len(rows), dtype=np.int8)
     for i in range(len(members)):
         target = target_of[members[i]]
         for e in range(indptr[i], indptr[i + 1]):
@@ -50,7 +49,6 @@ def weigh(order, p, target_of, members, indptr, rows, is_union, veto):  # type: 
             elif is_union and not (veto and rank >= 0):
                 weight = 1
             weights[e] = weight
-    return weights
 
 
 @_jit
