@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-SHARE = 1 / 16  # of the free memory, that an array may take
+SHARE = 1 / 16  # of the free memory, that the arrays of all ranks on a machine may take, one of each
 MIN_MAPPED = 1 << 26  # bytes; smaller arrays never lie in a file
 
 
@@ -34,10 +34,16 @@ def free_memory() -> int | None:
     return min(limits, default=None)
 
 
+def local_ranks() -> int:
+    """Ranks on this machine, as the launcher says; without its word all of them."""
+    names = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
+
+
 @lru_cache(maxsize=1)
 def most_in_memory() -> int:
     """Bytes of the largest array that `room_for` keeps in memory, decided once for a process."""
-    return max(MIN_MAPPED, int((free_memory() or 1 << 34) * SHARE))
+    return max(MIN_MAPPED, int((free_memory() or 1 << 34) * SHARE / local_ranks()))
 
 
 def room_for(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:

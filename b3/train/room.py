@@ -7,12 +7,11 @@ each worker, whatever the number of steps.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from b3.console import num_bytes
 from b3.errors import DataError, RunError
-from b3.memory import free_memory
+from b3.memory import free_memory, local_ranks
 from b3.model.workers import TASKS_AHEAD
 
 if TYPE_CHECKING:
@@ -52,9 +51,3 @@ def check_room(batch_bytes: int, workers: int, ranks: int, free: int | None) -> 
             f" {TASKS_AHEAD} for each of {workers} workers on {ranks} ranks), {num_bytes(free)} are free;"
             f" set train.workers to {most} or fewer, lower model.max_pixels, or give the job (docker: --memory) more"
         )
-
-
-def local_ranks() -> int:
-    """Ranks on this machine, as the launcher says; without its word all of them."""
-    names = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", "WORLD_SIZE")
-    return int(next((os.environ[name] for name in names if name in os.environ), "1"))

@@ -28,7 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TIMES = "seconds peak_memory_bytes items_per_second pairs_per_second tokens_per_second waiting_for_data date versions"
+# What depends on the moment, or says which version wrote it, by the name of its JSON key.
+TIMES = (
+    "seconds peak_memory_bytes items_per_second pairs_per_second tokens_per_second waiting_for_data date versions"
+    " tflops_per_rank mfu report_generated_date transformers_version peft_version files"
+).split()
+OF_LIBRARIES = ("adapter_config.json", "config.json", "generation_config.json")  # newer ones write more keys
 PROGRAMS = "mining mining-arrays training training-full encoding evaluation-v1 evaluation-v2 export".split()
 PACKAGES = (
     "torch transformers peft accelerate datasets tokenizers safetensors huggingface-hub numpy scipy numba pyarrow"
@@ -101,15 +106,17 @@ def call(python: str, *arguments: str) -> None:
 def values(folder: Path) -> Iterator[tuple[str, str, Any]]:
     """(kind, name, an array, a number or a text) of all that was left."""
     import numpy as np
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(file.relative_to(folder))
         if file.suffix == ".npy":
             yield kind_of(name), name, np.load(file)
         elif file.suffix == ".safetensors":
-            for key, array in load_file(file).items():
-                yield kind_of(name), f"{name}/{key}", array
+            for key, tensor in load_file(file).items():
+                yield kind_of(name), f"{name}/{key}", (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        elif file.suffix == ".txt":
+            yield "texts", name, file.read_text().splitlines()
         elif file.suffix in (".json", ".jsonl") and file.name not in ("environment.json", "versions.json"):
             lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
             for number, line in enumerate(lines):
@@ -137,7 +144,7 @@ def kind_of(name: str) -> str:
 def flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for name, part in value.items():
-            if name not in TIMES.split():
+            if name not in TIMES:
                 yield from flat(part, f"{key}.{name}")
     elif isinstance(value, list):
         for number, part in enumerate(value):
@@ -182,6 +189,8 @@ def compare(one: Path, other: Path) -> dict[str, Line]:
     for name in sorted(first.keys() | second.keys()):
         kind, value = first.get(name) or second[name]
         known = name in first and name in second
+        if not known and name.split(":")[0].endswith(OF_LIBRARIES):
+            continue
         lines[kind].add(name, value, second[name][1] if known else None)
     return lines
 

@@ -103,6 +103,9 @@ def test_an_array_may_take_a_sixteenth_of_the_free_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(memory, "free_memory", lambda: 32 << 30)
     memory.most_in_memory.cache_clear()
     assert memory.most_in_memory() == 2 << 30
+    memory.most_in_memory.cache_clear()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.most_in_memory() == 1 << 29
     monkeypatch.setattr(memory, "free_memory", lambda: 1 << 20)
     memory.most_in_memory.cache_clear()
     assert memory.most_in_memory() == memory.MIN_MAPPED
