@@ -30,6 +30,7 @@ DUPLICATE_COST = 8
 HOTTEST, COOLEST = 6.0, 0.4
 COLD_PASSES = 3
 NOTHING = np.int32(-(1 << 30))
+BLOCK_EDGES = 1 << 22
 MOST_NARROW = 1 << 16  # values that two bytes hold
 
 
@@ -156,7 +157,8 @@ def _pack(graph: Graph, in_place: bool) -> np.ndarray:
     """(E,) uint32: twice the neighbour of each edge, and 1 more where the weight is 2."""
     edges = graph.indices.view(np.uint32) if in_place else graph.indices.astype(np.uint32)
     edges <<= 1
-    edges |= graph.weights == 2
+    for start in range(0, len(edges), BLOCK_EDGES):
+        edges[start : start + BLOCK_EDGES] |= graph.weights[start : start + BLOCK_EDGES] == 2
     return edges
 
 
