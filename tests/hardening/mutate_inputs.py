@@ -30,6 +30,7 @@ from damaged import KINDS, Case, Kinds
 
 from b3.errors import InputError
 
+LEAST = 20  # cases of a kind, also where making its valid inputs took all of its time
 SECONDS, GROWTH = 60, 3 * 2**30  # an image just below the 179 million pixels that Pillow allows takes 2.4 GiB
 
 
@@ -80,7 +81,7 @@ def run(kind: str, numbers: range, seed: int, deadline: float, at: Path) -> tupl
         made = Kinds(base)
         case = made.all()[kind]
         for number in numbers:
-            if time.time() > deadline:
+            if count >= LEAST and time.time() > deadline:
                 break
             at.write_text(str(number))
             problem = one(case, kind, number, seed, base, made.trace)
