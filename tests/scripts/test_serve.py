@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import base64
+import html
 import http.client
 import io
 import json
+import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +26,8 @@ from b3.data.index import Index, load_index
 from b3.data.lines import Lines
 from scripts import embed, search
 from scripts.serve import HOST, MOST_BYTES, Searcher, SearchServer
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,26 @@ def test_it_finds_what_the_command_finds(
     found = find(server, text="a red disc")["results"]
     assert [(hit["id"], hit["score"]) for hit in found] == [(hit["id"], hit["score"]) for hit in expected]
     assert found[0]["id"] == "a" and found[0]["above"] > found[1]["above"]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium is installed")
+def test_a_browser_shows_what_an_address_asks_for(server: SearchServer, tmp_path: Path) -> None:
+    """The page's own script runs: what it shows is text, also where a row holds marks."""
+    address = f"http://{HOST}:{server.server_address[1]}/?text=a%20red%20disc"
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=20000",
+    ]
+    done = subprocess.run(
+        [str(BROWSER), *options, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=True
+    )
+    shown = re.findall(r'class="id">id (.*?)</div>', done.stdout)
+    assert [html.unescape(one) for one in shown] == [hit["id"] for hit in find(server, text="a red disc")["results"]]
+    assert shown[0] == "a" and "&lt;i&gt;d&lt;/i&gt;" in shown
+    assert '<p id="message" role="status">4 of 4 rows</p>' in done.stdout
 
 
 def test_an_image_finds_itself(server: SearchServer, place: tuple[Path, Path]) -> None:
