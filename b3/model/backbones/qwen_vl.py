@@ -149,8 +149,8 @@ def grid_weights(visual: Any, grids: Tensor) -> dict[str, Any]:
 def _embedded_patches(self: Any, patches: Tensor) -> Tensor:
     """Patches (P, n) through upstream's convolution, whose windows do not overlap: on a GPU as a matrix product.
 
-    In 16 bit cuDNN takes many times as long for it. On a CPU the convolution stays, to the last bit: the product takes a
-    third of its time, and moves vectors by more than 1e-5.
+    In 16 bit cuDNN takes many times as long for it. On a CPU the convolution stays: the product takes a third of its
+    time there, and moves vectors by more than 1e-5.
     """
     if patches.device.type == "cpu" or type(self.proj) is not nn.Conv3d:  # an adapter may have wrapped it
         output: Tensor = type(self).forward(self, patches)
