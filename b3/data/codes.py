@@ -10,6 +10,7 @@ Scores are inner products of the float32 query with the vectors as stored.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,7 +37,7 @@ class Floats:
     def width(self) -> int:
         return int(self.array.shape[1])
 
-    @property
+    @cached_property
     def longest(self) -> float:
         """An upper bound of the vectors' lengths."""
         return float(np.sqrt(np.einsum("nd,nd->n", self.array, self.array).max()))
@@ -75,7 +76,7 @@ class Codes:
     def width(self) -> int:
         return int(self.values.shape[1])
 
-    @property
+    @cached_property
     def longest(self) -> float:
         return float(self.scales.max()) * 127 * self.width**0.5
 
@@ -146,12 +147,12 @@ def recall(
     if at < 1:
         return {"at": 0, "queries": 0, "value": None}
     chosen = np.unique(np.linspace(0, len(whole) - 1, min(num_queries, len(whole))).astype(int))
-    shares = []
+    exact, shares = Floats(whole), []
     for row in chosen:
         query = whole[row : row + 1]
         true, found = (
             {i for i, _ in hits if i != row}
-            for hits in (nearest(Floats(whole), query, at + 1)[0][: at + 1], nearest(vectors, query, at + 1, bits)[0])
+            for hits in (nearest(exact, query, at + 1)[0][: at + 1], nearest(vectors, query, at + 1, bits)[0])
         )
         shares.append(len(true & found) / len(true))
     return {"at": at, "queries": len(chosen), "value": round(float(np.mean(shares)), 4)}

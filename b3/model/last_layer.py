@@ -21,11 +21,12 @@ def keep_last_tokens(model: Any) -> None:
     stacked = getattr(model.config.vision_config, "deepstack_visual_indexes", ())
     if hasattr(layers[-1], "self_attn") and len(stacked) < len(layers):
         layers[-1].forward = types.MethodType(_forward, layers[-1])
+        layers[-1].keeps_last_tokens = True
 
 
 def keeps_last_tokens(language: Any) -> bool:
-    """Whether `keep_last_tokens` changed the model."""
-    return "forward" in vars(language.layers[-1])
+    """Whether `keep_last_tokens` changed this text model."""
+    return getattr(language.layers[-1], "keeps_last_tokens", False)
 
 
 def _forward(self: Any, hidden_states: Tensor, *, cu_seq_lens_q: Tensor, **arguments: Any) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +14,11 @@ from torch import Tensor
 from b3 import Embedder, registry
 from b3.data.items import as_item
 from b3.model.adapter import AdapterSpec, attach_adapter
-from b3.model.backbones.tiny import make_tiny_qwen
 from b3.model.batch import collate
 from b3.model.last_layer import keeps_last_tokens
 
 KINDS = [name for name in registry.BACKBONES if registry.load("backbone", name).reads_images]
 TEXTS = ["a red square", "a blue circle on a lamp", "house, tree and river; the cat sleeps", "a"]
-ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 
 
 def load(folder: Path) -> Embedder:
@@ -51,7 +52,8 @@ def test_vectors_and_gradients_are_those_of_the_whole_layer(kind: str, tmp_path:
     found = []
     for is_whole in (False, True):
         if is_whole:
-            del model.layers()[-1].forward
+            last = model.layers()[-1]
+            del last.forward, last.keeps_last_tokens
         embedded = vectors(model)
         weights = torch.linspace(-1, 1, embedded.numel(), dtype=embedded.dtype).view_as(embedded)
         found.append((embedded, *torch.autograd.grad((embedded * weights).sum(), trained)))
@@ -61,24 +63,24 @@ def test_vectors_and_gradients_are_those_of_the_whole_layer(kind: str, tmp_path:
         assert (kept - whole).abs().max() < 1e-6 * whole.abs().max()  # norms are in float32
 
 
-def test_layers_that_others_read_stay_whole(tmp_path: Path) -> None:
-    """One of linear attention, which has no boundaries to pool by, and one that DeepStack adds to."""
-    text = {"rope_parameters": ROPE, "num_hidden_layers": 1}
-    vision = {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-    stacked = load(make_tiny_qwen(tmp_path / "stacked", TEXTS * 10, "qwen3_vl", text, vision))
-    linear = {
-        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25},
-        "head_dim": 32,
-        "layer_types": ["full_attention", "linear_attention"],
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-    }
-    vision = {"patch_size": 16, "num_position_embeddings": 64}
-    hybrid = load(make_tiny_qwen(tmp_path / "hybrid", TEXTS * 10, "qwen3_5", linear, vision))
-    for model in (stacked, hybrid):
-        assert not keeps_last_tokens(model.core.language_model)
-        assert vectors(model).shape == (len(TEXTS), model.dim)
-        alone = torch.cat([model(collate([model.processor(as_item({"text": text}))])) for text in TEXTS])
-        assert (vectors(model) - alone).abs().max() < 2e-6
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("qwen3_vl", lambda text: {"num_hidden_layers": 1}),  # DeepStack adds to the only layer
+        ("qwen3_5", lambda text: {"layer_types": text["layer_types"][::-1]}),  # linear attention comes last
+    ],
+)
+def test_layers_that_others_read_stay_whole(
+    kind: str, change: Callable[[Any], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = registry.load("backbone", kind)
+    module = sys.modules[backbone.__module__]
+    make = module.make_tiny_qwen
+    monkeypatch.setattr(
+        module, "make_tiny_qwen", lambda f, t, k, text, *rest: make(f, t, k, {**text, **change(text)}, *rest)
+    )
+    model = load(backbone.tiny(tmp_path, TEXTS * 10))
+    assert not keeps_last_tokens(model.core.language_model)
+    assert vectors(model).shape == (len(TEXTS), model.dim)
+    alone = torch.cat([model(collate([model.processor(as_item({"text": text}))])) for text in TEXTS])
+    assert (vectors(model) - alone).abs().max() < 2e-6
