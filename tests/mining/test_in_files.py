@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,16 @@ def test_a_damaged_stage_is_none(tmp_path: Path) -> None:
     content[content.index(order.tobytes()) + 17] ^= 1
     (tmp_path / "rankings.npz").write_bytes(content)
     assert stages.load("rankings", "key") is None
+
+
+def test_an_array_that_its_header_overstates_is_none(tmp_path: Path) -> None:
+    order, key = io.BytesIO(), io.BytesIO()
+    np.save(order, np.arange(1000, dtype=np.int32))
+    np.save(key, np.asarray("key"))
+    with zipfile.ZipFile(tmp_path / "rankings.npz", "w") as archive:  # whose checksums are right
+        archive.writestr("key.npy", key.getvalue())
+        archive.writestr("order.npy", order.getvalue().replace(b"(1000,)", b"(1001,)"))
+    assert Stages(tmp_path).load("rankings", "key") is None
 
 
 def test_without_room_on_the_disk_arrays_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,14 @@ def test_swaps_are_those_of_the_plain_rule(
     assert (groups.tolist(), gains) == ((plain[0].tolist(), plain[1]) if sum(plain[1]) > 0 else (before.tolist(), []))
 
 
+@pytest.mark.parametrize("size", [4095, 4200])
+def test_large_communities_of_copies_are_counted_exactly(size: int) -> None:
+    """What a row contributes may lie below the least number of two bytes."""
+    nothing = Graph(np.zeros(2 * size + 1, np.int64), np.empty(0, np.int32), np.empty(0, np.int8))
+    groups, targets = np.repeat([0, 1], size), np.zeros(2 * size, dtype=np.int64)
+    assert (anneal._start(nothing, groups, targets, 2).stay == -DUPLICATE_COST * (size - 1)).all()
+
+
 def test_refinement_ends_where_no_swap_gains() -> None:
     graph = random_graph(24, 90, 3)
     targets = np.arange(24)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from b3 import Embedder, registry
 from b3.data.items import as_item
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.batch import collate
 from b3.model.last_layer import keeps_last_tokens
+from b3.train.metrics import tower_flops
 
 KINDS = [name for name in registry.BACKBONES if registry.load("backbone", name).reads_images]
 TEXTS = ["a red square", "a blue circle on a lamp", "house, tree and river; the cat sleeps", "a"]
@@ -38,6 +40,19 @@ def test_the_last_mlp_runs_for_pooled_tokens(kind: str, tmp_path: Path) -> None:
         layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
     vectors(model)
     assert seen[-1] == len(TEXTS) < seen[0] == sum(len(model.processor(as_item({"text": t})).input_ids) for t in TEXTS)
+
+
+def test_operations_are_those_that_run(tmp_path: Path) -> None:
+    """Of linear layers, as torch counts them; what a run counts leaves out the last tokens' MLP."""
+    model = load(registry.load("backbone", "qwen2_vl").tiny(tmp_path, TEXTS * 10))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vectors(model)
+    counts = counter.get_flop_counts()["Global"]
+    run = sum(counts.get(operation, 0) for operation in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    tower, num_tokens = model.cost().text, sum(len(model.processor(as_item({"text": t})).input_ids) for t in TEXTS)
+    pooled, _ = tower.pooled
+    assert pooled == sum(p.numel() for p in model.layers()[-1].mlp.parameters()) > 0
+    assert tower_flops(tower, num_tokens, 0, backward=False) == run - 2 * pooled * len(TEXTS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
