@@ -50,7 +50,9 @@ def test_a_sharded_run_equals_a_whole_one(root: Path, overrides: tuple[str, ...]
         [json.loads(line)["loss"] for line in (root / f"{kind}-{name}" / "metrics.jsonl").read_text().splitlines()]
         for kind in ("whole", "sharded")
     )
-    assert other == pytest.approx(one, rel=1e-6)
+    # Sharded ranks cut equally many chunks: float32 sums in another order, 1e-7 in step 1, which training multiplies.
+    assert other[0] == pytest.approx(one[0], rel=5e-7)
+    assert other == pytest.approx(one, rel=1e-5)
     mine, theirs = (load_file(root / f"{kind}-{name}" / "adapter_model.safetensors") for kind in ("sharded", "whole"))
     assert mine.keys() == theirs.keys()
     for key, value in theirs.items():
