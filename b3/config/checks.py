@@ -39,6 +39,11 @@ def check(config: Config) -> None:
     batch, entries = config.batch, config.data.datasets
     if batch.policy != "random" and batch.random_steps != "auto" and batch.random_steps > train.steps:
         raise ConfigError(f"batch.random_steps {batch.random_steps} exceeds train.steps {train.steps}")
+    if config.negatives.after_random and (batch.policy == "random" or batch.random_steps == 0):
+        raise ConfigError(
+            f"negatives.after_random needs batch.random_steps and another policy than random (policy {batch.policy},"
+            f" random_steps {batch.random_steps}); set both, or leave it out"
+        )
     num_labelled = sum(entry.family == "classification" for entry in entries)
     if batch.policy == "b3_merged" and num_labelled < 2:
         raise ConfigError(

@@ -262,11 +262,18 @@ class NegativesConfig(Section):
     source: Literal["mined", "data"] = Field(
         "mined", description="data: the first h that a row brings along (neg_text, neg_image_path)"
     )
+    after_random: bool = Field(
+        False, description="mined ones begin after batch.random_steps: until then a step encodes no hard negatives"
+    )
 
     @model_validator(mode="after")
     def _effective(self) -> NegativesConfig:
         if self.source == "data" and not self.per_query:
             raise ValueError("negatives.source data needs negatives.per_query")
+        if self.after_random and not self.mined:
+            raise ValueError(
+                "negatives.after_random is for mined hard negatives; set negatives.per_query and source mined"
+            )
         return self
 
     @property

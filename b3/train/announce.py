@@ -62,11 +62,13 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
     beside = [f"{more[name]:,} by {name}" for name in config.train.directions if name != "qt"]
     if beside:
         lines[-1] += f", and {', '.join(beside)}"
+    first = "random batches of one data set"
+    if config.negatives.after_random:
+        first += " and without hard negatives"
     if sampler.random_steps is None:
-        share = f"{config.batch.ready:.0%}"
-        lines.append(f"  random batches of one data set until the student finds {share} of its targets in them")
+        lines.append(f"  {first} until the student finds {config.batch.ready:.0%} of its targets in them")
     elif sampler.random_steps:
-        lines.append(f"  steps 1 to {sampler.random_steps}: random batches of one data set")
+        lines.append(f"  steps 1 to {sampler.random_steps}: {first}")
     if sampler.start:
         lines.append(f"  continuing at step {sampler.start}")
     return "\n".join(lines)

@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,12 @@ class Trainer:
     def batches(self) -> Iterator[tuple[StepInputs, list[Replaced]]]:
         """Inputs of this rank, collated ahead in workers from the first step to run on; and the rows replaced."""
         collate = GuardedCollator(self.collator, self.config.data.bad_images == "replace", self.config.seed)
-        return run_ahead(collate, self.sampler, self.config.train.workers, collate.describe)
+        rows, workers, switch = iter(self.sampler), self.config.train.workers, self.sampler.random_steps
+        if self.config.negatives.after_random:
+            plain = replace(collate, collator=replace(self.collator, hard_negatives=None))
+            num_plain = None if switch is None else max(0, switch - self.done)
+            yield from run_ahead(plain, islice(rows, num_plain), workers, plain.describe)
+        yield from run_ahead(collate, rows, workers, collate.describe)
 
     def next_batch(self, batches: Iterator[tuple[StepInputs, list[Replaced]]]) -> StepInputs:
         """The next inputs of this rank; all ranks raise if one of them cannot read its rows."""
