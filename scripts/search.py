@@ -146,15 +146,16 @@ def show(label: str, hits: Hits, rows: Sequence[dict[str, Any]], as_json: bool =
 
 
 def render(results: list[tuple[str, Item, Hits]], rows: Sequence[dict[str, Any]], manifest: dict[str, Any]) -> str:
-    """A page without outside parts: each query, and its results with thumbnails."""
+    """A page without outside parts: each query, its results with thumbnails, and their texts if there are any."""
     images = IndexedImages(rows, manifest)
+    keys = ["id", *(["text"] if any(rows[row]["text"] for _, _, hits in results for row, _ in hits) else [])]
     parts = ["<h1>Search results</h1>"]
     for label, item, hits in results:
         lines = []
         for rank, (row, score) in enumerate(hits, 1):
-            texts = (escape(line_of(str(rows[row][key]), 300)) for key in ("id", "text"))
+            texts = (escape(line_of(str(rows[row][key]), 300)) for key in keys)
             lines.append([str(rank), f"{score:.4f}", image_tag(images.source(row)), *texts])
-        head = ["rank", "score", "image", "id", "text"]
+        head = ["rank", "score", "image", *keys]
         parts += [f"<h2>{escape(line_of(label, 300))}</h2>", image_tag(item.image), html.table(head, lines)]
     return html.page("Search results", parts)
 

@@ -241,8 +241,11 @@ def test_search_finds_each_row_by_itself(index: Path, rows: Path, capsys: pytest
     html = page.read_text()
     assert html.count("data:image/png;base64,") == 3 + 5 * 3  # of the queries, and of the results
     assert "unreadable" not in html
-    assert "a blue &lt;b&gt; frame" in html
+    assert "a blue &lt;b&gt; frame" in html and "<th>text</th>" in html
     assert "http" not in html
+    assert "<th>text</th>" not in search.render(
+        [("red", Item(""), [(0, 0.5)])], [{"id": "b", "text": "", "image": red}], {}
+    )
 
 
 def test_search_refuses_another_model_and_bad_input(
