@@ -35,11 +35,12 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m mkdocs build --strict
 
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder # tests wait for processes half of their time
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-core: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m core $(ARGS)
+	$(PYTEST) -m core $(ARGS)
 
 MINUTES ?= 10
 part = $$(awk 'BEGIN { print $(MINUTES) * $(1) / 10 }')  # tenths of the time
