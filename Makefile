@@ -35,12 +35,11 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python -m mkdocs build --strict
 
-PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder # tests wait for processes half of their time
 test: $(STAMP)
-	$(PYTEST) $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-core: $(STAMP)
-	$(PYTEST) -m core $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m core $(ARGS)
 
 MINUTES ?= 10
 part = $$(awk 'BEGIN { print $(MINUTES) * $(1) / 10 }')  # tenths of the time

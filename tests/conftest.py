@@ -19,19 +19,6 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 
-# A process takes a file at a time, and the last ones should be short: those of a minute and more, longest first.
-LONG = (
-    "train/test_debug.py", "model/test_compiled.py", "train/test_never_lost.py", "train/test_run.py",
-    "train/test_every_backbone.py", "train/test_shard.py", "train/test_outputs.py", "gpu/test_memory.py",
-    "train/test_two_nodes.py", "train/test_late_files.py",
-)  # fmt: skip
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path, len(LONG)))
-
-
 @pytest.fixture(scope="session")
 def golden_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What reference programs recorded on a made-up MMEB-V2 folder, unpacked once (tests/golden/mmeb_v2/README.md)."""
