@@ -5,8 +5,8 @@
 
 The student comes with the package, pretrained on other drawings (b3/data/student/README.md). The arms differ in nothing
 but the batches: `random` draws rows of one data set at a time (the fair control), `b3` takes communities of the mined
-plan, `b3x` starts with random batches for two thirds of its steps and adds mined hard negatives to each query. Same
-model, data, steps, batch size and seed.
+plan, `b3x` starts with random batches until the student finds half of its targets in them, then takes communities and
+adds mined hard negatives to each query. Same model, data, steps, batch size and seed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STUDENT = Path(__file__).resolve().parents[1] / "b3" / "data" / "student"
 ARMS = {  # what an arm says beside the recipe
     "random": ("batch.policy=random",),
     "b3": ("batch.policy=b3",),
-    "b3x": ("batch.policy=b3", "batch.random_steps=160", "negatives.per_query=4"),
+    "b3x": ("batch.policy=b3", "batch.random_steps=auto", "negatives.per_query=4", "negatives.after_random=true"),
 }
 DRAWS = 4000  # of the bootstrap
 QUERIES = (
