@@ -298,7 +298,7 @@ class BatchConfig(Section):
         description="the first so many steps draw random batches of one data set, as policy random: a warm-up; auto:"
         " until the student finds the share `ready` of its targets in them, asked every 50 steps",
     )
-    ready: float = Field(0.5, gt=0, le=1, description="the share at which random_steps auto ends")
+    ready: float = Field(0.5, gt=0, le=1, description="the share, among 64 targets, at which random_steps auto ends")
 
     @property
     def mined(self) -> bool:

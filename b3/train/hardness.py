@@ -1,6 +1,7 @@
 """Are mined batches too hard for this student? Asked once, after the first hundred steps.
 
-And with `batch.random_steps: auto` every 50 steps: is the student ready for the first of them?
+And with `batch.random_steps: auto` every 50 steps: is the student ready for the first of them? That is asked among the
+targets of 64 rows whatever |B| is, for the share at which mining begins to help was found at that size.
 
 The student picks each query's target among those of its batch: in the next mined batches, and in as many batches of
 random rows from the same data sets, which is what the control would see. Mining has helped students that had 0.47 to
@@ -26,6 +27,7 @@ EVERY = 50  # steps between the questions of batch.random_steps auto
 STEPS = 100  # after which it is asked; later where the recipe begins with random batches for longer
 QUERIES = 512  # asked in each kind of batch, at least
 READY = 0.4  # precision in random batches below which a student cannot use harder ones yet
+ROWS = 64  # of a batch, among whose targets a student must find its own to be ready
 LEAST = 0.5  # of it, in mined batches: below, they are too hard
 
 
@@ -71,9 +73,13 @@ def measure(
     return Hardness(*(precision(datasets, each, step, encoder) for each in (sampler, control)))
 
 
-def precision(datasets: list[PairDataset], sampler: BatchPlanSampler, step: int, encoder: Encoder) -> float:
-    """How often the student finds its target in batches from `step` on: a collective call."""
-    found = sum(share * _precision(batch, datasets, encoder) for batch, share in next_batches(sampler, step))
+def precision(
+    datasets: list[PairDataset], sampler: BatchPlanSampler, step: int, encoder: Encoder, rows: int | None = None
+) -> float:
+    """How often the student finds its target in batches from `step` on, each cut into parts of so many rows or whole: a
+    collective call.
+    """
+    found = sum(share * _precision(batch, datasets, encoder, rows) for batch, share in next_batches(sampler, step))
     first: float = distributed.gather_objects(found)[0]  # ranks on unlike machines must not decide differently
     return first
 
@@ -97,8 +103,9 @@ def next_batches(sampler: BatchPlanSampler, step: int) -> list[tuple[np.ndarray,
     return found
 
 
-def _precision(batch: np.ndarray, datasets: list[PairDataset], encoder: Encoder) -> float:
-    """Share of the rows (B, 2) whose own target scores highest in the batch; equal targets and queries are no rivals.
+def _precision(batch: np.ndarray, datasets: list[PairDataset], encoder: Encoder, part_rows: int | None) -> float:
+    """Share of the rows (B, 2) whose own target scores highest in their part of the batch, `part_rows` in a row or all;
+    equal targets and queries are no rivals.
 
     A row that cannot be read counts as missed.
     """
@@ -108,6 +115,8 @@ def _precision(batch: np.ndarray, datasets: list[PairDataset], encoder: Encoder)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     scores = vectors[: len(rows)] @ vectors[len(rows) :].T
     own = scores.diagonal().copy()
+    part = np.arange(len(rows)) // (part_rows or len(rows))
+    scores[part[:, None] != part[None, :]] = -np.inf
     for items in (queries, targets):
         ids = np.array([item_id(item) for item in items])
         scores[ids[:, None] == ids[None, :]] = -np.inf

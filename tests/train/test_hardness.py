@@ -71,6 +71,10 @@ def test_precision_is_that_of_a_loop_over_pairs(recipe: Path, monkeypatch: pytes
     found = hardness.measure(config, datasets, sampler, 5, Encoder(model))
     for share, drawn in ((found.mined, sampler), (found.random, random)):
         assert share == pytest.approx(precision_by_loops(config, first_of_each(drawn, 5, 2), model), abs=1e-9)
+    parts = [part for batch in first_of_each(random, 5, 2) for part in (batch[:5], batch[5:10], batch[10:])]
+    in_parts = [len(part) * precision_by_loops(config, [part], model) for part in parts]
+    share = hardness.precision(datasets, random, 5, Encoder(model), rows=5)
+    assert share == pytest.approx(sum(in_parts) / 48, abs=1e-9) and share > found.random
 
 
 def test_each_data_set_counts_as_often_as_its_batches() -> None:
