@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if result.already_complete:
         print(f"{result.folder} is complete; nothing to do")
     elif not result.stopped and distributed.is_first():
-        print(f"done: adapter, README.md and report.html are in {result.folder}")
+        print(f"done: weights, README.md and report.html are in {result.folder}")
     if result.stopped:
         print(f"stopped as asked; {result.folder} is saved, the same command continues", flush=True)
         return EXIT_STOPPED

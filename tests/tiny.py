@@ -111,6 +111,15 @@ def write_adapter(base: Path, folder: Path) -> Path:
     return folder
 
 
+def write_teacher(root: Path, rows: int = 96) -> None:
+    """Vectors of a teacher who knows nothing, for the first rows of `write_data`, where `recipe` looks for them."""
+    rng = np.random.default_rng(0)
+    (root / "teacher").mkdir()
+    for name in ("pictures", "words"):
+        for side in ("queries", "targets"):
+            np.save(root / "teacher" / f"{name}_{side}.npy", rng.normal(size=(rows, 8)).astype(np.float32))
+
+
 def recipe(root: Path, **changes: Any) -> dict[str, Any]:
     """A recipe over `write_data` and `write_model` below `root`; `changes` are sections laid over it."""
     from b3.config.load import merge

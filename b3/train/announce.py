@@ -66,7 +66,7 @@ def describe(config: Config, datasets: list[PairDataset], sampler: BatchPlanSamp
     if config.negatives.after_random:
         first += " and without hard negatives"
     if sampler.random_steps is None:
-        lines.append(f"  {first} until the student finds {config.batch.ready:.0%} of its targets in them")
+        lines.append(f"  {first} until the student finds {config.batch.ready:.0%} of its targets there")
     elif sampler.random_steps:
         lines.append(f"  steps 1 to {sampler.random_steps}: {first}")
     if sampler.start:

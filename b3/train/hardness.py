@@ -1,12 +1,11 @@
 """Are mined batches too hard for this student? Asked once, after the first hundred steps.
 
-And with `batch.random_steps: auto` every 50 steps: is the student ready for the first of them? That is asked among the
-targets of 64 rows whatever |B| is, for the share at which mining begins to help was found at that size.
+And with `batch.random_steps: auto` every 50 steps: is the student ready for the first of them?
 
-The student picks each query's target among those of its batch: in the next mined batches, and in as many batches of
-random rows from the same data sets, which is what the control would see. Mining has helped students that had 0.47 to
-0.66 in random batches by then, and 0.33 to 0.51 in mined ones; it has harmed those that had 0.12 to 0.33 in random ones
-(docs/recipes.md).
+The student picks each query's target among those of 64 rows of its batch, whatever |B| is, for the shares at which
+mining helps or harms were found at that size: in the next mined batches, and in as many batches of random rows from the
+same data sets, which is what the control would see. Mining has helped students that had 0.47 to 0.66 in random batches
+by then, and 0.33 to 0.51 in mined ones; it has harmed those that had 0.12 to 0.33 in random ones (docs/recipes.md).
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ EVERY = 50  # steps between the questions of batch.random_steps auto
 STEPS = 100  # after which it is asked; later where the recipe begins with random batches for longer
 QUERIES = 512  # asked in each kind of batch, at least
 READY = 0.4  # precision in random batches below which a student cannot use harder ones yet
-ROWS = 64  # of a batch, among whose targets a student must find its own to be ready
+ROWS = 64  # of a batch, among whose targets a student picks
 LEAST = 0.5  # of it, in mined batches: below, they are too hard
 
 
 @dataclass(frozen=True)
 class Hardness:
-    """Precision@1 of the student within its batches: mined ones, and random ones of the same size."""
+    """Precision@1 of the student among `ROWS` rows of its batches: of mined ones, and of random ones."""
 
     mined: float
     random: float
@@ -46,7 +45,7 @@ class Hardness:
         """One line: what was found, and what to do about it."""
         return (
             f"batches may be too hard for this student: after {step} steps it finds {100 * self.mined:.0f} % of the"
-            f" targets in mined batches and {100 * self.random:.0f} % in random ones of that size (mining has helped"
+            f" targets in mined batches and {100 * self.random:.0f} % in random ones, among {ROWS} (mining has helped"
             f" from {100 * READY:.0f} % in random ones on, and half of that share in mined ones). Start from a trained"
             f" model, begin with random batches (batch.random_steps=auto), or raise mining.p; docs/recipes.md"
         )
@@ -73,13 +72,9 @@ def measure(
     return Hardness(*(precision(datasets, each, step, encoder) for each in (sampler, control)))
 
 
-def precision(
-    datasets: list[PairDataset], sampler: BatchPlanSampler, step: int, encoder: Encoder, rows: int | None = None
-) -> float:
-    """How often the student finds its target in batches from `step` on, each cut into parts of so many rows or whole: a
-    collective call.
-    """
-    found = sum(share * _precision(batch, datasets, encoder, rows) for batch, share in next_batches(sampler, step))
+def precision(datasets: list[PairDataset], sampler: BatchPlanSampler, step: int, encoder: Encoder) -> float:
+    """How often the student finds its target in batches from `step` on: a collective call."""
+    found = sum(share * _precision(batch, datasets, encoder) for batch, share in next_batches(sampler, step))
     first: float = distributed.gather_objects(found)[0]  # ranks on unlike machines must not decide differently
     return first
 
@@ -103,9 +98,9 @@ def next_batches(sampler: BatchPlanSampler, step: int) -> list[tuple[np.ndarray,
     return found
 
 
-def _precision(batch: np.ndarray, datasets: list[PairDataset], encoder: Encoder, part_rows: int | None) -> float:
-    """Share of the rows (B, 2) whose own target scores highest in their part of the batch, `part_rows` in a row or all;
-    equal targets and queries are no rivals.
+def _precision(batch: np.ndarray, datasets: list[PairDataset], encoder: Encoder) -> float:
+    """Share of the rows (B, 2) whose own target scores highest in their part of the batch, `ROWS` that follow one
+    another; equal targets and queries are no rivals.
 
     A row that cannot be read counts as missed.
     """
@@ -115,7 +110,7 @@ def _precision(batch: np.ndarray, datasets: list[PairDataset], encoder: Encoder,
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     scores = vectors[: len(rows)] @ vectors[len(rows) :].T
     own = scores.diagonal().copy()
-    part = np.arange(len(rows)) // (part_rows or len(rows))
+    part = np.arange(len(rows)) // ROWS
     scores[part[:, None] != part[None, :]] = -np.inf
     for items in (queries, targets):
         ids = np.array([item_id(item) for item in items])

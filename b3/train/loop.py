@@ -256,7 +256,7 @@ class Trainer:
     def is_ready(self) -> bool:
         """Let mined batches begin if the student finds enough of its targets in random ones; a collective call."""
         with self.asking() as encoder:
-            found = hardness.precision(self.collator.datasets, self.sampler, self.done, encoder, hardness.ROWS)
+            found = hardness.precision(self.collator.datasets, self.sampler, self.done, encoder)
         is_ready = found >= self.config.batch.ready
         if is_ready:
             self.sampler.begin_plans(self.done)

@@ -61,7 +61,7 @@ class Run:
         wanted = {"mining", "data", "negatives"}
         tree = config.model_dump(mode="json", include=wanted, exclude_unset=True)
         tree["mining"].pop("dir")
-        tree.get("negatives", {}).pop("after_random", None)
+        tree.get("negatives", {}).pop("after_random", None)  # when they are used is no matter of mining
         return _digest(tree)
 
     def config(self) -> Config:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 from forks import Job
@@ -31,11 +30,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("after")
     tiny.write_data(root / "data")
     tiny.write_model(root / "model")
-    rng = np.random.default_rng(0)
-    (root / "teacher").mkdir()
-    for name in ("pictures", "words"):
-        for side in ("queries", "targets"):
-            np.save(root / "teacher" / f"{name}_{side}.npy", rng.normal(size=(96, 8)).astype(np.float32))
+    tiny.write_teacher(root)
     file = tiny.write_recipe(root, batch={"policy": "b3"}, negatives={"per_query": 2})
     mine_recipe(load_config(file))
     return file

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 
@@ -21,11 +20,7 @@ from b3.train.sampler import build_sampler, pool_numbers
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     tiny.write_data(folder / "data", rows=50)
-    rng = np.random.default_rng(0)
-    (folder / "teacher").mkdir()
-    for subset in ("pictures", "words"):
-        for side in ("queries", "targets"):
-            np.save(folder / "teacher" / f"{subset}_{side}.npy", rng.normal(size=(50, 8)).astype(np.float32))
+    tiny.write_teacher(folder, rows=50)
     mine_recipe(load_config(tiny.write_recipe(folder)))
     return folder
 

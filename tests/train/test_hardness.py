@@ -26,11 +26,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hardness")
     tiny.write_data(root / "data")
     tiny.write_model(root / "model")
-    rng = np.random.default_rng(0)
-    (root / "teacher").mkdir()
-    for name in ("pictures", "words"):
-        for side in ("queries", "targets"):
-            np.save(root / "teacher" / f"{name}_{side}.npy", rng.normal(size=(96, 8)).astype(np.float32))
+    tiny.write_teacher(root)
     file = tiny.write_recipe(root, batch={"policy": "b3"})
     mine_recipe(load_config(file))
     return file
@@ -71,9 +67,10 @@ def test_precision_is_that_of_a_loop_over_pairs(recipe: Path, monkeypatch: pytes
     found = hardness.measure(config, datasets, sampler, 5, Encoder(model))
     for share, drawn in ((found.mined, sampler), (found.random, random)):
         assert share == pytest.approx(precision_by_loops(config, first_of_each(drawn, 5, 2), model), abs=1e-9)
+    monkeypatch.setattr(hardness, "ROWS", 5)
     parts = [part for batch in first_of_each(random, 5, 2) for part in (batch[:5], batch[5:10], batch[10:])]
     in_parts = [len(part) * precision_by_loops(config, [part], model) for part in parts]
-    share = hardness.precision(datasets, random, 5, Encoder(model), rows=5)
+    share = hardness.precision(datasets, random, 5, Encoder(model))
     assert share == pytest.approx(sum(in_parts) / 48, abs=1e-9) and share > found.random
 
 

@@ -92,7 +92,7 @@ def test_a_student_that_is_never_ready_trains_as_the_control_and_says_so(
     run(recipe, "told", "batch.ready=1.0", "train.steps=1", "train.save_every=1")
     said = capsys.readouterr().out
     assert "all batches were random: at no step did the student find 100% of its targets" in said
-    assert "random batches of one data set until the student finds 100% of its targets in them" in said
+    assert "random batches of one data set until the student finds 100% of its targets there" in said
 
 
 def test_what_is_asked_is_the_share_of_a_loop_over_pairs_of_the_next_random_batches(recipe: Path, never: Path) -> None:
