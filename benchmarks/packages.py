@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,8 @@ def npm_package(folder: Path, name: str, version: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         archive = folder / f"{place.name}.tgz"
         if not archive.exists():
+            if shutil.which("npm") is None:
+                raise SystemExit(f"npm is missing, which fetches {name}; on Debian: apt-get install npm")
             wanted = f"{name}@{version}"
             subprocess.run(["npm", "pack", "--silent", wanted], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         unpacked = folder / f".{place.name}"

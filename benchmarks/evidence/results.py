@@ -8,7 +8,7 @@ of precision@1 (the share of ranks that are 0).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,8 +50,8 @@ class Cell:
         return float("nan") if None in found else float(np.mean(found))
 
 
-def difference(cell: Cell, control: Cell, draws: int = DRAWS) -> tuple[float, float, float]:
-    """(mean, low, high) of the paired difference: 95 % percentile interval of a bootstrap over seeds and queries.
+def difference(cell: Cell, control: Cell, draws: int = DRAWS, level: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high) of the paired difference: percentile interval of a bootstrap over seeds and queries.
 
     Seeds and queries are drawn with replacement, the same for both; a query counts with its data set's weight.
     """
@@ -66,7 +66,7 @@ def difference(cell: Cell, control: Cell, draws: int = DRAWS) -> tuple[float, fl
     delta = (cell.values[own] - control.values[other]) * cell.weights * len(cell.weights)
     by_query, by_seed = _resampled(*delta.shape, draws)
     drawn = ((by_query @ delta.T) * by_seed).sum(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(delta.mean()), float(low), float(high)
 
 
@@ -110,14 +110,19 @@ class Results:
         plainest = sorted(chosen[min(chosen)])
         assert len({seed for seed, _ in plainest}) == len(plainest), f"{question} {wanted} is several settings"
         records = [self.runs[key] for _, key in plainest]
-        counts: dict[str, int] = records[0]["queries"]
-        kept = [name == part or (part in (None, VALIDATION) and _split(name) == (part or "test")) for name in counts]
-        sizes = [n for n, keep in zip(counts.values(), kept, strict=True) if keep]
-        chosen_rows = np.repeat(kept, list(counts.values()))
-        ranks = np.stack([self.ranks[record["key"]][chosen_rows] for record in records]).astype(np.float64)
-        values = (ranks == 0).astype(np.float64) if precision else 1 / (1 + ranks)
-        weights = np.repeat([1 / (n * len(sizes)) for n in sizes], sizes)
-        return Cell(records, values, weights)
+        return cell_of(records, [self.ranks[record["key"]] for record in records], precision, part)
+
+
+def cell_of(
+    records: list[dict[str, Any]], ranks: Sequence[np.ndarray], precision: bool = False, part: str | None = None
+) -> Cell:
+    """The cell of some runs of one setting and their ranks; `part` as of `Results.cell`."""
+    counts: dict[str, int] = records[0]["queries"]
+    kept = [name == part or (part in (None, VALIDATION) and _split(name) == (part or "test")) for name in counts]
+    sizes = [n for n, keep in zip(counts.values(), kept, strict=True) if keep]
+    chosen = np.stack(ranks)[:, np.repeat(kept, list(counts.values()))].astype(np.float64)
+    values = (chosen == 0).astype(np.float64) if precision else 1 / (1 + chosen)
+    return Cell(records, values, np.repeat([1 / (n * len(sizes)) for n in sizes], sizes))
 
 
 def _split(name: str) -> str:

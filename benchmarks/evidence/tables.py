@@ -34,7 +34,8 @@ def _gap(cell: Cell | None, control: Cell | None) -> str:
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -67,7 +68,7 @@ def pivot(
             line = [_gap(cell(row, c), cell(control, c)) for c in across]
             if row != control and any(line):
                 body.append([f"{row} − {control}", *line])
-    return _markdown(head, body)
+    return markdown(head, body)
 
 
 def listing(
@@ -102,7 +103,7 @@ def listing(
             line.append("" if other is not None and other.records == cell.records else _gap(cell, other))
         body.append(line)
     heads = [*axes, *(f.replace("_", " ") for f in facts), "score", *(f"− {arm}" for arm in controls)]
-    return _markdown(heads, body)
+    return markdown(heads, body)
 
 
 def by_part(results: Results, question: str, control: str, arms: Sequence[str] | None = None, **fixed: Any) -> str:
@@ -119,7 +120,7 @@ def by_part(results: Results, question: str, control: str, arms: Sequence[str] |
     for arm in arms or results.values_of(question, "arm"):
         if arm != control:
             body.append([f"{arm} − {control}", *map(_gap, cells(arm), own)])
-    return _markdown(["arm", *parts], body)
+    return markdown(["arm", *parts], body)
 
 
 def plot_lines(
