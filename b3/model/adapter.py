@@ -180,6 +180,8 @@ def attach_adapter(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from b3.model.products import use_onednn, uses_onednn
+
     targets = spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules)
     config = LoraConfig(
         r=spec.r,
@@ -195,6 +197,8 @@ def attach_adapter(model: nn.Module, spec: AdapterSpec) -> nn.Module:
             wrapped = get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"adapter.target_modules: {str(error).splitlines()[0]}") from None
+    if uses_onednn(wrapped):
+        use_onednn(wrapped)  # the adapter's layers too
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()
@@ -283,10 +287,13 @@ def _forward(
     """What DoRA adds to the frozen layer's output (T, out): as peft's `DoraLinearLayer.forward`, with a known norm."""
     from torch.nn.functional import linear
 
+    from b3.model.products import product, uses_onednn
+
     scale = (self.weight / self.known_norm).view(1, -1)
     added = lora_B(lora_A(x))
     if base_result is None:  # dropout has changed the input
-        base_result = linear(x, dequantized(base_layer).to(x.dtype))
+        multiply = product if uses_onednn(base_layer) else linear
+        base_result = multiply(x, dequantized(base_layer).to(x.dtype))
     elif base_layer.bias is not None:
         base_result = base_result - base_layer.bias
     total: Tensor = (scale - 1) * base_result + scale * added * scaling

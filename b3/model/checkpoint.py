@@ -183,6 +183,8 @@ def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype, device
     """
     import torch
 
+    from b3.model.products import NARROW, use_onednn
+
     check_width(folder)
     try:
         with _silence():
@@ -206,6 +208,8 @@ def load_transformers(model_class: Any, folder: Path, dtype: torch.dtype, device
             " one checkpoint"
         )
     model.requires_grad_(False)
+    if (device.type, dtype) == ("cpu", torch.float32) and model.config.get_text_config().hidden_size >= NARROW:
+        use_onednn(model)
     return model.to(device).eval()
 
 

@@ -28,6 +28,7 @@ from b3.model import adapter as adapters
 from b3.model.attention import choose_attention
 from b3.model.batch import Batch, Processor, upload
 from b3.model.checkpoint import choose_device, choose_dtype, fetch, model_type, read_json
+from b3.model.products import uses_onednn
 from b3.model.settings import Settings, resolve_settings
 
 
@@ -211,7 +212,13 @@ class Embedder(nn.Module):
     @property
     def numerics(self) -> str:
         """What else decides the last bits of a vector: for caches, which must not mix two of them."""
-        return f"{self.dtype} on {self.device.type}, attention {self.attention_kernel(autocast=False)}"
+        products = ", products oneDNN" if self.multiplies_by_onednn else ""
+        return f"{self.dtype} on {self.device.type}, attention {self.attention_kernel(autocast=False)}{products}"
+
+    @property
+    def multiplies_by_onednn(self) -> bool:
+        """Whether it has layers whose float32 products on a CPU are oneDNN's."""
+        return self.device.type == "cpu" and uses_onednn(self.backbone)
 
     @abstractmethod
     def cost(self) -> Cost:

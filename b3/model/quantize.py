@@ -27,7 +27,7 @@ def quantize_layers(embedder: Embedder, compute: torch.dtype) -> int:
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    linear = [m for layer in embedder.layers() for m in layer.modules() if type(m) is nn.Linear]
+    linear = [m for layer in embedder.layers() for m in layer.modules() if isinstance(m, nn.Linear)]
     if not linear:
         raise InputError(f"model.quantize is for decoder layers, and {embedder.title} has none; leave it out")
     replaced: dict[nn.Module, nn.Module] = {}

@@ -155,6 +155,8 @@ def _announce(
         rewind_log(log, trainer.sampler.start)
     kernel = trainer.embedder.attention_kernel(config.train.bf16)
     run_by = {"attention": kernel, "layers": trainer.embedder.execution}
+    if trainer.embedder.multiplies_by_onednn:
+        run_by["products"] = "oneDNN"
     write_json(folder / ENVIRONMENT, {**environment(distributed.world_size()), **run_by})
     lines = [describe(config, datasets, trainer.sampler, plans), *(f"  {what}: {how}" for what, how in run_by.items())]
     told = estimate(config, datasets, trainer.sampler, trainer.embedder)

@@ -28,6 +28,7 @@ from b3.files import write_json
 from b3.model.batch import Batch, Grid, Processor, Tokens
 from b3.model.checkpoint import read_json
 from b3.model.embedder import Cost, Embedder, Kept, Tower, finish, linear_weights
+from b3.model.products import NARROW, use_onednn
 from b3.model.settings import Settings
 
 KEYS, VECTORS, CONFIG, WEIGHTS = "keys.npy", "vectors.npy", "config.json", "model.safetensors"
@@ -146,7 +147,10 @@ class Heads(Embedder):
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device, attention: str) -> nn.Module:
-        return HeadsNetwork.load(folder).to(device).eval()
+        network = HeadsNetwork.load(folder)
+        if device.type == "cpu" and network.config.hidden_size >= NARROW:
+            use_onednn(network)
+        return network.to(device).eval()
 
     @classmethod
     def build(cls, backbone: nn.Module, base: Path, adapter: Path | None, settings: Settings) -> Heads:

@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from b3.model.attention import Packing, is_bucketed
 from b3.model.backbones.qwen_vl_images import CLIP, MERGE, Pixels, QwenVLProcessor
 from b3.model.backbones.vision_language import VisionLanguage
 from b3.model.batch import Batch, upload
 from b3.model.embedder import Kept, Tower, linear_weights
+from b3.model.products import NARROW, product
 from b3.model.settings import Settings
 
 
@@ -147,16 +147,18 @@ def grid_weights(visual: Any, grids: Tensor) -> dict[str, Any]:
 
 
 def _embedded_patches(self: Any, patches: Tensor) -> Tensor:
-    """Patches (P, n) through upstream's convolution, whose windows do not overlap: on a GPU as a matrix product.
+    """Patches (P, n) through upstream's convolution, whose windows do not overlap: as a matrix product.
 
-    In 16 bit cuDNN takes many times as long for it. On a CPU the convolution stays: the product takes a third of its
-    time there, and moves vectors by more than 1e-5.
+    In 16 bit cuDNN takes many times as long for the convolution, on a CPU it takes seven times as long as oneDNN's
+    product. For the small models whose products are MKL's it stays: vectors of one of the reference's programs on films
+    (tests/eval/test_mmeb_v2.py) would move by more than 1e-5.
     """
-    if patches.device.type == "cpu" or type(self.proj) is not nn.Conv3d:  # an adapter may have wrapped it
+    weight = self.proj.weight
+    is_small = patches.device.type == "cpu" and len(weight) < NARROW
+    if is_small or type(self.proj) is not nn.Conv3d:  # an adapter may have wrapped it
         output: Tensor = type(self).forward(self, patches)
         return output
-    weight = self.proj.weight
-    return linear(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
+    return product(patches.to(weight.dtype), weight.flatten(1), self.proj.bias)
 
 
 @torch.no_grad()
