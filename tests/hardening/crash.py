@@ -24,18 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from paths import CONTEXT, RUNS, Job, Run, contents, differences, prepare, processes
+from paths import CONTEXT, RUNS, Job, Run, contents, differences, forks, prepare, processes
 
 LIMIT = 300.0  # seconds
-# What a run imports on the way, so that a start takes a second.
-PRELOAD = (
-    "forks surroundings b3.train.run b3.train.loop b3.train.finish b3.train.shard b3.eval.run b3.eval.plots"
-    " b3.model.export b3.mining.recipe b3.mining.search_kernels"
-    " eval_mmeb scripts.embed scripts.mine scripts.prepare_mmeb scripts.export"
-    " sympy scipy.sparse scipy.optimize pandas peft accelerate numba torch._dynamo torch.distributed.fsdp"
-    " transformers.models.qwen2_vl.modeling_qwen2_vl b3.model.backbones.qwen2_vl matplotlib.figure"
-    " matplotlib.backends.backend_agg pyarrow.dataset safetensors.numpy __main__"
-).split()
+PRELOAD = [*forks.PRELOAD, "surroundings", "__main__"]
 
 
 class Bench:
@@ -54,7 +46,7 @@ class Bench:
         arguments = run.command(self.root, self.work, workers)
         variables = {processes.MARK: mark, "TMPDIR": str(self.root / "tmp")}
         how = {"ranks": ranks, "program": run.program, "variables": variables, "prepare": around}
-        return Job(self.root / logs, *arguments, **how), mark  # type: ignore[arg-type]
+        return Job(self.root / logs, *arguments, draws=True, **how), mark  # type: ignore[arg-type]
 
     def finish(self, run: Run, ranks: int, workers: int) -> str | None:
         """Run to the end; what is wrong, or None."""

@@ -30,6 +30,7 @@ os.environ |= {
     "PYTHONWARNINGS": "ignore",
 }
 
+import forks  # noqa: E402, F401
 import processes  # noqa: E402, F401  also for the programs beside this one
 import tiny  # noqa: E402
 from forks import CONTEXT, Job  # noqa: E402, F401

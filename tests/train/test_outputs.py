@@ -30,8 +30,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(root: Path, name: str, *overrides: str, ranks: int = 1, code: int = 0) -> Job:
     job = Job(
-        root / "logs" / name, str(root / "recipe.yaml"), f"output_dir={root / name}", *BASE, *overrides, ranks=ranks
-    )
+        root / "logs" / name, str(root / "recipe.yaml"), f"output_dir={root / name}", *BASE, *overrides, ranks=ranks,
+        draws=name == "scored",
+    )  # fmt: skip
     assert job.wait() == [code] * ranks, job.text()
     return job
 
