@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import Job
 from golden_data import GOLDEN, cases, checkpoint, item
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -209,34 +210,11 @@ def test_an_unreadable_image_fails_or_is_skipped(model: Embedder, tmp_path: Path
     assert len(encoder.skipped) == 1 and "bad.png" in next(iter(encoder.skipped.values()))
 
 
-SCRIPT = """
-import pickle, sys
-import numpy as np
-import torch.distributed as dist
-from pathlib import Path
-from b3 import Embedder, distributed
-from b3.data.items import Item
-from b3.model.encode import Encoder
-from golden_data import cases, item
-distributed.start()
-gather = dist.all_gather_object
-def without_arrays(parts, value):
-    assert "numpy" not in repr(pickle.dumps(value)), "vectors travel in a pickle"
-    gather(parts, value)
-dist.all_gather_object = without_arrays
-model = Embedder.from_pretrained(sys.argv[1], dtype="float32")
-vectors = Encoder(model, batch_tokens=256).encode([item(case) for case in cases()])
-np.save(f"{sys.argv[2]}-{distributed.rank()}.npy", vectors)
-distributed.stop()
-distributed.leave(0)
-"""
-
-
 def test_ranks_change_no_byte(model: Embedder, folder: Path, tmp_path: Path) -> None:
     one = Encoder(model, batch_tokens=256).encode(ITEMS)
-    (tmp_path / "encode.py").write_text(SCRIPT)
     for ranks in (2, 3):
-        run_python(tmp_path / "encode.py", folder, tmp_path / f"v{ranks}", ranks=ranks)
+        job = Job(tmp_path, str(folder), str(tmp_path / f"v{ranks}"), ranks=ranks, program="rank_programs:encode")
+        assert job.wait() == [0] * ranks, job.text()
         assert all(np.array_equal(np.load(tmp_path / f"v{ranks}-{rank}.npy"), one) for rank in range(ranks))
 
 

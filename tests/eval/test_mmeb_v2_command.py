@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Job
 from golden_data import checkpoint
-from processes import run_python
 from v2_runs import command, read, read_scores
 
 import eval_mmeb
@@ -116,7 +116,10 @@ def test_ranks_and_workers_change_no_byte(
     golden_v2: Path, folder: Path, tmp_path: Path, ranks: int, more: list[str]
 ) -> None:
     assert eval_mmeb.main(command(golden_v2, folder, tmp_path / "1", subsets=FEW)) == 0
-    run_python("eval_mmeb.py", *command(golden_v2, folder, tmp_path / "2", *more, subsets=FEW), ranks=ranks)
+    job = Job(
+        tmp_path, *command(golden_v2, folder, tmp_path / "2", *more, subsets=FEW), ranks=ranks, program="eval_mmeb"
+    )
+    assert job.wait() == [0] * ranks, job.text()
     assert contents(tmp_path / "1") == contents(tmp_path / "2") != {}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import CONTEXT
 from golden_data import checkpoint, collator, embedder
 from reference_loss import as_inputs, more_facts, random_batch
 
@@ -94,8 +94,12 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = checkpoint(tmp_path_factory.mktemp("ranks"))
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=3)
+    processes = [CONTEXT.Process(target=work, args=(rank, folder)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     return folder
 
 
