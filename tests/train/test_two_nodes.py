@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_data(folder / "data")
     tiny.write_model(folder / "model")
     teacher = str(folder / "model")
-    tiny.write_recipe(folder, mining={"teacher": teacher}, batch={"policy": "b3"}, train={"steps": 3, "workers": 1})
+    tiny.write_recipe(folder, mining={"teacher": teacher}, batch={"policy": "b3"}, train={"steps": 3})
     (folder / "program.py").write_text(PROGRAM)
     return folder
 
