@@ -6,7 +6,8 @@ Every kernel of a chunk is counted at the recipe's real size (`benchmarks.shapes
 operations at the rate of products or, if it is thin, its bytes at the memory's bandwidth; attention its operations at
 its own rate; everything else its bytes, and each a launch. What overlaps, the host and the network are left out: the
 figures are for comparing two forms of a step, not a promise. The workload is a rank's share of a batch of COCO images
-and captions, in so many pairs. MFU is that of metrics.jsonl.
+and captions, in so many pairs. MFU is that of metrics.jsonl. --compiled: layers as inductor fuses them
+(`benchmarks.shapes.fused`), for `model.compile: auto`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from b3.config import load_config
 from benchmarks.shapes import CHECKPOINTS, FOLDER, at_size, measure, whole, why_not
+from benchmarks.shapes.fused import compiled, fused_layers
 
 
 def seconds(kernels: dict[str, list[float]], rates: Any) -> dict[str, float]:
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=422, help="of a pair")
     parser.add_argument("--image-tokens", type=int, default=385, help="of a pair")
+    parser.add_argument("--compiled", action="store_true", help="layers compiled by inductor")
     rates = parser.parse_intermixed_args()
     problem = why_not()
     if problem is not None:
@@ -58,7 +61,11 @@ def main() -> None:
     depths = facts["num_hidden_layers"], facts.get("vision_config", {}).get("depth", 0)
     text = {} if depths[1] else {"length": 24, "grid": None}
     cases = at_size(*depths, recipe=rates.config, overrides=rates.overrides, **text)
-    show(whole(measure(cases), *depths), config.train.chunk_tokens, rates)
+    results, tokens = measure(cases), config.train.chunk_tokens
+    told = whole(results, *depths)
+    if rates.compiled:
+        told = compiled(results, *depths, fused_layers(rates.config, rates.overrides), tokens)
+    show(told, tokens, rates)
 
 
 def show(told: dict[str, Any], chunk_tokens: int, rates: Any) -> None:

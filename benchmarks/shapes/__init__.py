@@ -96,6 +96,6 @@ def whole(results: list[dict[str, Any]], layers: int, vision_layers: int) -> dic
             return {key: line(at[key], more[key], sight[key]) for key in at}
         if isinstance(at, list):
             return [line(*three) for three in zip(at, more, sight, strict=True)]
-        return at + (layers - 2) * (more - at) + max(0, vision_layers - 1) * (sight - at)
+        return at + (layers - 2) * (more - at) + (vision_layers - 1) * (sight - at)
 
     return line(base, deeper, seeing[0] if seeing else base)
