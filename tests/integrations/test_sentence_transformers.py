@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from forks import Job
 from integrations.close import TOLERANCE, distance
 from PIL import Image
-from processes import run_python
 
 from b3 import Embedder, registry
 from b3.errors import InputError
@@ -156,8 +156,9 @@ def test_the_trainer_sees_the_batches_of_the_plan(tmp_path: Path, ranks: int) ->
     if ranks == 1:
         train_with_plan.main(tmp_path, rows, per_rank, size)
     else:
-        program = Path(__file__).with_name("train_with_plan.py")
-        assert run_python(program, tmp_path, rows, per_rank, size, ranks=ranks).returncode == 0
+        arguments = [str(tmp_path), *map(str, (rows, per_rank, size))]
+        job = Job(tmp_path / "logs", *arguments, ranks=ranks, program="integrations.train_with_plan:on_a_rank")
+        assert job.wait() == [0] * ranks, job.text()
     expected = PlanSampler(plan(rows, size), per_rank * ranks, seed=7)
     for rank in range(ranks):
         seen = [json.loads(line) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()]

@@ -1,12 +1,11 @@
 """Train with sentence-transformers' trainer on the batches of a plan; write the rows that each rank's model saw.
 
-[torchrun --nproc_per_node=R] train_with_plan.py OUT ROWS PER_RANK K
+On several ranks: forks.Job(..., OUT, ROWS, PER_RANK, K, program="integrations.train_with_plan:on_a_rank").
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,5 +55,6 @@ def main(out: Path, rows: int, per_rank: int, size: int) -> None:
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=data, loss=loss).train()
 
 
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+def on_a_rank(arguments: list[str]) -> int:
+    main(Path(arguments[0]), *map(int, arguments[1:]))
+    return 0
