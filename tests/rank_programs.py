@@ -36,6 +36,25 @@ def encode(arguments: list[str]) -> int:
     return 0
 
 
+def commands(arguments: list[str]) -> int:
+    """Mining, training and evaluation of the recipe in ROOT, into OUT, in one process and one group."""
+    import eval_mmeb
+    import train
+    from scripts import mine
+
+    root, out = arguments
+    recipe = [f"{root}/recipe.yaml", f"output_dir={out}/run", f"mining.dir={out}/mining"]
+    evaluation = ["--model_name", f"{root}/model", "--lora", "--checkpoint_path", f"{out}/run", "--dataset_name"]
+    evaluation += [f"{root}/data", "--image_dir", f"{root}/data/images.parquet", "--subset_name", "words", "pictures"]
+    calls = ((mine, recipe), (train, recipe), (eval_mmeb, [*evaluation, "--encode_output_path", f"{out}/eval"]))
+    stop, distributed.stop = distributed.stop, lambda: None
+    codes = (program.main(given) for program, given in calls)
+    failed = next((code for code in codes if code), 0)
+    if not failed:
+        stop()
+    return failed
+
+
 def gather(_: list[str]) -> int:
     """Arrays of every rank reach every rank, and one rank alone, in blocks and never pickled."""
     distributed.BLOCK_BYTES = 1000

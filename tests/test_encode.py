@@ -214,7 +214,7 @@ def test_ranks_change_no_byte(model: Embedder, folder: Path, tmp_path: Path) -> 
     one = Encoder(model, batch_tokens=256).encode(ITEMS)
     for ranks in (2, 3):
         job = Job(tmp_path, str(folder), str(tmp_path / f"v{ranks}"), ranks=ranks, program="rank_programs:encode")
-        assert job.wait() == [0] * ranks, job.text()
+        assert job.wait(300) == [0] * ranks, job.text()
         assert all(np.array_equal(np.load(tmp_path / f"v{ranks}-{rank}.npy"), one) for rank in range(ranks))
 
 

@@ -119,7 +119,7 @@ def test_ranks_and_workers_change_no_byte(
     job = Job(
         tmp_path, *command(golden_v2, folder, tmp_path / "2", *more, subsets=FEW), ranks=ranks, program="eval_mmeb"
     )
-    assert job.wait() == [0] * ranks, job.text()
+    assert job.wait(300) == [0] * ranks, job.text()
     assert contents(tmp_path / "1") == contents(tmp_path / "2") != {}
 
 

@@ -158,7 +158,7 @@ def test_the_trainer_sees_the_batches_of_the_plan(tmp_path: Path, ranks: int) ->
     else:
         arguments = [str(tmp_path), *map(str, (rows, per_rank, size))]
         job = Job(tmp_path / "logs", *arguments, ranks=ranks, program="integrations.train_with_plan:on_a_rank")
-        assert job.wait() == [0] * ranks, job.text()
+        assert job.wait(300) == [0] * ranks, job.text()
     expected = PlanSampler(plan(rows, size), per_rank * ranks, seed=7)
     for rank in range(ranks):
         seen = [json.loads(line) for line in (tmp_path / f"rank-{rank}.jsonl").read_text().splitlines()]

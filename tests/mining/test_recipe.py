@@ -200,7 +200,7 @@ def test_one_two_and_three_ranks_give_the_same_bytes(root: Path) -> None:
             said = run_python("scripts/mine.py", *arguments, ranks=2, timeout=300).stdout
         else:
             job = Job(root / f"logs-{ranks}", *arguments, ranks=ranks, program="scripts.mine")
-            assert job.wait() == [0] * ranks, job.text()
+            assert job.wait(300) == [0] * ranks, job.text()
             said = "".join(map(job.text, range(ranks)))
         assert said.count("mined negatives per query") == 2, "one rank prints"
         found.append(plan_files(root / f"mining-{ranks}"))

@@ -7,30 +7,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+from forks import Job
 from nodes import Nodes
 from processes import end
 
 START_UP, SECONDS = 600.0, 120.0
 
-# All three commands in one process and one group.
-PROGRAM = """
-import sys
-from scripts import mine
-import eval_mmeb, train
-from b3 import distributed
-root, out = sys.argv[1:]
-recipe = [f"{root}/recipe.yaml", f"output_dir={out}/run", f"mining.dir={out}/mining"]
-evaluation = ["--model_name", f"{root}/model", "--lora", "--checkpoint_path", f"{out}/run", "--dataset_name"]
-evaluation += [f"{root}/data", "--image_dir", f"{root}/data/images.parquet", "--subset_name", "words", "pictures"]
-calls = ((mine, recipe), (train, recipe), (eval_mmeb, [*evaluation, "--encode_output_path", f"{out}/eval"]))
-stop, distributed.stop = distributed.stop, lambda: None
-for program, arguments in calls:
-    code = program.main(arguments)
-    if code:
-        distributed.leave(code)
-stop()
-distributed.leave(0)
-"""
+PROGRAM = "import sys\nfrom b3 import distributed\nfrom rank_programs import commands\n"
+PROGRAM += "distributed.leave(commands(sys.argv[1:]))\n"
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +36,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_two_nodes_give_the_bytes_of_one(root: Path) -> None:
-    results = []
-    for nodes in (1, 2):
-        out = root / f"out-{nodes}"
-        with Nodes(root / f"logs-{nodes}", root / "program.py", root, out, nodes=nodes, ranks=2 // nodes) as started:
-            codes = [started.wait(node, START_UP) for node in range(nodes)]
-            assert codes == [0] * nodes, started.text()
-        results.append(digests(out))
+    out = root / "out-2"
+    with Nodes(root / "logs-2", root / "program.py", root, out) as started:
+        codes = [started.wait(node, START_UP) for node in range(2)]
+        assert codes == [0, 0], started.text()
+    job = Job(root / "logs-1", str(root), str(root / "out-1"), ranks=2, program="rank_programs:commands")
+    assert job.wait(START_UP) == [0, 0], job.text()
+    results = [digests(root / "out-1"), digests(out)]
     assert results[0] == results[1]
     kinds = {name.partition("/")[0] for name in results[0]}
     assert kinds == {"mining", "run", "eval"} and len(results[0]) >= 10
