@@ -89,11 +89,15 @@ def test_what_the_script_replaces_silently_is_an_error_here(qwen3: Embedder, cas
         qwen3.encode([item_of(case, QWEN3 / "media")])
 
 
+@pytest.fixture(scope="module")
+def cut(qwen3_folder: Path) -> Embedder:
+    return Embedder.from_pretrained(qwen3_folder, prompt="qwen3_vl_embedding", dtype="float32", max_length=64)
+
+
 @pytest.mark.parametrize("case", cases_of(QWEN3, "max_length_64"), ids=lambda c: c["id"])
-def test_long_prompts_are_cut_on_the_right(qwen3_folder: Path, case: dict) -> None:
-    model = Embedder.from_pretrained(qwen3_folder, prompt="qwen3_vl_embedding", dtype="float32", max_length=64)
+def test_long_prompts_are_cut_on_the_right(cut: Embedder, case: dict) -> None:
     row = QWEN3_EXPECTED["normalized"][QWEN3_ROWS.index(case["id"])].numpy()
-    assert np.abs(model.encode([item_of(case, QWEN3 / "media")])[0] - row).max() < 1e-5
+    assert np.abs(cut.encode([item_of(case, QWEN3 / "media")])[0] - row).max() < 1e-5
 
 
 def test_media_are_never_cut(qwen3_folder: Path) -> None:
@@ -102,18 +106,24 @@ def test_media_are_never_cut(qwen3_folder: Path) -> None:
         model.encode([{"image": QWEN3 / "media" / "wide.png"}])
 
 
-@pytest.mark.parametrize("case", cases_of(QWEN3, "appended_endoftext"), ids=lambda c: c["id"])
-def test_a_tokenizer_that_adds_an_end_token(qwen3_folder: Path, tmp_path: Path, case: dict) -> None:
+@pytest.fixture(scope="module")
+def appending(qwen3_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Embedder]:
+    """Models by their max_length, whose tokenizer adds an end token."""
     from tokenizers.processors import Sequence, TemplateProcessing
 
-    folder = shutil.copytree(qwen3_folder, tmp_path / "model")
+    folder = shutil.copytree(qwen3_folder, tmp_path_factory.mktemp("appending") / "model")
     tokenizer = load_tokenizer(folder)
     template = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 151643)])
     backend = tokenizer.backend_tokenizer
     backend.post_processor = Sequence([backend.post_processor, template]) if backend.post_processor else template
     tokenizer.save_pretrained(folder)
-    length = 64 if "64" in case["id"] else 8192
-    model = Embedder.from_pretrained(folder, prompt="qwen3_vl_embedding", dtype="float32", max_length=length)
+    options: dict[str, Any] = {"prompt": "qwen3_vl_embedding", "dtype": "float32"}
+    return {length: Embedder.from_pretrained(folder, max_length=length, **options) for length in (64, 8192)}
+
+
+@pytest.mark.parametrize("case", cases_of(QWEN3, "appended_endoftext"), ids=lambda c: c["id"])
+def test_a_tokenizer_that_adds_an_end_token(appending: dict[int, Embedder], case: dict) -> None:
+    model = appending[64 if "64" in case["id"] else 8192]
     item = item_of(case, QWEN3 / "media")
     ids = model.processor(as_item(item)).input_ids
     assert ids.tolist() == QWEN3_EXPECTED[f"input_ids/{case['id']}"].reshape(-1).tolist()

@@ -35,8 +35,9 @@ def act(task: Any) -> Any:
     return value, os.getpid()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def pools() -> Iterator[None]:
+    """Servers, which take a second to start, are kept from test to test, as subsets and epochs keep them."""
     yield
     workers.close_pools()
 
