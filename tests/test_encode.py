@@ -219,13 +219,14 @@ def test_ranks_change_no_byte(model: Embedder, folder: Path, tmp_path: Path) -> 
 
 
 def test_evaluation_over_ranks_writes_the_same_files(folder: Path, tmp_path: Path) -> None:
+    """Two ranks with a worker each, from a shell, against one process."""
     data = GOLDEN / "mmeb-eval"
     command: list[str] = [
         "--model_name", str(folder), "--normalize", "True", "--dataset_name", str(data), "--subset_name", "all",
-        "--image_dir", str(data / "eval_images"), "--dataloader_num_workers", "1", "--encode_output_path",
+        "--image_dir", str(data / "eval_images"), "--encode_output_path",
     ]  # fmt: skip
     assert eval_mmeb.main([*command, str(tmp_path / "1")]) == 0
-    run_python("eval_mmeb.py", *command, tmp_path / "2", ranks=2)
+    run_python("eval_mmeb.py", *command, tmp_path / "2", "--dataloader_num_workers", "1", ranks=2)
     files = sorted(p.name for p in (tmp_path / "1").glob("*_*.*"))
     assert len(files) == 12
     for name in files:
