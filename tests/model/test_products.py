@@ -17,7 +17,10 @@ from b3.model.backbones.tiny import make_tiny_model
 from b3.model.batch import collate
 from b3.model.products import NARROW, OneDNNLinear, product, use_onednn, uses_onednn
 
-pytestmark = pytest.mark.skipif(not products._is_usable(), reason="this processor has no AVX-512, or torch no oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not products._is_usable(), reason="this processor has no AVX-512, or torch no oneDNN"),
+    pytest.mark.filterwarnings("ignore:TF32"),  # of torch, where a flag of oneDNN is set
+]
 TEXTS = ["a red square", "a blue circle on a lamp", "house, tree and river; the cat sleeps", "a"]
 
 
