@@ -68,8 +68,12 @@ def _rounded(rows: int) -> int:
     For every number of rows oneDNN writes a program, in milliseconds and of half a megabyte, and keeps a thousand:
     batches of all sizes would cost a gigabyte.
     """
-    step = 1 << max(0, rows.bit_length() - 5)
+    step = _step(rows)
     return -(-rows // step) * step
+
+
+def _step(rows: int) -> int:
+    return 1 << max(0, rows.bit_length() - 5)
 
 
 def _filled_up(x: Tensor) -> Tensor:
@@ -88,6 +92,15 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return output[: x.numel() // x.shape[-1]].view(*x.shape[:-1], len(weight))
 
 
+def _summed(grad: Tensor, x: Tensor) -> Tensor:
+    """(out, in) of (N, out) and (N, in): the sum of the outer products of a round number of rows, and of the rest."""
+    whole = len(grad) // _step(len(grad)) * _step(len(grad))
+    total: Tensor = _ONEDNN(grad[:whole].t(), x[:whole].t(), None, "none", [], "")
+    if whole < len(grad):
+        total += _ONEDNN(_filled_up(grad[whole:]).t(), _filled_up(x[whole:]).t(), None, "none", [], "")
+    return total
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -100,6 +113,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
         by_x = _multiply(grad, weight.t()) if needs_x else None
-        by_weight = _ONEDNN(_filled_up(grad).t(), _filled_up(x).t(), None, "none", [], "") if needs_weight else None
-        return by_x, by_weight, grad.reshape(-1, grad.shape[-1]).sum(dim=0) if needs_bias else None
+        by_weight = _summed(rows, x.reshape(-1, x.shape[-1])) if needs_weight else None
+        return by_x, by_weight, rows.sum(dim=0) if needs_bias else None
