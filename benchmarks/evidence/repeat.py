@@ -90,11 +90,12 @@ def compare(chosen: Sequence[Chosen], recorded: Results, root: Path) -> tuple[st
             continue
         arrays = np.load(file)
         now = cell_of([old], [np.concatenate([arrays[name] for name in old["queries"]])], precision)
-        mean, low, high = difference(now, before, DRAWS, 1 - (1 - LEVEL) / len(chosen))
+        found = difference(now, before, DRAWS, 1 - (1 - LEVEL) / len(chosen))
+        mean, low, high = (round(100 * value, 2) + 0.0 for value in found)  # what does not show is no difference
         inside = low <= 0 <= high
         agree &= inside
-        numbers = (f"{100 * before.mean:.2f}", f"{100 * now.mean:.2f}", f"{100 * mean:+.2f}")
-        interval = f"[{100 * low:+.2f}, {100 * high:+.2f}]"
+        numbers = (f"{100 * before.mean:.2f}", f"{100 * now.mean:.2f}", f"{mean:+.2f}")
+        interval = f"[{low:+.2f}, {high:+.2f}]"
         body.append([one.setting, *numbers, interval, "yes" if inside else "no"])
     head = ("setting", "recorded", "here", "difference", f"its interval ({LEVEL:.0%}, all rows together)", "0 inside")
     return markdown(head, body), agree

