@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,12 @@ def golden_v2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(Path(__file__).parent / "golden" / "mmeb_v2" / "reference.tar.xz") as archive:
         archive.extractall(folder, filter="data")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_tokenizer() -> Iterator[None]:
+    """Models of one folder share a tokenizer, whose vocabulary is nine tenths of what a tiny model takes to load."""
+    from golden_data import tokenizers_once
+
+    with tokenizers_once():
+        yield

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from b3 import Embedder
 from b3.data.items import Item
 from b3.model.adapter import AdapterSpec, attach_adapter, load_trainable
+from b3.model.backbones import vision_language
+from b3.model.checkpoint import load_tokenizer
 from b3.train.inputs import StepCollator
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -55,8 +60,27 @@ class GoldenPairs:
 NEGATIVES = np.array([[8 + 2 * i, 9 + 2 * i] for i in range(8)])
 
 
+def tokenizer_of(folder: Path) -> Any:
+    """As `load_tokenizer`, once for a folder whose files stay what they are."""
+    if not Path(folder).is_dir():
+        return load_tokenizer(folder)
+    states = ((file.name, file.stat()) for file in sorted(Path(folder).iterdir()))
+    return _tokenizer(folder, tuple((name, state.st_size, state.st_mtime_ns) for name, state in states))
+
+
+@functools.lru_cache(maxsize=3)
+def _tokenizer(folder: Path, files: tuple[tuple[str, int, int], ...]) -> Any:
+    return load_tokenizer(folder)
+
+
+def tokenizers_once() -> Any:
+    """While it lasts, models of one folder share a tokenizer."""
+    return mock.patch.object(vision_language, "load_tokenizer", tokenizer_of)
+
+
 def embedder(folder: Path, kind: str, dropout: float = 0.0) -> Embedder:
-    model = Embedder.from_pretrained(folder, dtype="float32")
+    with tokenizers_once():
+        model = Embedder.from_pretrained(folder, dtype="float32")
     model.backbone = attach_adapter(model.backbone, AdapterSpec(use_dora=kind == "dora", dropout=dropout))
     load_trainable(model.backbone, GOLDEN / f"adapter-{kind}")
     return model.train()

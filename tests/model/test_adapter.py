@@ -18,7 +18,7 @@ from b3.errors import InputError
 from b3.model.adapter import PAPER_TARGETS, AdapterSpec, attach_adapter, load_trainable, new_name
 from b3.model.batch import collate
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_tokenizer")]
 
 ITEMS = [item(case) for case in cases()[:8]]
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from b3 import Embedder
 from b3.errors import InputError
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_tokenizer")]
 
 EXPECTED = load_file(GOLDEN / "embed_expected.safetensors")
 ITEMS = [item(case) for case in cases()]

@@ -13,6 +13,8 @@ from b3.errors import InputError
 from b3.model.adapter import AdapterSpec, attach_adapter
 from b3.model.checkpoint import freeze_matching, unfreeze_all
 
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

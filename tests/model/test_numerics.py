@@ -15,7 +15,7 @@ from b3 import Embedder
 from b3.errors import InputError
 from b3.model.backbones.qwen_vl_images import CLIP
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("one_tokenizer")]
 
 EXPECTED = load_file(GOLDEN / "embed_expected.safetensors")
 CASES = [case for case in cases() if not case["id"].startswith("stray")]

@@ -23,6 +23,8 @@ from b3.model.batch import Batch
 from b3.model.checkpoint import load_tokenizer
 from b3.model.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("one_tokenizer")
+
 QWEN3, GME, INTERNVL = (GOLDEN / name for name in ("qwen3_vl_embedding", "gme", "internvl"))
 
 
