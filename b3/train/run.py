@@ -6,10 +6,11 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from b3 import __version__, distributed
 from b3.config import Config
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 
 ENVIRONMENT = "environment.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,7 @@ def train(config: Config) -> Trained:
         if distributed.launched_ranks() > 1:
             distributed.start(config.train.timeout_minutes, overlap=config.model.shard)
         if distributed.gather_objects(_steps_done(folder) >= config.train.steps)[0]:  # others may not see the file yet
-            claim_folder(config)
-            if distributed.rank() == 0:
-                prune(folder, config.train.keep_checkpoints)  # a power failure brings back what was being deleted
+            _by_first_rank(lambda: _tidy_complete(config))
             return Trained(folder, 0.0, already_complete=True)
         datasets = load_datasets(config)
         check_stored_negatives(config, datasets)
@@ -115,35 +115,50 @@ def _steps_done(folder: Path) -> int:
         return 0
 
 
+def _tidy_complete(config: Config) -> None:
+    claim_folder(config)
+    prune(Path(config.output_dir), config.train.keep_checkpoints)  # a power failure brings back what was being deleted
+
+
+def _by_first_rank(work: Callable[[], T]) -> T:
+    """What `work` gives on the first rank, or the `RunError` it ends with there; others may not see its files yet."""
+    found: tuple[T | None, str | None] = (None, None)
+    if distributed.rank() == 0:
+        try:
+            found = (work(), None)
+        except RunError as error:
+            found = (None, str(error))
+    result, problem = distributed.gather_objects(found)[0]
+    if problem is not None:
+        raise RunError(problem)
+    return cast("T", result)
+
+
 def _claim(config: Config, facts: dict[str, Any], held: ExitStack) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from and what to say about it; decided by the first rank, which locks the folder.
 
     `facts` as `claim_folder` takes them.
     """
-    found: tuple[str | None, list[str], str | None] = (None, [], None)
-    if distributed.rank() == 0:
-        try:
-            held.enter_context(alone(Path(config.output_dir), "run", "choose another output_dir"))
-            tidy(Path(config.output_dir))
-            notes = claim_folder(config, facts) + other_versions(Path(config.output_dir))
-            prune(Path(config.output_dir), config.train.keep_checkpoints)  # a run that was cut off may not save again
-            newest = newest_checkpoint(Path(config.output_dir))
-            if newest is not None:
-                check_format(newest)
-                before, now = checkpoint_facts(newest)["world_size"], distributed.world_size()
-                if before != now:
-                    notes.append(
-                        f"{now} ranks where {before} were: the same batches, losses equal up to rounding"
-                        + ("; dropout is drawn anew" if config.adapter.dropout else "")
-                    )
-            (Path(config.output_dir) / RESULT).unlink(missing_ok=True)  # of a run that is now to be longer
-            found = (None if newest is None else str(newest), notes, None)
-        except RunError as error:
-            found = (None, [], str(error))
-    checkpoint, notes, problem = distributed.gather_objects(found)[0]
-    if problem is not None:
-        raise RunError(problem)
-    return (None if checkpoint is None else Path(checkpoint)), notes
+    newest, notes = _by_first_rank(lambda: _claim_folder(Path(config.output_dir), config, facts, held))
+    return (None if newest is None else Path(newest)), notes
+
+
+def _claim_folder(folder: Path, config: Config, facts: dict[str, Any], held: ExitStack) -> tuple[str | None, list[str]]:
+    held.enter_context(alone(folder, "run", "choose another output_dir"))
+    tidy(folder)
+    notes = claim_folder(config, facts) + other_versions(folder)
+    prune(folder, config.train.keep_checkpoints)  # a run that was cut off may not save again
+    newest = newest_checkpoint(folder)
+    if newest is not None:
+        check_format(newest)
+        before, now = checkpoint_facts(newest)["world_size"], distributed.world_size()
+        if before != now:
+            notes.append(
+                f"{now} ranks where {before} were: the same batches, losses equal up to rounding"
+                + ("; dropout is drawn anew" if config.adapter.dropout else "")
+            )
+    (folder / RESULT).unlink(missing_ok=True)  # of a run that is now to be longer
+    return (None if newest is None else str(newest)), notes
 
 
 def _announce(
