@@ -1,8 +1,8 @@
 """Linear layers in float32 on a CPU, multiplied by oneDNN.
 
-Torch leaves float32 products to MKL, which on other makers' processors uses half of their vector width: 111 GFLOP/s on
-a core of the fifth EPYC generation, where oneDNN, part of the same torch, does 250 (benchmarks/products.py). Results
-differ by rounding: root mean squares of the errors are 2 to 6e-7 of that of the products, MKL's 2 to 3e-7.
+Torch leaves float32 products to MKL, which on other makers' processors uses half of their vector width: 108 GFLOP/s on
+a core of the fifth EPYC generation, where oneDNN, part of the same torch, does 190 to 230 (benchmarks/products.py).
+Results differ by rounding: root mean squares of the errors are 2 to 6e-7 of that of the products, MKL's 2 to 3e-7.
 """
 
 from __future__ import annotations
