@@ -11,7 +11,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import numpy as np
 
@@ -198,6 +198,20 @@ def gather_objects(value: Any) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, value)
     return parts
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What `work` gives on the first rank, or the `RunError` it ends with there; others may not see its files yet."""
+    found: tuple[T | None, str | None] = (None, None)
+    if rank() == 0:
+        try:
+            found = (work(), None)
+        except RunError as error:
+            found = (None, str(error))
+    result, problem = gather_objects(found)[0]
+    if problem is not None:
+        raise RunError(problem)
+    return cast("T", result)
 
 
 def numbers_of_ranks(values: list[float]) -> list[list[float]]:

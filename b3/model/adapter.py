@@ -287,12 +287,12 @@ def _forward(
     """What DoRA adds to the frozen layer's output (T, out): as peft's `DoraLinearLayer.forward`, with a known norm."""
     from torch.nn.functional import linear
 
-    from b3.model.products import product, uses_onednn
+    from b3.model.products import OneDNNLinear, product
 
     scale = (self.weight / self.known_norm).view(1, -1)
     added = lora_B(lora_A(x))
     if base_result is None:  # dropout has changed the input
-        multiply = product if uses_onednn(base_layer) else linear
+        multiply = product if isinstance(base_layer, OneDNNLinear) else linear
         base_result = multiply(x, dequantized(base_layer).to(x.dtype))
     elif base_layer.bias is not None:
         base_result = base_result - base_layer.bias

@@ -170,15 +170,7 @@ def prepare(config: Config) -> Config:
     small = debug_config(config, distributed.launched_ranks(), torch.cuda.is_available())
     check(small)
     distributed.start(config.train.timeout_minutes)
-    problem = None
-    if distributed.rank() == 0:
-        try:
-            _make(small, stand_in(config))
-        except RunError as error:
-            problem = str(error)
-    problem = distributed.gather_objects(problem)[0]
-    if problem is not None:
-        raise RunError(problem)
+    distributed.by_first(lambda: _make(small, stand_in(config)))
     if small.needs_plan or small.train.teacher_keys:
         mine_recipe(small)  # ranks share the ranking
         distributed.barrier()

@@ -6,11 +6,10 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 from b3 import __version__, distributed
 from b3.config import Config
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 
 
 ENVIRONMENT = "environment.json"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ def train(config: Config) -> Trained:
         if distributed.launched_ranks() > 1:
             distributed.start(config.train.timeout_minutes, overlap=config.model.shard)
         if distributed.gather_objects(_steps_done(folder) >= config.train.steps)[0]:  # others may not see the file yet
-            _by_first_rank(lambda: _tidy_complete(config))
+            distributed.by_first(lambda: _tidy_complete(config))
             return Trained(folder, 0.0, already_complete=True)
         datasets = load_datasets(config)
         check_stored_negatives(config, datasets)
@@ -120,26 +118,12 @@ def _tidy_complete(config: Config) -> None:
     prune(Path(config.output_dir), config.train.keep_checkpoints)  # a power failure brings back what was being deleted
 
 
-def _by_first_rank(work: Callable[[], T]) -> T:
-    """What `work` gives on the first rank, or the `RunError` it ends with there; others may not see its files yet."""
-    found: tuple[T | None, str | None] = (None, None)
-    if distributed.rank() == 0:
-        try:
-            found = (work(), None)
-        except RunError as error:
-            found = (None, str(error))
-    result, problem = distributed.gather_objects(found)[0]
-    if problem is not None:
-        raise RunError(problem)
-    return cast("T", result)
-
-
 def _claim(config: Config, facts: dict[str, Any], held: ExitStack) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from and what to say about it; decided by the first rank, which locks the folder.
 
     `facts` as `claim_folder` takes them.
     """
-    newest, notes = _by_first_rank(lambda: _claim_folder(Path(config.output_dir), config, facts, held))
+    newest, notes = distributed.by_first(lambda: _claim_folder(Path(config.output_dir), config, facts, held))
     return (None if newest is None else Path(newest)), notes
 
 
@@ -170,7 +154,7 @@ def _announce(
         rewind_log(log, trainer.sampler.start)
     kernel = trainer.embedder.attention_kernel(config.train.bf16)
     run_by = {"attention": kernel, "layers": trainer.embedder.execution}
-    if trainer.embedder.multiplies_by_onednn:
+    if trainer.embedder.multiplies_by_onednn and not config.train.bf16:
         run_by["products"] = "oneDNN"
     write_json(folder / ENVIRONMENT, {**environment(distributed.world_size()), **run_by})
     lines = [describe(config, datasets, trainer.sampler, plans), *(f"  {what}: {how}" for what, how in run_by.items())]

@@ -28,7 +28,7 @@ def random(*shape: int, needs_grad: bool = False) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), requires_grad=needs_grad)
 
 
-@pytest.mark.parametrize("shape", [(1, 67, 48), (200, 48), (2, 3, 5, 48), (1, 48)])
+@pytest.mark.parametrize("shape", [(1, 67, 48), (1059, 48), (2, 3, 5, 48), (1, 48)])
 @pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)])
 def test_products_and_gradients_are_those_of_float64(shape: tuple[int, ...], needed: tuple[bool, bool, bool]) -> None:
     parts = [random(*s, needs_grad=n) for s, n in zip((shape, (96, 48), (96,)), needed, strict=True)]
@@ -55,6 +55,19 @@ def test_a_few_programs_serve_all_numbers_of_rows() -> None:
     numbers = {products._rounded(rows) for rows in range(1, 8193)}
     assert len(numbers) < 200
     assert all(0 <= products._rounded(rows) - rows <= rows / 16 for rows in range(1, 8193))
+
+
+def test_rows_are_filled_up_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They enter the gradient of a weight. New memory is nan here, not what lies there by chance."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        x = random(2, 35, 6)
+        filled = products._filled_up(x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(filled) == products._rounded(70) == 72
+    assert torch.equal(filled[:70], x.flatten(0, 1)) and not filled[70:].any()
 
 
 def test_other_numbers_and_passes_stay_with_torch() -> None:
